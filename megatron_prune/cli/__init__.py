@@ -1,0 +1,90 @@
+"""``megatron-prune STAGE``: one small file per stage, Megatron's flag names.
+
+Dashes and underscores are the same; ``--config recipe.yaml`` is flags written as YAML, and a flag
+on the command line wins over the recipe. Results go to standard output, everything else to
+standard error, from rank 0 only. Exit codes are those of ``errors``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import importlib
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+
+from megatron_prune import __version__
+from megatron_prune.cli.recipe import expand_recipe, with_dashes
+from megatron_prune.errors import PruneError
+from megatron_prune.ranks import is_first_rank
+
+STAGES = {
+    "inspect": "what a checkpoint is: format, family, shape, layout",
+    "convert": "Hugging Face <-> Megatron, any TP and PP, without loss",
+    "plan": "decide what is kept, and write it down",
+    "prune": "cut the checkpoint as the plan says",
+    "reshard": "change TP, PP or the format of a Megatron checkpoint",
+    "verify": "check every tensor of a pruned checkpoint against source and plan",
+    "preprocess": "text to Megatron's .bin/.idx",
+    "train": "continued pretraining, from any checkpoint",
+    "evaluate": "loss, perplexity, bits per byte",
+}
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="megatron-prune",
+        description="Prune large language models on their tensor- and pipeline-parallel shards.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="stages:\n" + "\n".join(f"  {name:<11} {text}" for name, text in STAGES.items()),
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    parser.add_argument("stage", choices=STAGES, metavar="STAGE", help="one of those below")
+    return parser
+
+
+def _stage_arguments(stage: str, argv: Sequence[str]) -> tuple[object, argparse.Namespace]:
+    module = importlib.import_module(f"megatron_prune.cli.{stage}")
+    parser = argparse.ArgumentParser(
+        prog=f"megatron-prune {stage}",
+        description=module.__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    module.add_arguments(parser)
+    parser.add_argument("--config", metavar="RECIPE", help="YAML file of these same flags")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return module, parser.parse_args(expand_recipe(stage, with_dashes(argv)))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one stage; returns the exit code."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in argv
+    try:
+        stage = _parser().parse_args(argv[:1]).stage
+        module, args = _stage_arguments(stage, argv[1:])
+        module.run(args)  # type: ignore[attr-defined]
+    except PruneError as error:
+        return _tell(error, str(error), error.exit_code, debug)
+    except OSError as error:
+        storage = error.errno in {errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM, errno.EDQUOT}
+        return _tell(error, str(error), 4 if storage else 2, debug)
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        return 141
+    return 0
+
+
+def _tell(error: Exception, message: str, code: int, debug: bool) -> int:
+    if debug:
+        traceback.print_exception(error)
+    if is_first_rank():
+        print(f"megatron-prune: error: {message}", file=sys.stderr)
+    elif debug or code == 5:
+        print(f"megatron-prune: rank {os.environ['RANK']}: {message}", file=sys.stderr)
+    return code

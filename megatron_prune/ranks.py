@@ -1,0 +1,81 @@
+"""The processes that share one command: torchrun's, or this one alone.
+
+File-to-file commands need no more of a process group than this: who am I, wait for the others,
+collect small Python objects, agree on the arguments. Megatron's groups belong to ``engine``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_prune.errors import DistributedError, PruneError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ranks:
+    """This process's place among those torchrun started (``rank`` of ``world_size``)."""
+
+    rank: int
+    world_size: int
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    def gather(self, value: Any) -> list[Any]:
+        """``value`` of every rank, in rank order, on every rank. Small objects only."""
+        if self.world_size == 1:
+            return [value]
+        import torch.distributed as dist
+
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        return values
+
+    def barrier(self) -> None:
+        self.gather(None)
+
+    def agree(self, what: str, value: str) -> None:
+        """Refuse, on all ranks, when ranks were started with different arguments."""
+        digests = self.gather(hashlib.sha256(value.encode()).hexdigest())
+        other = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
+        if other:
+            raise PruneError(
+                f"{what} differs between ranks: rank {other[0]} of {self.world_size} does not have "
+                "what rank 0 has; start every rank with the same command and the same files"
+            )
+
+    def fail_together(self, error: Exception | None) -> None:
+        """Raise ``error`` here, or the first error another rank met, on every rank."""
+        met = self.gather(None if error is None else (type(error).__name__, str(error)))
+        if error is not None:
+            raise error
+        for rank, found in enumerate(met):
+            if found is not None:
+                raise DistributedError(f"rank {rank} failed: {found[0]}: {found[1]}")
+
+
+@contextmanager
+def joined_ranks() -> Iterator[Ranks]:
+    """The ranks of this command; joins torchrun's rendezvous over gloo when there is one."""
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    if world_size == 1:
+        yield Ranks(rank=0, world_size=1)
+        return
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo")
+    try:
+        yield Ranks(rank=dist.get_rank(), world_size=world_size)
+    finally:
+        dist.destroy_process_group()
+
+
+def is_first_rank() -> bool:
+    """Whether this process is the one that talks to the user (before any group exists)."""
+    return int(os.environ.get("RANK", "0")) == 0

@@ -1,0 +1,111 @@
+"""A source: any model whose tensors can be read one at a time, by canonical name.
+
+Every store opens as one; a pruned model (`surgery.PrunedSource`) is one too, so converting, pruning,
+resharding and checking are the same loop over different sources. `read` gives a view of a memory
+map where it can; nothing is held between two reads.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megatron_prune.axes import axes_of, split_dim
+from megatron_prune.errors import DamagedError
+from megatron_prune.grid import ParallelGrid
+from megatron_prune.shape import ModelConfig
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+class Source(ABC):
+    """A model to read: its config, where its companions lie, and its tensors.
+
+    Attributes:
+        path: directory the model was opened from, for messages.
+        config: the model's facts, true vocabulary.
+        grid: the layout it is stored in (1 x 1 for Hugging Face).
+        companion_files: relative name -> path of the files that travel along with a model: config,
+            generation config, tokenizer.
+        plan_path: the plan this model was pruned with, None when it was not.
+        iteration: training iteration, 0 for a model that was never trained here.
+    """
+
+    path: Path
+    format: str
+    config: ModelConfig
+    grid: ParallelGrid = ParallelGrid()
+    companion_files: dict[str, Path]
+    plan_path: Path | None = None
+    iteration: int = 0
+
+    @abstractmethod
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
+        """Indices ``[start, stop)`` of the tensor's split axis (all of a replicated tensor).
+
+        The numbers count heads on Q, groups on K, channels on F, token ids on V. May be a view of
+        a memory map: never write to it.
+        """
+
+    @abstractmethod
+    def dtype(self, name: str) -> torch.dtype:
+        """The tensor's dtype, without reading it."""
+
+    def close(self) -> None:
+        """Let go of open files."""
+
+
+class CastSource(Source):
+    """Another source in another dtype, cast tensor by tensor."""
+
+    def __init__(self, source: Source, dtype: str) -> None:
+        self.path, self.format, self.grid = source.path, source.format, source.grid
+        self.companion_files, self.plan_path = source.companion_files, source.plan_path
+        self.iteration = source.iteration
+        self.config = replace(source.config, dtype=dtype)
+        self._source, self._dtype = source, DTYPES[dtype]
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
+        return self._source.read(name, start, stop).to(self._dtype)
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self._dtype
+
+    def close(self) -> None:
+        self._source.close()
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A stored part of a tensor: indices ``[start, stop)`` of its split axis.
+
+    ``load(a, b)`` gives the indices ``[a, b)`` *within* the piece, as rows of the tensor.
+    """
+
+    start: int
+    stop: int
+    load: Callable[[int, int], Tensor]
+
+
+def assemble(name: str, pieces: Sequence[Piece], start: int, stop: int, where: object) -> Tensor:
+    """Join the stored parts that hold ``[start, stop)``; one part is not copied.
+
+    Raises:
+        DamagedError: the parts do not cover the range.
+    """
+    parts, at = [], start
+    for piece in sorted(pieces, key=lambda piece: piece.start):
+        if piece.start <= at < min(piece.stop, stop):
+            upto = min(piece.stop, stop)
+            parts.append(piece.load(at - piece.start, upto - piece.start))
+            at = upto
+    if at < stop or not parts:
+        raise DamagedError(f"{where}: {name}: indices {at} to {stop} are in no shard; copy it again")
+    dim = split_dim(axes_of(name))
+    return parts[0] if len(parts) == 1 or dim is None else torch.cat(parts, dim)
