@@ -1,0 +1,126 @@
+"""Process groups: who holds which part of the model, and which copy of the data.
+
+The world is ``TP x PP x DP`` in Megatron's order: tensor-parallel ranks lie next to each other,
+data-parallel copies come next, pipeline stages last.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+
+from megatron_prune.engine import cpu
+from megatron_prune.errors import ShapeError
+from megatron_prune.grid import ParallelGrid
+from megatron_prune.ranks import Ranks
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+
+@dataclass(frozen=True, kw_only=True)
+class Groups:
+    """This process's place in the grid, and the groups it talks to."""
+
+    ranks: Ranks
+    grid: ParallelGrid
+    tp_rank: int
+    pp_rank: int
+    dp_rank: int
+    data_parallel: int
+    device: torch.device
+    tp_group: ProcessGroup
+    pp_group: ProcessGroup
+    dp_group: ProcessGroup
+
+    @property
+    def is_first_stage(self) -> bool:
+        return self.pp_rank == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        return self.pp_rank == self.grid.pipeline_parallel - 1
+
+
+def world_size() -> int:
+    """Processes torchrun (or Slurm) started; 1 without a launcher."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def data_parallel_size(grid: ParallelGrid, processes: int) -> int:
+    """Copies of the model that ``processes`` make room for.
+
+    Raises:
+        ShapeError: the processes do not divide by TP x PP.
+    """
+    if processes % grid.world_size:
+        raise ShapeError(
+            f"{processes} processes do not make whole models of "
+            f"tensor-model-parallel-size {grid.tensor_parallel} x pipeline-model-parallel-size "
+            f"{grid.pipeline_parallel} = {grid.world_size}; start a multiple of {grid.world_size} "
+            f"(torchrun --nproc-per-node {grid.world_size}) or change the sizes"
+        )
+    return processes // grid.world_size
+
+
+def _join(timeout: timedelta) -> torch.device:
+    """Join the world: NCCL with one GPU a process, else gloo. Alone, nothing listens on a port."""
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(device)
+        backend = "nccl"
+    else:
+        device, backend = torch.device("cpu"), "gloo"
+    if world_size() == 1:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    else:
+        dist.init_process_group(backend, timeout=timeout)
+    return device
+
+
+@contextmanager
+def model_parallel(
+    grid: ParallelGrid, *, seed: int = 1234, timeout_minutes: float = 10
+) -> Iterator[Groups]:
+    """Build Megatron's process groups and seed its random numbers; torn down on the way out.
+
+    Raises:
+        ShapeError: the world size does not fit the grid.
+    """
+    copies = data_parallel_size(grid, world_size())
+    cpu.install()
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+
+    device = _join(timedelta(minutes=timeout_minutes))
+    try:
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=grid.tensor_parallel,
+            pipeline_model_parallel_size=grid.pipeline_parallel,
+            distributed_timeout_minutes=timeout_minutes,
+        )
+        pp_rank = parallel_state.get_pipeline_model_parallel_rank()
+        torch.manual_seed(seed + 100 * pp_rank)
+        model_parallel_cuda_manual_seed(seed + 100 * pp_rank)
+        yield Groups(
+            ranks=Ranks(rank=dist.get_rank(), world_size=dist.get_world_size()),
+            grid=grid,
+            tp_rank=parallel_state.get_tensor_model_parallel_rank(),
+            pp_rank=pp_rank,
+            dp_rank=parallel_state.get_data_parallel_rank(),
+            data_parallel=copies,
+            device=device,
+            tp_group=parallel_state.get_tensor_model_parallel_group(),
+            pp_group=parallel_state.get_pipeline_model_parallel_group(),
+            dp_group=parallel_state.get_data_parallel_group(),
+        )
+    finally:
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()
