@@ -1,0 +1,304 @@
+"""Megatron's corpus on disk: ``PREFIX.bin`` (token ids end to end) and ``PREFIX.idx`` (where they
+lie).
+
+Byte for byte what ``megatron.core.datasets.indexed_dataset.IndexedDatasetBuilder`` writes (a test
+compares the two), with four differences in how: memory does not grow with the corpus (that builder
+holds every sequence's length and offset as Python objects, about 100 bytes a sequence); hashes are
+taken while writing; ``PREFIX.json``, a sidecar of facts, lies beside; and nothing is seen under the
+final names before all of it is on the disk. Importing megatron.core alone takes 4 seconds.
+
+The index, little endian: ``MMIDIDX\\0\\0``, version u64 = 1, type u8, sequences u64, documents + 1
+u64; then lengths in tokens int32[sequences], offsets in bytes int64[sequences], and for each
+document the number of its first sequence, int64[documents + 1].
+
+How whole or absent is kept with three files: all are written and fsynced as ``.NAME.tmp`` beside
+the target, the sidecar last; then the old index goes, and bin, json, idx are renamed in that order.
+No index, no corpus: at no instant can a reader pair an old file with a new one. A run that was
+killed between the renames is finished by the next one (``finish_interrupted``); one killed before
+leaves temporary files that the next run takes over. A lock on the temporary .bin keeps two writers
+apart.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import struct
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_prune.errors import ConfigError, StorageError
+
+MAGIC = b"MMIDIDX\x00\x00"
+HEADER = struct.Struct("<9sQBQQ")
+TYPES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}
+CODES = {np.dtype(kind): code for code, kind in TYPES.items()}
+SUFFIXES = (".bin", ".json", ".idx")  # in the order they are published; the index makes it a corpus
+_PIECE = 1 << 17  # sequences handled at a time when the index is put together
+_NO_LOCKS_HERE = {errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK, errno.EINVAL}
+
+
+def token_dtype(vocab_size: int) -> np.dtype[Any]:
+    """The type Megatron stores ids of such a vocabulary in (``DType.optimal_dtype``)."""
+    return np.dtype(np.uint16 if vocab_size < 65500 else np.int32)
+
+
+def corpus_path(prefix: str | Path, suffix: str) -> Path:
+    """``/data/en_text_document`` and ``.idx`` -> ``/data/en_text_document.idx``; dots in names "
+    "are kept."""
+    return Path(f"{prefix}{suffix}")
+
+
+def temporary_path(prefix: str | Path, suffix: str) -> Path:
+    final = corpus_path(prefix, suffix)
+    return final.with_name(f".{final.name}.tmp")
+
+
+def refuse_existing(prefix: str | Path, *, overwrite: bool) -> None:
+    """Refuse a target that is there already.
+
+    Raises:
+        ConfigError: a file of the corpus's name exists, and ``overwrite`` is not set or it is a
+            directory.
+    """
+    for path in (corpus_path(prefix, suffix) for suffix in SUFFIXES):
+        if path.is_dir():
+            raise ConfigError(f"{path} is a directory; choose another --output-prefix")
+        if path.exists() and not overwrite:
+            raise ConfigError(
+                f"{path} exists; --overwrite replaces it once the new corpus is complete"
+            )
+
+
+def finish_interrupted(prefix: str | Path) -> bool:
+    """Publish a corpus whose writer was killed after the last byte but before the last rename.
+
+    Returns:
+        Whether there was one; leftovers of any other kind are not touched.
+    """
+    index, sidecar, data = (temporary_path(prefix, suffix) for suffix in (".idx", ".json", ".bin"))
+    if corpus_path(prefix, ".idx").exists() or not index.exists():
+        return False
+    if data.exists() and not sidecar.exists():
+        return False  # killed before the sidecar was complete
+    record = sidecar if sidecar.exists() else corpus_path(prefix, ".json")
+    written = data if data.exists() else corpus_path(prefix, ".bin")
+    if not (record.is_file() and written.is_file()):
+        return False
+    with _claim(written, prefix):
+        try:
+            facts = json.loads(record.read_bytes())
+            wanted = facts["bin"]["bytes"], facts["idx"]["sha256"]
+        except (ValueError, KeyError, TypeError):
+            return False  # killed while the sidecar was written
+        if wanted != (written.stat().st_size, file_sha256(index)):
+            return False
+        _publish(prefix)
+    return True
+
+
+def file_sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def _claim(path: Path, prefix: str | Path) -> BinaryIO:
+    """``path`` open for appending and locked; the kernel drops the lock when this process ends."""
+    # not "wb": it may be another's until the lock says otherwise
+    file = open(path, "ab")  # noqa: SIM115 (handed to the caller)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        ours = os.path.samestat(os.stat(path), os.fstat(file.fileno()))  # not renamed meanwhile
+    except OSError as error:
+        ours = error.errno in _NO_LOCKS_HERE  # some cluster file systems have none
+    if not ours:
+        file.close()
+        raise ConfigError(
+            f"{prefix}: another process is writing this corpus ({path.name} is locked); wait for it"
+        )
+    return file
+
+
+def _publish(prefix: str | Path) -> None:
+    folder = corpus_path(prefix, ".bin").parent
+    _fsync_directory(folder)
+    corpus_path(prefix, ".idx").unlink(missing_ok=True)
+    for suffix in SUFFIXES:
+        if temporary_path(prefix, suffix).exists():
+            os.replace(temporary_path(prefix, suffix), corpus_path(prefix, suffix))
+    _fsync_directory(folder)
+
+
+@contextmanager
+def _writing(prefix: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise StorageError(f"{prefix}: cannot be written: {error.strerror}") from error
+
+
+def _fsync_directory(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+class _HashedFile:
+    """A file that is hashed and counted while it is written."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self._hash = hashlib.sha256()
+        self._bytes = 0
+
+    def write(self, piece: bytes) -> None:
+        self._file.write(piece)
+        self._hash.update(piece)
+        self._bytes += len(piece)
+
+    def finish(self) -> dict[str, Any]:
+        """Put everything on the disk; returns size and hash. The file stays open, and locked."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        return {"bytes": self._bytes, "sha256": self._hash.hexdigest()}
+
+
+class CorpusWriter:
+    """One corpus being written; as a context manager it removes what it wrote unless published.
+
+    Lengths and document ends wait in unnamed files in the target's folder, 4 and 8 bytes each.
+
+    Attributes:
+        documents, sequences, tokens: how many were added so far.
+        max_token_id: the largest id so far, -1 before the first.
+    """
+
+    def __init__(
+        self, prefix: str | Path, dtype: np.dtype[Any], *, overwrite: bool = False
+    ) -> None:
+        finish_interrupted(prefix)
+        refuse_existing(prefix, overwrite=overwrite)
+        self.prefix = str(prefix)
+        self.dtype = np.dtype(dtype)
+        self.documents = self.sequences = self.tokens = 0
+        self.max_token_id = -1
+        self._publishing = False
+        folder = corpus_path(prefix, ".bin").parent
+        with _writing(self.prefix):
+            folder.mkdir(parents=True, exist_ok=True)
+            self._lengths = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 (closed at exit)
+            self._ends = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115
+            self._data = _claim(temporary_path(prefix, ".bin"), prefix)
+            self._data.truncate(0)
+            self._data_out = _HashedFile(self._data)
+            for suffix in (".json", ".idx"):
+                temporary_path(prefix, suffix).unlink(missing_ok=True)
+
+    def __enter__(self) -> CorpusWriter:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if not self._publishing:
+            for suffix in SUFFIXES:
+                temporary_path(self.prefix, suffix).unlink(missing_ok=True)
+        for file in (self._data, self._lengths, self._ends):
+            with suppress(OSError):  # a full disk again; what counts was flushed by prepare
+                file.close()
+
+    def add(
+        self,
+        tokens: NDArray[Any],
+        lengths: NDArray[np.int32],
+        sequences_per_document: NDArray[np.int64],
+    ) -> None:
+        """Append whole documents.
+
+        Args:
+            tokens: [tokens] in the corpus's type, the ids of all sequences end to end.
+            lengths: [sequences] in tokens.
+            sequences_per_document: [documents].
+        """
+        assert tokens.dtype == self.dtype and tokens.size == int(lengths.sum(dtype=np.int64))
+        assert lengths.size == int(sequences_per_document.sum())
+        ends = self.sequences + np.cumsum(sequences_per_document, dtype=np.int64)
+        with _writing(self.prefix):
+            self._data_out.write(tokens.tobytes())
+            self._lengths.write(lengths.astype("<i4").tobytes())
+            self._ends.write(ends.astype("<i8").tobytes())
+        self.documents += sequences_per_document.size
+        self.sequences += lengths.size
+        self.tokens += tokens.size
+        if tokens.size:
+            self.max_token_id = max(self.max_token_id, int(tokens.max()))
+
+    def prepare(self, facts: dict[str, Any]) -> dict[str, Any]:
+        """Put all three files on the disk under their temporary names; returns the sidecar.
+
+        ``facts`` go into the sidecar in front of what the writer knows itself.
+        """
+        with _writing(self.prefix):
+            sidecar = dict(
+                facts,
+                documents=self.documents,
+                sequences=self.sequences,
+                tokens=self.tokens,
+                max_token_id=self.max_token_id,
+                dtype=self.dtype.name,
+                bin=self._data_out.finish(),
+                idx=self._write_index(),
+            )
+            with open(temporary_path(self.prefix, ".json"), "wb") as file:
+                out = _HashedFile(file)
+                out.write((json.dumps(sidecar, indent=2) + "\n").encode())
+                out.finish()
+        return sidecar
+
+    def publish(self) -> None:
+        """Rename to the final names; call after ``prepare``."""
+        self._publishing = True
+        with _writing(self.prefix):
+            _publish(self.prefix)
+
+    def _write_index(self) -> dict[str, Any]:
+        with open(temporary_path(self.prefix, ".idx"), "wb") as file:
+            out = _HashedFile(file)
+            out.write(HEADER.pack(MAGIC, 1, CODES[self.dtype], self.sequences, self.documents + 1))
+            for lengths in _pieces(self._lengths, 4):
+                out.write(lengths)
+            offset = 0
+            for lengths in _pieces(self._lengths, 4):
+                tokens = np.cumsum(np.frombuffer(lengths, "<i4"), dtype=np.int64)
+                ends = offset + tokens * self.dtype.itemsize
+                out.write(np.concatenate([[offset], ends[:-1]]).astype("<i8").tobytes())
+                offset = int(ends[-1])
+            out.write(struct.pack("<q", 0))
+            for document_ends in _pieces(self._ends, 8):
+                out.write(document_ends)
+            return out.finish()
+
+
+def _pieces(file: BinaryIO, itemsize: int) -> Iterator[bytes]:
+    file.flush()
+    file.seek(0)
+    while piece := file.read(_PIECE * itemsize):
+        yield piece

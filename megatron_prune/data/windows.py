@@ -1,0 +1,75 @@
+"""Text to evaluate on, as windows of tokens, and the bytes their scored tokens stand for.
+
+The rule: the text is tokenised once, in one piece, without special tokens; windows do not overlap;
+the last, partial one is dropped; in each window all tokens but the first are scored. Cutting the
+text first would change the ids at the cuts, so it is never done: tokenising needs about 200 bytes
+of memory a token, and the text as a string.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megatron_prune.data.corpus import check_inputs, parse_lines, read_chunks
+from megatron_prune.data.tokenizers import TextTokenizer
+from megatron_prune.errors import ConfigError
+
+
+def read_text(path: str | Path, json_key: str = "text") -> str:
+    """The text of a file: the texts of JSON lines joined by line ends, any other file as it is.
+
+    JSON lines are known by their name: ``.jsonl``, ``.json``, ``.jsonl.gz``.
+
+    Raises:
+        ConfigError: missing, not UTF-8, or a line that ``preprocess`` would refuse too.
+    """
+    path = Path(path)
+    check_inputs([path])
+    if {".jsonl", ".json"} & set(path.suffixes):
+        return "\n".join(
+            row[0] for chunk in read_chunks([path]) for row in parse_lines(chunk, [json_key])
+        )
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            f"{path}: not UTF-8 text ({error.reason} at byte {error.start})"
+        ) from None
+
+
+def token_windows(
+    tokenizer: TextTokenizer, text: str, seq_length: int, max_windows: int | None = None
+) -> Tensor:
+    """The first windows of ``text``.
+
+    Returns:
+        [windows, seq_length] int64; at most ``max_windows`` of them.
+
+    Raises:
+        ConfigError: the text is shorter than one window, or nothing of a window would be scored.
+    """
+    if seq_length < 2:
+        raise ConfigError(
+            f"--seq-length {seq_length}: a window scores all tokens but its first; wanted 2 or more"
+        )
+    if max_windows is not None and max_windows < 1:
+        raise ConfigError(f"--max-windows {max_windows}: wanted 1 or more")
+    ids = torch.tensor(tokenizer.encode(text, False), dtype=torch.int64)
+    windows = len(ids) // seq_length
+    if windows == 0:
+        raise ConfigError(
+            f"the text has {len(ids)} tokens, one window takes {seq_length}; give more text or a "
+            "smaller --seq-length"
+        )
+    return ids[: windows * seq_length].view(windows, seq_length)[:max_windows]
+
+
+def scored_bytes(tokenizer: TextTokenizer, windows: Tensor) -> int:
+    """UTF-8 bytes of what the scored tokens, ``windows[:, 1:]``, decode to, window by window.
+
+    A character cut by a window's edge decodes to U+FFFD, which counts as three bytes.
+    """
+    return sum(len(tokenizer.decode(ids).encode()) for ids in windows[:, 1:].tolist())
