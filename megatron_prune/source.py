@@ -34,7 +34,8 @@ class Source(ABC):
         companion_files: relative name -> path of the files that travel along with a model: config,
             generation config, tokenizer.
         plan_path: the plan this model was pruned with, None when it was not.
-        iteration: training iteration, 0 for a model that was never trained here.
+        iteration: the number in the name of the checkpoint's directory, 0 for Hugging Face.
+        has_optimizer_state: training state lies beside the weights; it is never read here.
     """
 
     path: Path
@@ -44,6 +45,7 @@ class Source(ABC):
     companion_files: dict[str, Path]
     plan_path: Path | None = None
     iteration: int = 0
+    has_optimizer_state: bool = False
 
     @abstractmethod
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
@@ -67,7 +69,7 @@ class CastSource(Source):
     def __init__(self, source: Source, dtype: str) -> None:
         self.path, self.format, self.grid = source.path, source.format, source.grid
         self.companion_files, self.plan_path = source.companion_files, source.plan_path
-        self.iteration = source.iteration
+        self.iteration, self.has_optimizer_state = source.iteration, source.has_optimizer_state
         self.config = replace(source.config, dtype=dtype)
         self._source, self._dtype = source, DTYPES[dtype]
 

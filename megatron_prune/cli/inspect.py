@@ -1,0 +1,58 @@
+"""What a checkpoint is. Reads configuration and headers only.
+
+  megatron-prune inspect runs/llama --json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from megatron_prune.axes import count_parameters, names
+from megatron_prune.cli.options import opened, shape_table, show
+from megatron_prune.grid import padded_vocab_size
+from megatron_prune.source import DTYPE_NAMES, Source
+from megatron_prune.store.names import FAMILIES
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("path", type=Path, metavar="PATH", help="any checkpoint directory")
+    parser.add_argument("--family", choices=FAMILIES, help="of a stock Megatron checkpoint")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def facts(source: Source) -> dict[str, Any]:
+    """The object ``--json`` prints."""
+    config, grid = source.config, source.grid
+    shape, is_hf = config.shape, source.format == "hf"
+    dtypes = sorted({DTYPE_NAMES.get(source.dtype(n), str(source.dtype(n))) for n in names(config)})
+    return {
+        "path": str(source.path),
+        "format": source.format,
+        "family": config.family,
+        "shape": shape.as_dict(),
+        "padded_vocab_size": shape.vocab_size
+        if is_hf
+        else padded_vocab_size(shape.vocab_size, grid.tensor_parallel),
+        "parameters": count_parameters(config),
+        "tensor_model_parallel_size": grid.tensor_parallel,
+        "pipeline_model_parallel_size": grid.pipeline_parallel,
+        "dtype": dtypes[0] if len(dtypes) == 1 else "+".join(dtypes),
+        "tied": config.tied,
+        "iteration": source.iteration,
+        "pruned": source.plan_path is not None,
+    }
+
+
+def run(args: argparse.Namespace) -> None:
+    with opened(args.path, args.family) as source:
+        found = facts(source)
+        if args.json:
+            show(json.dumps(found, indent=2))
+            return
+        show(shape_table(source.config.shape))
+        for name, value in found.items():
+            if name != "shape":
+                show(f"{name:<30}{value:,}" if type(value) is int else f"{name:<30}{value}")

@@ -1,0 +1,136 @@
+"""Decide what is kept, and write it down as a plan file.
+
+  megatron-prune plan --load llama --save plan.json --hidden-size-remain 3072 \\
+      --num-attention-heads-remain 24 --ffn-hidden-size-remain 8256 --drop-layers 7,13,18-20 \\
+      --balance-for 8
+
+Every target is optional; what is not named is kept whole. Reads a few values of the source to
+fingerprint it, no tensor.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import replace
+from pathlib import Path
+
+from megatron_prune.axes import count_parameters
+from megatron_prune.budget import weight_bytes
+from megatron_prune.cli import options
+from megatron_prune.criteria import CRITERIA
+from megatron_prune.digest import source_digest
+from megatron_prune.errors import ConfigError, StorageError
+from megatron_prune.plan import PRUNE_TYPES, PrunePlan
+from megatron_prune.planning import Targets, make_plan, parse_layers
+from megatron_prune.source import Source
+from megatron_prune.store.commit import replace_file
+
+_REMAIN = ("hidden_size", "num_attention_heads", "ffn_hidden_size", "num_query_groups")
+
+
+def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags a plan is made from; ``prune`` takes them too."""
+    group = parser.add_argument_group("plan")
+    for name in _REMAIN:
+        flag = name.replace("_", "-")
+        group.add_argument(f"--{flag}-remain", type=int, metavar="N", help=f"{name} to keep")
+    group.add_argument(
+        "--drop-layers", metavar="LAYERS", help="layers to remove, such as 7,13,18-20 (from 0)"
+    )
+    group.add_argument(
+        "--prune-type", choices=PRUNE_TYPES, default="balance", help="balance: as many on each rank"
+    )
+    group.add_argument(
+        "--balance-for", type=int, metavar="N", help="TP size to balance for (default: the source's)"
+    )
+    group.add_argument(
+        "--criterion", choices=CRITERIA, default="random", help="what scores the units"
+    )
+    group.add_argument("--seed", type=int, default=1234)
+    group.add_argument(
+        "--prune-config-path",
+        type=Path,
+        metavar="JSON",
+        help="hidden_size_remain, num_attention_heads_remain, ffn_hidden_size_remain, drop_layers",
+    )
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    options.add_load(parser)
+    parser.add_argument("--save", type=Path, required=True, metavar="PLAN", help="plan file")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing plan")
+    parser.add_argument("--dry-run", action="store_true", help="print, write nothing")
+    add_plan_arguments(parser)
+
+
+def asks_for_pruning(args: argparse.Namespace) -> bool:
+    """Whether any target was given."""
+    given = [getattr(args, f"{name}_remain") for name in _REMAIN]
+    return any(x is not None for x in (*given, args.drop_layers, args.prune_config_path))
+
+
+def _from_file(path: Path) -> dict[str, object]:
+    try:
+        values = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--prune-config-path {path}: {error}") from None
+    known = {*(f"{name}_remain" for name in _REMAIN), "drop_layers"}
+    if not isinstance(values, dict) or set(values) - known:
+        unknown = sorted(set(values) - known) if isinstance(values, dict) else values
+        raise ConfigError(
+            f"--prune-config-path {path}: unknown {unknown}; wanted {', '.join(sorted(known))}"
+        )
+    for key, value in values.items():
+        if key != "drop_layers" and value is not None and type(value) is not int:
+            raise ConfigError(f"--prune-config-path {path}: {key} is {value!r}; wanted an integer")
+    return values
+
+
+def targets_from(args: argparse.Namespace) -> Targets:
+    """What is to remain: flags, and the predecessor's JSON for what no flag names."""
+    values = _from_file(args.prune_config_path) if args.prune_config_path else {}
+    for name in (*(f"{name}_remain" for name in _REMAIN), "drop_layers"):
+        if getattr(args, name) is not None:
+            values[name] = getattr(args, name)
+    layers = values.get("drop_layers") or ""
+    if isinstance(layers, list):
+        layers = ",".join(map(str, layers))
+    remain = {name: values.get(f"{name}_remain") for name in _REMAIN}
+    return Targets(**remain, drop_layers=parse_layers(str(layers)))  # type: ignore[arg-type]
+
+
+def plan_from(args: argparse.Namespace, source: Source) -> PrunePlan:
+    """The plan that the flags ask for."""
+    return make_plan(
+        source.config.shape,
+        targets_from(args),
+        CRITERIA[args.criterion],
+        criterion_name=args.criterion,
+        seed=args.seed,
+        prune_type=args.prune_type,
+        balance_for=source.grid.tensor_parallel if args.balance_for is None else args.balance_for,
+        source_digest=source_digest(source),
+    )
+
+
+def show_plan(source: Source, plan: PrunePlan) -> None:
+    """Source and target side by side."""
+    before, after = source.config, replace(source.config, shape=plan.target)
+    options.show(f"{'':<22}{'source':>10}{'target':>10}")
+    options.show(options.shape_table(plan.source, plan.target))
+    for what, cost in (("parameters (M)", count_parameters), ("bytes (MB)", weight_bytes)):
+        options.show(f"{what:<22}{cost(before) / 1e6:>10.1f}{cost(after) / 1e6:>10.1f}")
+
+
+def run(args: argparse.Namespace) -> None:
+    targets_from(args)  # what is malformed is refused before the source is opened
+    if args.save.exists() and not args.overwrite:
+        raise ConfigError(f"--save {args.save}: exists; remove it or use --overwrite")
+    if not args.save.absolute().parent.is_dir():
+        raise StorageError(f"--save {args.save}: {args.save.parent} does not exist; make it first")
+    with options.opened(args.load, args.family) as source:
+        plan = plan_from(args, source)
+        show_plan(source, plan)
+    if not args.dry_run:
+        replace_file(args.save, plan.to_json().encode())

@@ -1,0 +1,47 @@
+"""Cut a checkpoint as a plan says; any source format to any target format in one pass.
+
+  megatron-prune prune --load llama --plan plan.json --save llama-pruned --to hf
+  torchrun --nproc-per-node 8 -m megatron_prune prune --load llama-tp8 --plan plan.json \\
+      --save llama-pruned-tp8 --to megatron --tensor-model-parallel-size 8
+
+Without --plan, the plan's own flags make one on the way. Reads only the slices it needs, never builds
+the model. Optimizer state in the source is dropped.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from megatron_prune.cli import options
+from megatron_prune.cli.plan import add_plan_arguments, asks_for_pruning, plan_from, show_plan
+from megatron_prune.cli.writing import write
+from megatron_prune.errors import ConfigError
+from megatron_prune.plan import load_plan
+from megatron_prune.surgery import PrunedSource
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    options.add_load(parser)
+    options.add_save(parser)
+    parser.add_argument("--plan", type=Path, metavar="PLAN", help="plan file; or the flags below")
+    options.add_target(parser)
+    add_plan_arguments(parser)
+
+
+def run(args: argparse.Namespace) -> None:
+    if args.plan is not None and asks_for_pruning(args):
+        raise ConfigError("--plan and the plan's own flags: give one of the two")
+    if args.plan is None and not asks_for_pruning(args):
+        raise ConfigError("no --plan and none of its flags: nothing says what to keep")
+    target = options.target_from(args)
+    options.check_save(args)
+    plan = None if args.plan is None else load_plan(args.plan)
+    with options.opened(args.load, args.family) as source:
+        if plan is None:
+            plan = plan_from(args, source)
+        if source.has_optimizer_state:
+            options.say(f"{source.path}: its optimizer state is dropped")
+        pruned = options.cast(PrunedSource(source, plan), args.dtype)
+        show_plan(source, plan)
+        write("prune", args, pruned, target, plan)

@@ -1,0 +1,45 @@
+"""The end of every stage that writes a checkpoint: check, or write and say what was written."""
+
+from __future__ import annotations
+
+import argparse
+import time
+
+from megatron_prune.axes import count_parameters
+from megatron_prune.cli import options
+from megatron_prune.plan import PrunePlan
+from megatron_prune.ranks import joined_ranks
+from megatron_prune.source import Source
+from megatron_prune.surgery import Target, make_writer, write_checkpoint
+
+
+def write(
+    stage: str,
+    args: argparse.Namespace,
+    source: Source,
+    target: Target,
+    plan: PrunePlan | None = None,
+) -> None:
+    """Write ``source`` as ``target``; with ``--dry-run`` only say what would be written."""
+    writer = make_writer(source, target)
+    what = (
+        f"{target.directory}: {target.format}, TP={target.grid.tensor_parallel} "
+        f"PP={target.grid.pipeline_parallel}, {count_parameters(source.config):,} parameters, "
+        f"{writer.total_bytes / 1e6:,.1f} MB in {len(writer.files)} files"
+    )
+    if args.dry_run:
+        options.show(f"would write {what}")
+        return
+    began = time.perf_counter()
+    with joined_ranks() as ranks:
+        options.agree_on_arguments(ranks, args)
+        write_checkpoint(
+            source,
+            target,
+            ranks=ranks,
+            plan=plan,
+            overwrite=args.overwrite,
+            progress=options.byte_bar(stage),
+        )
+    seconds = time.perf_counter() - began
+    options.show(f"wrote {what}, {seconds:.1f} s, {writer.total_bytes / 1e6 / seconds:,.0f} MB/s")

@@ -1,0 +1,257 @@
+"""Outputs appear whole or not at all.
+
+Everything is written into a temporary directory beside the target, flushed to disk, described by a
+manifest (sizes and SHA-256), and renamed. A temporary is locked while its writer lives, so the next
+run can tell an abandoned one and sweep it. With ``overwrite`` the old output steps aside only once
+the new one is complete; a kill between the two renames is undone by the next run.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from glob import escape
+from pathlib import Path
+from typing import Any
+
+from megatron_prune import __version__
+from megatron_prune.errors import ConfigError, DamagedError, StorageError
+from megatron_prune.ranks import Ranks
+
+MANIFEST = "manifest.json"
+_NO_PERMISSION = {errno.EACCES, errno.EPERM, errno.EROFS}
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """A finished file: its size and its SHA-256."""
+
+    bytes: int
+    sha256: str
+
+
+class HashedFile:
+    """A new file that hashes what it is given while it is being written, on a second thread."""
+
+    def __init__(self, path: Path, pool: ThreadPoolExecutor) -> None:
+        self._file = open(path, "xb", buffering=0)
+        self._hash, self._pool, self.position = hashlib.sha256(), pool, 0
+
+    def write(self, data: bytes | memoryview) -> int:
+        """Append ``data``; returns when it is both written and hashed."""
+        data = memoryview(data).cast("B")
+        hashed = self._pool.submit(self._hash.update, data)
+        left = data
+        while left:
+            left = left[self._file.write(left) :]
+        hashed.result()
+        self.position += len(data)
+        return len(data)
+
+    def flush(self) -> None:
+        """Nothing is buffered."""
+
+    def close(self) -> FileRecord:
+        """Flush to disk and close."""
+        os.fsync(self._file.fileno())
+        self._file.close()
+        return FileRecord(self.position, self._hash.hexdigest())
+
+
+def hash_file(path: Path) -> FileRecord:
+    """Size and SHA-256 of a file that lies on disk; reads it once."""
+    with open(path, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        return FileRecord(file.tell(), digest)
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Write a small file and flush it to disk."""
+    with open(path, "xb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def replace_file(path: Path, data: bytes) -> None:
+    """Put a small file in place of another, at once."""
+    temporary = path.with_name(f".{path.name}.tmp.{secrets.token_hex(4)}")
+    try:
+        write_file(temporary, data)
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise StorageError(f"{path}: {error.strerror}; nothing was changed") from error
+    _sync_directory(path.parent)
+
+
+def write_manifest(
+    directory: Path, facts: Mapping[str, Any], known: Mapping[str, FileRecord] | None = None
+) -> None:
+    """Describe every file under ``directory`` in its manifest.json.
+
+    Files in ``known`` were hashed while they were written; the others are read once and flushed.
+    """
+    records = {}
+    for path in sorted(p for p in directory.rglob("*") if p.is_file()):
+        name = path.relative_to(directory).as_posix()
+        if name == MANIFEST:
+            continue
+        record = (known or {}).get(name)
+        if record is None:
+            record = hash_file(path)
+            _sync(path)
+        records[name] = asdict(record)
+    manifest = {"version": 1, "writer": f"megatron_prune {__version__}", **facts, "files": records}
+    write_file(directory / MANIFEST, (json.dumps(manifest, indent=1) + "\n").encode())
+
+
+def check_manifest(directory: Path) -> list[str]:
+    """Compare every file with the manifest; returns one sentence per difference.
+
+    Reads every byte. Raises DamagedError when the manifest itself cannot be read.
+    """
+    try:
+        recorded = json.loads((directory / MANIFEST).read_text())["files"]
+        items = [(str(name), int(r["bytes"]), str(r["sha256"])) for name, r in recorded.items()]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DamagedError(f"{directory / MANIFEST}: not a manifest: {error}") from None
+    differences = []
+    for name, size, sha256 in items:
+        path = directory / name
+        if not path.is_file():
+            differences.append(f"{path}: in the manifest, not on disk")
+        elif path.stat().st_size != size:
+            differences.append(f"{path}: {path.stat().st_size} bytes, manifest says {size}")
+        elif hash_file(path).sha256 != sha256:
+            differences.append(f"{path}: its SHA-256 is not the manifest's")
+    return differences
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+_sync_directory = _sync  # a directory is flushed the same way
+
+
+def _try_lock(path: Path) -> int | None:
+    """An open, locked handle of a directory, or None while another process holds it."""
+    handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(handle)
+        return None
+    return handle
+
+
+def _is_used(target: Path) -> bool:
+    return target.exists() and (not target.is_dir() or any(target.iterdir()))
+
+
+def check_target(target: Path, *, overwrite: bool) -> None:
+    """Refuse an output path before any work.
+
+    Raises:
+        ConfigError: it exists and is not empty, or is a file.
+        StorageError: its place is missing or cannot be written.
+    """
+    if target.exists() and not target.is_dir():
+        raise ConfigError(f"--save {target}: is a file; wanted a directory that does not exist yet")
+    if _is_used(target) and not overwrite:
+        raise ConfigError(f"--save {target}: exists and is not empty; remove it or use --overwrite")
+    parent = target.resolve().parent
+    while not parent.exists():
+        parent = parent.parent
+    if not os.access(parent, os.W_OK | os.X_OK) or os.statvfs(parent).f_flag & os.ST_RDONLY:
+        raise StorageError(f"--save {target}: {parent} cannot be written; choose another place")
+
+
+def _sweep(target: Path) -> None:
+    """Remove what dead writers left beside the target, and put back what they had set aside."""
+    for old in target.parent.glob(f".{escape(target.name)}.old.*"):
+        if target.exists():
+            shutil.rmtree(old)
+        else:
+            os.rename(old, target)
+    for temporary in target.parent.glob(f".{escape(target.name)}.tmp.*"):
+        if temporary.is_dir() and (handle := _try_lock(temporary)) is not None:
+            shutil.rmtree(temporary)
+            os.close(handle)
+
+
+def _publish(temporary: Path, target: Path) -> None:
+    old = None
+    if target.exists():
+        if _is_used(target):
+            old = target.with_name(f".{target.name}.old.{secrets.token_hex(4)}")
+            os.rename(target, old)
+        else:
+            target.rmdir()
+    os.rename(temporary, target)
+    _sync_directory(target.parent)
+    if old is not None:
+        shutil.rmtree(old)
+
+
+@contextmanager
+def atomic_directory(target: Path, *, ranks: Ranks, overwrite: bool = False) -> Iterator[Path]:
+    """A temporary directory that becomes ``target`` when the block ends without an error.
+
+    The block runs on every rank with the same path; it must flush what it writes (`HashedFile`,
+    `write_file` and `write_manifest` do). An error on any rank raises on all of them and leaves
+    no trace.
+    """
+    target = target.absolute()
+    temporary, lock, error = target, None, None
+    try:
+        if ranks.is_first:
+            temporary, lock = _start(target, overwrite)
+    except Exception as caught:  # handed to every rank by fail_together
+        error = caught
+    ranks.fail_together(error)
+    temporary = ranks.gather(temporary)[0]
+    try:
+        try:
+            yield temporary
+        except Exception as caught:
+            error = caught
+        ranks.fail_together(error)
+        if ranks.is_first:
+            _publish(temporary, target)
+    except OSError as caught:
+        raise StorageError(f"{target}: {caught.strerror}; nothing was written") from caught
+    finally:
+        if lock is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
+            os.close(lock)
+    ranks.barrier()
+
+
+def _start(target: Path, overwrite: bool) -> tuple[Path, int]:
+    _sweep(target)
+    check_target(target, overwrite=overwrite)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = target.with_name(f".{target.name}.tmp.{secrets.token_hex(4)}")
+        temporary.mkdir()
+    except OSError as error:
+        raise StorageError(f"{target}: {error.strerror}") from error
+    lock = _try_lock(temporary)
+    if lock is None:
+        raise StorageError(f"{temporary}: another process took it; start again")
+    return temporary, lock

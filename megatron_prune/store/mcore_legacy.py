@@ -1,0 +1,256 @@
+"""Megatron's legacy format (``--ckpt-format torch``): ``mp_rank_TT[_PPP]/model_optim_rng.pt``.
+
+Reading maps the files into memory; a tensor is read when it is used. Writing lays out each file
+first (`torch.serialization.skip_data`), then fills its tensors through a shared map, block by block:
+private memory stays at a few blocks whatever the file's size. Each rank's file costs one pass over
+its bytes and one more to hash them.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import re
+from argparse import Namespace
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_prune.axes import axes_of, names, split_dim, split_layer, tensor_shape
+from megatron_prune.errors import CheckpointError, DamagedError
+from megatron_prune.grid import ParallelGrid, padded_vocab_size, part_range
+from megatron_prune.shape import ModelConfig
+from megatron_prune.source import Piece, Source, assemble
+from megatron_prune.store.commit import hash_file
+from megatron_prune.store.megatron import ITERATION, atoms, plain_piece, qkv_piece
+from megatron_prune.store.names import LINEARS, TE_ATTENTION, TE_NORMS, in_layer, megatron_name
+from megatron_prune.store.untrusted import load_untrusted
+from megatron_prune.store.writer import Progress, Writer, Written
+
+FILE = "model_optim_rng.pt"
+
+
+def rank_directory(tp_rank: int, pp_rank: int, pipeline_parallel: int) -> str:
+    """``mp_rank_TT``, with ``_PPP`` when there are stages."""
+    stage = f"_{pp_rank:03d}" if pipeline_parallel > 1 else ""
+    return f"mp_rank_{tp_rank:02d}{stage}"
+
+
+def find_grid(directory: Path) -> ParallelGrid:
+    """The layout of an iteration directory, from the names of its rank directories.
+
+    Raises:
+        CheckpointError: there are none.
+        DamagedError: one is missing; names it.
+    """
+    found = set()
+    for path in directory.glob("mp_rank_*"):
+        if match := re.fullmatch(r"mp_rank_(\d{2,})(?:_(\d{3,}))?", path.name):
+            found.add((int(match[1]), int(match[2] or 0), match[2] is not None))
+    if not found:
+        raise CheckpointError(f"{directory}: no mp_rank_* directories; not a legacy checkpoint")
+    tp = 1 + max(tp for tp, _, _ in found)
+    pp = 1 + max(pp for _, pp, _ in found)
+    for tp_rank in range(tp):
+        for pp_rank in range(pp):
+            name = rank_directory(tp_rank, pp_rank, pp)
+            if not (directory / name / FILE).is_file():
+                raise DamagedError(
+                    f"{directory}: {tp} x {pp} tensor x pipeline shards, {name}/{FILE} is missing; "
+                    "copy it, or convert again from the source"
+                )
+    return ParallelGrid(tensor_parallel=tp, pipeline_parallel=pp)
+
+
+class LegacySource(Source):
+    """A legacy checkpoint at any TP and PP, written from either layer spec."""
+
+    format = "torch"
+
+    def __init__(
+        self,
+        directory: Path,
+        config: ModelConfig,
+        grid: ParallelGrid,
+        *,
+        companion_files: dict[str, Path],
+        plan_path: Path | None,
+        iteration: int,
+    ) -> None:
+        self.path, self.config, self.grid = directory, config, grid
+        self.companion_files, self.plan_path = companion_files, plan_path
+        self.iteration = iteration
+        self._file = cache(self._open)
+        stages = [self._stage_layers(pp_rank) for pp_rank in range(grid.pipeline_parallel)]
+        if sum(stages) != config.shape.num_layers:
+            raise DamagedError(
+                f"{directory}: stages hold {stages} layers, the model has {config.shape.num_layers}"
+            )
+        self._layer_place = [(p, i) for p, count in enumerate(stages) for i in range(count)]
+        self._check_shapes()
+
+    def rank_path(self, tp_rank: int, pp_rank: int) -> Path:
+        return self.path / rank_directory(tp_rank, pp_rank, self.grid.pipeline_parallel) / FILE
+
+    def _open(self, tp_rank: int, pp_rank: int) -> dict[str, Any]:
+        path = self.rank_path(tp_rank, pp_rank)
+        state = load_untrusted(path, mmap=True)
+        model = state.get("model") if isinstance(state, dict) else None
+        if not isinstance(model, dict) or not model:
+            raise DamagedError(f"{path}: holds no model; copy it again, or convert it again")
+        self.has_optimizer_state = "optimizer" in state
+        return model
+
+    def _stage_layers(self, pp_rank: int) -> int:
+        keys = (split_layer(key)[0] for key in self._file(0, pp_rank))
+        return 1 + max((layer for layer in keys if layer is not None), default=-1)
+
+    def _stored(self, name: str, tp_rank: int) -> tuple[Tensor, str]:
+        """The rank's stored tensor that holds part of ``name``, and which part."""
+        layer, rest = split_layer(name)
+        if layer is None:
+            pp_rank = 0 if rest.startswith("embedding") else self.grid.pipeline_parallel - 1
+            local = None
+        else:
+            pp_rank, local = self._layer_place[layer]
+        model = self._file(tp_rank, pp_rank)
+        stored, part = megatron_name(rest, te_norms=False)
+        key = in_layer(local, stored)
+        if key not in model and rest in TE_NORMS:
+            key = in_layer(local, TE_NORMS[rest])
+        x = model.get(key)
+        if not isinstance(x, Tensor):
+            raise DamagedError(f"{self.rank_path(tp_rank, pp_rank)}: {key} is missing")
+        return x, part
+
+    def _check_shapes(self) -> None:
+        for name in names(self.config):
+            for tp_rank in range(self.grid.tensor_parallel):
+                x, part = self._stored(name, tp_rank)
+                wanted = self._stored_shape(name, part)
+                if tuple(x.shape) != wanted:
+                    raise DamagedError(
+                        f"{self.path}: {name}: tp_rank {tp_rank} stores {tuple(x.shape)}, "
+                        f"its configuration says {wanted}"
+                    )
+
+    def _stored_shape(self, name: str, part: str) -> tuple[int, ...]:
+        shape, tp = self.config.shape, self.grid.tensor_parallel
+        sizes, axes = list(tensor_shape(name, shape)), axes_of(name)
+        dim = split_dim(axes)
+        if dim is None:
+            return tuple(sizes)
+        if part in ("q", "k", "v"):
+            sizes[0] = shape.num_query_groups * (shape.heads_per_group + 2) * shape.kv_channels
+        elif part:
+            sizes[0] *= 2
+        elif axes[dim] == "V":
+            sizes[0] = padded_vocab_size(shape.vocab_size, tp)
+        sizes[dim] //= tp
+        return tuple(sizes)
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self._stored(name, 0)[0].dtype
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
+        axes = axes_of(name)
+        dim = split_dim(axes)
+        if dim is None:
+            return self._stored(name, 0)[0]
+        stop = self.config.shape.size(axes[dim]) if stop is None else stop
+        pieces = [self._piece(name, rank) for rank in range(self.grid.tensor_parallel)]
+        return assemble(name, pieces, start, stop, self.path)
+
+    def _piece(self, name: str, tp_rank: int) -> Piece:
+        shape, parts = self.config.shape, self.grid.tensor_parallel
+        axes = axes_of(name)
+        dim = split_dim(axes)
+        assert dim is not None
+        x, part = self._stored(name, tp_rank)
+        if part in ("q", "k", "v"):
+            first, last = part_range(shape.num_query_groups, tp_rank, parts)
+            return qkv_piece(lambda: x, part, first, last - first, self.config)
+        if part:
+            half = x.shape[0] // 2
+            x = x[:half] if part == "gate" else x[half:]
+        axis = axes[dim]
+        size = padded_vocab_size(shape.vocab_size, parts) if axis == "V" else shape.size(axis)
+        start, stop = part_range(size, tp_rank, parts)
+        return plain_piece(lambda: x, start, stop, dim=dim, rows=shape.rows(axis))
+
+    def close(self) -> None:
+        self._file.cache_clear()
+
+
+class LegacyWriter(Writer):
+    """Writes ``mp_rank_*`` directories; one file per model-parallel rank."""
+
+    def __init__(
+        self, source: Source, grid: ParallelGrid, args: Namespace, *, te_norms: bool
+    ) -> None:
+        self._source, self._grid, self._te_norms = source, grid, te_norms
+        self._common = {"args": args, "checkpoint_version": 3.0, "iteration": ITERATION}
+        self._ranks = {
+            f"{rank_directory(tp, pp, grid.pipeline_parallel)}/{FILE}": (tp, pp)
+            for tp, pp in grid.ranks()
+        }
+        self.files = list(self._ranks)
+        self.total_bytes = sum(a.bytes for rank in self._ranks.values() for a in self._atoms(*rank))
+
+    def _atoms(self, tp_rank: int, pp_rank: int) -> Any:
+        return atoms(
+            self._source, self._grid, tp_rank, pp_rank, te_norms=self._te_norms, shared=False
+        )
+
+    def _layout(self, tp_rank: int, pp_rank: int) -> dict[str, Tensor | None]:
+        """Every key of the rank's file, in order; the tensors reserve addresses, not memory."""
+        first = self._grid.stage_layers(self._source.config.shape.num_layers, pp_rank).start
+        model: dict[str, Tensor | None] = {}
+        for atom in self._atoms(tp_rank, pp_rank):
+            layer = None if atom.layer is None else atom.layer - first
+            key = in_layer(layer, atom.name)
+            if key in model:
+                continue
+            model[key] = torch.empty(atom.local_shape, dtype=atom.dtype)
+            module, _, kind = atom.name.rpartition(".")
+            if kind == "weight" and module in (*LINEARS, "output_layer"):
+                model[in_layer(layer, f"{module}._extra_state")] = None
+            if self._te_norms and module == LINEARS[0]:
+                model[in_layer(layer, f"{TE_ATTENTION}._extra_state")] = None
+        return model
+
+    def write(
+        self, directory: Path, file: str, pool: ThreadPoolExecutor, progress: Progress
+    ) -> Written:
+        tp_rank, pp_rank = self._ranks[file]
+        path = directory / file
+        path.parent.mkdir(parents=True)
+        with torch.serialization.skip_data():
+            torch.save({**self._common, "model": self._layout(tp_rank, pp_rank)}, path)
+        with (
+            torch.serialization.safe_globals([Namespace]),
+            torch.serialization.set_default_mmap_options(mmap.MAP_SHARED),
+        ):
+            model = torch.load(path, mmap=True, weights_only=True)["model"]
+        first = self._grid.stage_layers(self._source.config.shape.num_layers, pp_rank).start
+        for atom in self._atoms(tp_rank, pp_rank):
+            layer = None if atom.layer is None else atom.layer - first
+            target = model[in_layer(layer, atom.name)]
+            if atom.dim is not None:
+                target = target.narrow(atom.dim, atom.local_start, atom.shape[atom.dim])
+            target.copy_(atom.pull())
+            progress(atom.bytes)
+        del model, target
+        hashed = pool.submit(hash_file, path)  # while the disk takes the pages
+        handle = os.open(path, os.O_RDONLY)
+        os.fsync(handle)
+        os.close(handle)
+        return Written(hashed.result())
+
+    def finish(self, directory: Path, written: Mapping[str, Written]) -> None:
+        """Every file stands alone."""

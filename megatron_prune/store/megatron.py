@@ -1,0 +1,214 @@
+"""Megatron's storage, common to both of its formats: which rank stores what, fused how.
+
+Writing: `atoms` lists one rank's stored tensors as *atoms*, each a whole row range of one stored
+tensor (``linear_fc1`` is two: gate and up; an embedding is several). Reading is the inverse: a
+format lists stored blocks, `plain_piece` and `qkv_piece` turn each into a piece of a canonical tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from math import prod
+
+import torch
+from torch import Tensor
+
+from megatron_prune.axes import EMBEDDING, FINAL_NORM, OUTPUT, layer_name, layer_weights, split_dim
+from megatron_prune.grid import ParallelGrid, padded_vocab_size, part_range
+from megatron_prune.shape import ModelConfig
+from megatron_prune.source import Piece, Source
+from megatron_prune.store.names import megatron_name
+from megatron_prune.store.writer import BLOCK_BYTES
+from megatron_prune.tensors import fuse_qkv, unfuse_qkv
+
+ITERATION = 1  # of everything written file to file; training counts its own
+
+
+@dataclass(frozen=True, kw_only=True)
+class Atom:
+    """A part of one rank's share of a stored tensor.
+
+    Attributes:
+        name: stored name without its layer; ``layer`` in the model's numbering or None.
+        shape: the atom's own shape.
+        dim: the dim along which it lies among its siblings, None for a replicated tensor.
+        local_start, local_size: where it begins in the rank's tensor along ``dim``, and that
+            tensor's size there.
+        global_start, global_size: the same in the whole stored tensor.
+        pull: reads, cuts and fuses it.
+    """
+
+    name: str
+    layer: int | None
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    dim: int | None
+    local_start: int = 0
+    local_size: int = 0
+    global_start: int = 0
+    global_size: int = 0
+    pull: Callable[[], Tensor]
+
+    @property
+    def bytes(self) -> int:
+        return prod(self.shape) * self.dtype.itemsize
+
+    def _with(self, size: int) -> tuple[int, ...]:
+        return tuple(size if dim == self.dim else n for dim, n in enumerate(self.shape))
+
+    @property
+    def local_shape(self) -> tuple[int, ...]:
+        return self.shape if self.dim is None else self._with(self.local_size)
+
+    @property
+    def global_shape(self) -> tuple[int, ...]:
+        return self.shape if self.dim is None else self._with(self.global_size)
+
+    @property
+    def global_offset(self) -> tuple[int, ...]:
+        return tuple(self.global_start if dim == self.dim else 0 for dim in range(len(self.shape)))
+
+
+def atoms(
+    source: Source, grid: ParallelGrid, tp_rank: int, pp_rank: int, *, te_norms: bool, shared: bool
+) -> Iterator[Atom]:
+    """Everything one model-parallel rank stores, in the order of the forward pass.
+
+    Args:
+        te_norms: name the norms as Transformer Engine's layer spec does.
+        shared: the format shares tensors between ranks: replicated ones come from ``tp_rank`` 0
+            only, and a tied output layer is not stored a second time.
+    """
+    rank = _RankAtoms(source, grid, tp_rank, te_norms, skip_replicated=shared and tp_rank > 0)
+    config = source.config
+    if pp_rank == 0:
+        yield from rank.vocabulary(EMBEDDING.name, EMBEDDING.name)
+    for layer in grid.stage_layers(config.shape.num_layers, pp_rank):
+        yield from rank.layer(layer)
+    if pp_rank < grid.pipeline_parallel - 1:
+        return
+    yield from rank.plain(None, FINAL_NORM.name, FINAL_NORM.axes)
+    if not config.tied:
+        yield from rank.vocabulary(OUTPUT.name, OUTPUT.name)
+    elif grid.pipeline_parallel > 1 and not shared:
+        yield from rank.vocabulary(OUTPUT.name, EMBEDDING.name)
+
+
+class _RankAtoms:
+    def __init__(
+        self, source: Source, grid: ParallelGrid, tp_rank: int, te_norms: bool, skip_replicated: bool
+    ) -> None:
+        self.source, self.shape = source, source.config.shape
+        self.parts, self.part = grid.tensor_parallel, tp_rank
+        self.te_norms, self.skip_replicated = te_norms, skip_replicated
+
+    def layer(self, layer: int) -> Iterator[Atom]:
+        for weight in layer_weights(self.source.config):
+            part = megatron_name(weight.name, te_norms=self.te_norms)[1]
+            if part == "q":
+                yield self.qkv(layer, weight.name)
+            elif part not in ("k", "v"):
+                yield from self.plain(layer, weight.name, weight.axes, part)
+
+    def plain(self, layer: int | None, rest: str, axes: str, part: str = "") -> Iterator[Atom]:
+        """A tensor stored as it is; gate and up are halves of ``linear_fc1``, per rank and whole."""
+        dim, read = split_dim(axes), self.source.read
+        name = rest if layer is None else layer_name(layer, rest)
+        sizes = [self.shape.size(axis) * self.shape.rows(axis) for axis in axes]
+        stored, dtype = megatron_name(rest, te_norms=self.te_norms)[0], self.source.dtype(name)
+        if dim is None:
+            if not self.skip_replicated:
+                yield Atom(
+                    name=stored, layer=layer, shape=tuple(sizes), dtype=dtype, dim=None,
+                    pull=lambda: read(name),
+                )  # fmt: skip
+            return
+        whole, rows = sizes[dim], self.shape.rows(axes[dim])
+        start, stop = part_range(self.shape.size(axes[dim]), self.part, self.parts)
+        sizes[dim] = local = (stop - start) * rows
+        halves, half = (2, int(part == "up")) if part else (1, 0)
+        yield Atom(
+            name=stored, layer=layer, shape=tuple(sizes), dtype=dtype, dim=dim,
+            local_start=half * local, local_size=halves * local,
+            global_start=half * whole + start * rows, global_size=halves * whole,
+            pull=lambda: read(name, start, stop),
+        )  # fmt: skip
+
+    def qkv(self, layer: int, rest: str) -> Atom:
+        """``linear_qkv``, fused over this rank's groups. ``rest`` is the name of its q part."""
+        shape, read = self.shape, self.source.read
+        q, k, v = (layer_name(layer, rest.replace("linear_q", f"linear_{c}")) for c in "qkv")
+        start, stop = part_range(shape.num_query_groups, self.part, self.parts)
+        heads, per_group = shape.heads_per_group, (shape.heads_per_group + 2) * shape.kv_channels
+        rows = (stop - start) * per_group
+        trailing = (shape.hidden_size,) if rest.endswith("weight") else ()
+
+        def pull() -> Tensor:
+            queries = read(q, start * heads, stop * heads)
+            keys, values = read(k, start, stop), read(v, start, stop)
+            return fuse_qkv(queries, keys, values, stop - start, shape.kv_channels)
+
+        return Atom(
+            name=megatron_name(rest, te_norms=self.te_norms)[0], layer=layer,
+            shape=(rows, *trailing), dtype=self.source.dtype(q), dim=0, local_size=rows,
+            global_start=start * per_group, global_size=shape.num_query_groups * per_group, pull=pull,
+        )  # fmt: skip
+
+    def vocabulary(self, stored: str, name: str) -> Iterator[Atom]:
+        """Embedding rows of this rank in blocks, padded as Megatron's own converters pad them:
+        with copies of the last row, which disturb a softmax less than zeros."""
+        shape, dtype = self.shape, self.source.dtype(name)
+        padded = padded_vocab_size(shape.vocab_size, self.parts)
+        start, stop = part_range(padded, self.part, self.parts)
+        step = max(1, BLOCK_BYTES // (shape.hidden_size * dtype.itemsize))
+        for at in range(start, stop, step):
+            upto = min(at + step, stop)
+            yield Atom(
+                name=stored, layer=None, shape=(upto - at, shape.hidden_size), dtype=dtype, dim=0,
+                local_start=at - start, local_size=stop - start,
+                global_start=at, global_size=padded,
+                pull=lambda at=at, upto=upto: self._padded_rows(name, at, upto),
+            )  # fmt: skip
+
+    def _padded_rows(self, name: str, start: int, stop: int) -> Tensor:
+        vocab, read = self.shape.vocab_size, self.source.read
+        if stop <= vocab:
+            return read(name, start, stop)
+        last = read(name, vocab - 1, vocab).expand(stop - max(start, vocab), -1)
+        return last if start >= vocab else torch.cat([read(name, start, vocab), last])
+
+
+def plain_piece(
+    load: Callable[[], Tensor], start: int, stop: int, *, dim: int | None, rows: int
+) -> Piece:
+    """A stored block that is a piece of a canonical tensor by itself.
+
+    Args:
+        load: gives the block, a view where possible.
+        start, stop: indices of the split axis it holds; ``rows`` rows of ``dim`` each.
+    """
+
+    def take_rows(a: int, b: int) -> Tensor:
+        return load() if dim is None else load().narrow(dim, a * rows, (b - a) * rows)
+
+    return Piece(start, stop, take_rows)
+
+
+def qkv_piece(
+    load: Callable[[], Tensor], part: str, first_group: int, groups: int, config: ModelConfig
+) -> Piece:
+    """The q, k or v piece of a stored block of ``linear_qkv`` that holds whole groups."""
+    shape = config.shape
+    heads = shape.heads_per_group
+    indices = heads if part == "q" else 1  # indices of the canonical axis per group
+    per_group = (heads + 2) * shape.kv_channels
+
+    def take_rows(a: int, b: int) -> Tensor:
+        first, last = a // indices, -(-b // indices)
+        fused = load().narrow(0, first * per_group, (last - first) * per_group)
+        x = unfuse_qkv(fused, part, heads, shape.kv_channels)
+        at = (a - first * indices) * shape.kv_channels
+        return x.narrow(0, at, (b - a) * shape.kv_channels)
+
+    return Piece(first_group * indices, (first_group + groups) * indices, take_rows)

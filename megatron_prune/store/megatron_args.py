@@ -1,0 +1,177 @@
+"""The ``args`` namespace of a Megatron checkpoint: written for stock Megatron-LM's
+``--use-checkpoint-args``, read when nothing else tells what the model is.
+"""
+
+from __future__ import annotations
+
+import warnings
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+from megatron_prune.errors import CheckpointError, PruneError
+from megatron_prune.grid import ParallelGrid, padded_vocab_size
+from megatron_prune.shape import ModelConfig, ModelShape
+from megatron_prune.store.names import FAMILIES
+
+
+def megatron_args(config: ModelConfig, grid: ParallelGrid, **more: Any) -> Namespace:
+    """Arguments that describe a model to stock Megatron-LM (core_r0.16); plain types only."""
+    shape = config.shape
+    scaling = dict(config.rope_scaling or {})
+    values: dict[str, Any] = {
+        **{k: v for k, v in shape.as_dict().items() if k != "vocab_size"},
+        "vocab_size": shape.vocab_size,
+        "padded_vocab_size": padded_vocab_size(shape.vocab_size, grid.tensor_parallel),
+        "make_vocab_size_divisible_by": 128,
+        "group_query_attention": True,
+        "max_position_embeddings": config.max_position_embeddings,
+        "seq_length": config.max_position_embeddings,
+        "position_embedding_type": "rope",
+        "add_position_embedding": True,
+        "use_rotary_position_embeddings": True,
+        "rotary_base": int(config.rotary_base),
+        "rotary_percent": 1.0,
+        "rotary_interleaved": False,
+        "use_rope_scaling": scaling.get("rope_type") == "llama3",
+        "rope_scaling_factor": float(scaling.get("factor", 8.0)),
+        "rotary_seq_len_interpolation_factor": (
+            scaling["factor"] if scaling.get("rope_type") == "linear" else None
+        ),
+        "add_bias_linear": config.mlp_bias,
+        "add_qkv_bias": config.qkv_bias,
+        "swiglu": True,
+        "squared_relu": False,
+        "untie_embeddings_and_output_weights": not config.tied,
+        "normalization": "RMSNorm",
+        "norm_epsilon": config.norm_epsilon,
+        "apply_layernorm_1p": False,
+        "qk_layernorm": False,
+        "apply_query_key_layer_scaling": False,
+        "attention_dropout": 0.0,
+        "hidden_dropout": 0.0,
+        "init_method_std": config.init_method_std,
+        "num_experts": None,
+        "bf16": config.dtype == "bf16",
+        "fp16": config.dtype == "fp16",
+        "tensor_model_parallel_size": grid.tensor_parallel,
+        "pipeline_model_parallel_size": grid.pipeline_parallel,
+        "decoder_first_pipeline_num_layers": grid.first_stage_layers,
+        "decoder_last_pipeline_num_layers": grid.last_stage_layers,
+        "virtual_pipeline_model_parallel_size": None,
+        "consumed_train_samples": 0,
+        "consumed_valid_samples": 0,
+        "model_family": config.family,
+        **more,
+    }
+    return Namespace(**values)
+
+
+_WANTED = {
+    "swiglu": (True, "only SwiGLU models"),
+    "normalization": ("RMSNorm", "only RMSNorm models"),
+    "position_embedding_type": ("rope", "only rotary position embeddings"),
+    "rotary_percent": (1.0, "only full rotary embeddings"),
+    "rotary_interleaved": (False, "only half-split rotary embeddings"),
+    "num_experts": (None, "no mixture of experts"),
+    "qk_layernorm": (False, "no query/key norms"),
+    "apply_layernorm_1p": (False, "no 1+weight norms"),
+    "virtual_pipeline_model_parallel_size": (None, "no interleaved pipeline"),
+}
+
+
+def config_from_args(args: Any, where: Path, family: str | None) -> ModelConfig:
+    """A model's facts from a stock checkpoint's arguments.
+
+    Raises:
+        CheckpointError: an attribute is missing, or the model is of a kind we do not read.
+    """
+    values = vars(args) if isinstance(args, Namespace) else {}
+    for name, (wanted, reads) in _WANTED.items():
+        if name in values and values[name] != wanted:
+            raise CheckpointError(f"{where}: args.{name} is {values[name]!r}; this reads {reads}")
+    required = ("num_layers", "hidden_size", "num_attention_heads", "ffn_hidden_size")
+    missing = [name for name in required if not isinstance(values.get(name), int)]
+    if "padded_vocab_size" not in values and "vocab_size" not in values:
+        missing.append("padded_vocab_size")
+    if missing:
+        raise CheckpointError(
+            f"{where}: its arguments lack {', '.join(missing)}, so its shape is not known; "
+            "convert it again from the Hugging Face source"
+        )
+    heads = values["num_attention_heads"]
+    grouped = values.get("group_query_attention") and values.get("num_query_groups")
+    qkv_bias = bool(values.get("add_qkv_bias")) or bool(values.get("add_bias_linear"))
+    all_bias = bool(values.get("add_bias_linear"))
+    guess = values.get("model_family") or ("qwen2" if qkv_bias and not all_bias else "llama")
+    family = family or guess
+    if family not in FAMILIES:
+        raise CheckpointError(f"{where}: family {family!r}; wanted one of {', '.join(FAMILIES)}")
+    try:
+        shape = ModelShape(
+            num_layers=values["num_layers"],
+            hidden_size=values["hidden_size"],
+            ffn_hidden_size=values["ffn_hidden_size"],
+            num_attention_heads=heads,
+            num_query_groups=values["num_query_groups"] if grouped else heads,
+            kv_channels=values.get("kv_channels") or values["hidden_size"] // heads,
+            vocab_size=values.get("vocab_size") or values["padded_vocab_size"],
+        )
+    except PruneError as error:
+        raise CheckpointError(f"{where}: its arguments: {error}") from None
+    return ModelConfig(
+        family=family,
+        shape=shape,
+        tied=not values.get("untie_embeddings_and_output_weights", False),
+        qkv_bias=qkv_bias,
+        proj_bias=all_bias,
+        mlp_bias=all_bias,
+        norm_epsilon=float(values.get("norm_epsilon", 1e-5)),
+        rotary_base=float(values.get("rotary_base", 10000)),
+        rope_scaling=_rope_scaling(values),
+        max_position_embeddings=int(values.get("max_position_embeddings") or 2048),
+        init_method_std=float(values.get("init_method_std", 0.02)),
+        dtype="bf16" if values.get("bf16") else "fp16" if values.get("fp16") else "fp32",
+        hf_config={},
+    )
+
+
+def _rope_scaling(values: dict[str, Any]) -> dict[str, Any] | None:
+    if values.get("use_rope_scaling"):  # Megatron's constants, megatron.core RotaryEmbedding
+        return {
+            "rope_type": "llama3",
+            "factor": float(values.get("rope_scaling_factor", 8.0)),
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192,
+        }
+    if values.get("rotary_seq_len_interpolation_factor"):
+        return {
+            "rope_type": "linear",
+            "factor": float(values["rotary_seq_len_interpolation_factor"]),
+        }
+    return None
+
+
+def check_expressible(config: ModelConfig) -> None:
+    """Refuse a model that Megatron has no arguments for.
+
+    Raises:
+        CheckpointError: only some of the linears have biases.
+    """
+    if config.proj_bias != config.mlp_bias or (config.proj_bias and not config.qkv_bias):
+        raise CheckpointError(
+            "Megatron has biases in all linears or in linear_qkv alone; this model has "
+            f"qkv {config.qkv_bias}, proj {config.proj_bias}, mlp {config.mlp_bias}. "
+            "Prune it with --to hf"
+        )
+
+
+def warn_unverified(where: Path) -> None:
+    """Say once that a stock checkpoint carries nothing to check it against."""
+    warnings.warn(
+        f"{where}: no manifest and no config beside the weights: shape and family come from its "
+        "arguments (--family overrides), its vocabulary size may be padded, and nothing can be "
+        "verified",
+        stacklevel=2,
+    )

@@ -1,0 +1,196 @@
+"""What lies at a path: Hugging Face, torch_dist or legacy; and its `Source`.
+
+A Megatron root holds ``latest_checkpointed_iteration.txt`` and iteration directories. Ours keep the
+model's companions (config, tokenizer) in ``hf/`` and its plan in ``plan.json`` inside the iteration
+directory, so that one directory is one whole checkpoint. Stock checkpoints have neither and are read
+by their arguments.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_prune.errors import CheckpointError, DamagedError
+from megatron_prune.grid import ParallelGrid
+from megatron_prune.shape import ModelConfig
+from megatron_prune.source import Source
+from megatron_prune.store import hf, mcore_dist, mcore_legacy
+from megatron_prune.store.commit import MANIFEST
+from megatron_prune.store.hf_config import CONFIG, read_config
+from megatron_prune.store.megatron_args import config_from_args, warn_unverified
+from megatron_prune.store.untrusted import load_untrusted
+
+TRACKER = "latest_checkpointed_iteration.txt"
+COMPANIONS, PLAN = "hf", "plan.json"
+_NOT_COMPANIONS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".index.json")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointFacts:
+    """Where a checkpoint lies and what kind it is, before any tensor is looked at.
+
+    Attributes:
+        directory: the directory of the weights (an iteration directory for Megatron).
+        format: hf, torch_dist or torch.
+    """
+
+    directory: Path
+    format: str
+    iteration: int = 0
+
+
+def iteration_directory(root: Path) -> Path:
+    """The iteration directory a Megatron root points to; ``root`` itself when it is one.
+
+    Raises:
+        CheckpointError: the tracker is unreadable or points to a directory that is not there.
+    """
+    tracker = root / TRACKER
+    if not tracker.is_file():
+        return root
+    word = tracker.read_text(errors="replace").strip()
+    if word != "release" and not word.isdigit():
+        raise CheckpointError(f"{tracker}: {word[:40]!r}; wanted an iteration number or 'release'")
+    directory = root / ("release" if word == "release" else f"iter_{int(word):07d}")
+    if not directory.is_dir():
+        raise CheckpointError(f"{tracker}: points to {directory.name}, which is not there")
+    return directory
+
+
+def read_facts(path: Path) -> CheckpointFacts:
+    """Find out what lies at ``path``.
+
+    Raises:
+        CheckpointError: nothing is there, or nothing we know.
+    """
+    if not path.is_dir():
+        what = "is a file; wanted a checkpoint directory" if path.exists() else "does not exist"
+        raise CheckpointError(f"{path}: {what}")
+    directory = iteration_directory(path)
+    match = re.fullmatch(r"iter_(\d+)", directory.name)
+    iteration = int(match[1]) if match else 0
+    if (directory / mcore_dist.INDEX).is_file() or (directory / mcore_dist.COMMON).is_file():
+        return CheckpointFacts(directory=directory, format="torch_dist", iteration=iteration)
+    if any(directory.glob("mp_rank_*")):
+        return CheckpointFacts(directory=directory, format="torch", iteration=iteration)
+    if (directory / CONFIG).is_file() or any(
+        (directory / name).is_file() for name in (hf.SINGLE, hf.INDEX, hf.BIN_SINGLE, hf.BIN_INDEX)
+    ):
+        return CheckpointFacts(directory=directory, format="hf")
+    raise CheckpointError(
+        f"{path}: no config.json, no .metadata and no mp_rank_* directories; wanted a Hugging Face "
+        "directory or a Megatron checkpoint"
+    )
+
+
+def open_source(path: Path, *, family: str | None = None) -> Source:
+    """Open any checkpoint. Reads configuration and headers, no tensor.
+
+    Args:
+        family: for a stock Megatron checkpoint whose arguments do not tell.
+
+    Raises:
+        CheckpointError: nothing we read lies there.
+        DamagedError: what lies there is incomplete or contradicts itself.
+    """
+    facts = read_facts(path)
+    if facts.format == "hf":
+        return _open_hf(facts.directory)
+    if facts.format == "torch_dist":
+        return _open_dist(facts, family)
+    return _open_legacy(facts, family)
+
+
+def companion_files(directory: Path) -> dict[str, Path]:
+    """Files that travel with a model: everything at the top that is not weights or ours."""
+    return {
+        path.name: path
+        for path in sorted(directory.iterdir())
+        if path.is_file()
+        and not path.name.startswith(".")
+        and not path.name.endswith(_NOT_COMPANIONS)
+        and path.name not in (CONFIG, PLAN, MANIFEST)
+    }
+
+
+def _plan_in(directory: Path) -> Path | None:
+    return directory / PLAN if (directory / PLAN).is_file() else None
+
+
+def _open_hf(directory: Path) -> Source:
+    return hf.HuggingFaceSource(
+        directory,
+        read_config(directory / CONFIG),
+        companion_files=companion_files(directory),
+        plan_path=_plan_in(directory),
+    )
+
+
+def _megatron_config(
+    facts: CheckpointFacts, common: Any, where: Path, family: str | None
+) -> tuple[ModelConfig, dict[str, Path]]:
+    companions = facts.directory / COMPANIONS
+    if (companions / CONFIG).is_file():
+        return read_config(companions / CONFIG), companion_files(companions)
+    warn_unverified(facts.directory)
+    args = common.get("args") if isinstance(common, dict) else None
+    return config_from_args(args, where, family), {}
+
+
+def _open_dist(facts: CheckpointFacts, family: str | None) -> Source:
+    directory = facts.directory
+    try:
+        backend = json.loads((directory / mcore_dist.FORMAT).read_text())["sharded_backend"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DamagedError(f"{directory / mcore_dist.FORMAT}: {error}; copy it again") from None
+    if backend != "torch_dist":
+        raise CheckpointError(f"{directory}: sharded backend {backend!r}; wanted torch_dist")
+    common_path = directory / mcore_dist.COMMON
+    common = load_untrusted(common_path, mmap=False)
+    index = mcore_dist.read_index(directory)
+    config, companions = _megatron_config(facts, common, common_path, family)
+    return mcore_dist.DistSource(
+        directory,
+        config,
+        _grid_of(common),
+        index,
+        companion_files=companions,
+        plan_path=_plan_in(directory),
+        iteration=facts.iteration,
+    )
+
+
+def _grid_of(common: Any) -> ParallelGrid:
+    """The layout a distributed checkpoint was written at; 1 x 1 where it does not say."""
+    values = vars(common["args"]) if hasattr(common.get("args"), "__dict__") else {}
+
+    def size(name: str) -> int | None:
+        value = values.get(name)
+        return value if isinstance(value, int) and value > 0 else None
+
+    return ParallelGrid(
+        tensor_parallel=size("tensor_model_parallel_size") or 1,
+        pipeline_parallel=size("pipeline_model_parallel_size") or 1,
+        first_stage_layers=size("decoder_first_pipeline_num_layers"),
+        last_stage_layers=size("decoder_last_pipeline_num_layers"),
+    )
+
+
+def _open_legacy(facts: CheckpointFacts, family: str | None) -> Source:
+    directory = facts.directory
+    grid = mcore_legacy.find_grid(directory)
+    first = directory / mcore_legacy.rank_directory(0, 0, grid.pipeline_parallel)
+    common = load_untrusted(first / mcore_legacy.FILE, mmap=True)
+    config, companions = _megatron_config(facts, common, first / mcore_legacy.FILE, family)
+    return mcore_legacy.LegacySource(
+        directory,
+        config,
+        grid,
+        companion_files=companions,
+        plan_path=_plan_in(directory),
+        iteration=facts.iteration,
+    )

@@ -1,0 +1,56 @@
+"""Opening pickles from strangers without running anything in them.
+
+`torch.load(weights_only=True)` builds only tensors and plain containers. Megatron's files also name
+a few classes (argument enums, numpy arrays of the random state); those are put in as inert stand-ins.
+Any other name is refused, and no code of the file is ever imported or called.
+"""
+
+from __future__ import annotations
+
+import pickle
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_prune.errors import DamagedError
+
+_STAND_IN_PREFIXES = ("megatron.", "numpy.", "transformer_engine.", "signal.", "enum.", "pathlib.")
+_STAND_IN_NAMES = {"_codecs.encode", "_io.BytesIO", "types.SimpleNamespace"}
+
+
+class Opaque:
+    """In place of an object we neither need nor trust."""
+
+    def __init__(self, *args: Any) -> None:
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
+def load_untrusted(path: Path, *, mmap: bool) -> Any:
+    """A ``torch.save`` file as tensors, containers, ``Namespace`` and `Opaque` stand-ins.
+
+    With ``mmap`` the tensors are views of the file and nothing is read until it is used.
+
+    Raises:
+        DamagedError: the file is cut short, or names something that is not allowed.
+    """
+    try:
+        named = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+        named = [name for name in named if name != "argparse.Namespace"]
+        refused = [
+            n for n in named if not n.startswith(_STAND_IN_PREFIXES) and n not in _STAND_IN_NAMES
+        ]
+        if refused:
+            raise DamagedError(
+                f"{path}: names {', '.join(sorted(refused))}, which no model needs; not loaded"
+            )
+        allowed = [Namespace, *((Opaque, name) for name in named)]
+        with torch.serialization.safe_globals(allowed):
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    except (RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise DamagedError(f"{path}: cannot be read: {reason}; copy it again") from None

@@ -1,0 +1,247 @@
+"""Surgery: for each tensor of the target, read the slice it needs, take, shard, write.
+
+`PrunedSource` is a model seen through a plan; `write_checkpoint` streams any source into any format
+and layout. Convert, prune and reshard are calls of these two. One step holds a block of rows or one
+tensor, never the model. Under torchrun the ranks take the target's files in turn.
+
+Pruning here is pure slicing. Removing hidden channels changes the denominator of RMSNorm; a
+correction of the norm weights belongs in `PrunedSource.read`, where the norms pass by.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_prune.axes import axes_of, count_parameters, layer_name, split_dim, split_layer
+from megatron_prune.digest import source_digest
+from megatron_prune.errors import PlanError, StorageError
+from megatron_prune.grid import ParallelGrid
+from megatron_prune.plan import PrunePlan
+from megatron_prune.ranks import Ranks
+from megatron_prune.source import Source
+from megatron_prune.store.commit import atomic_directory, write_file, write_manifest
+from megatron_prune.store.hf import DEFAULT_SHARD_BYTES, HuggingFaceWriter
+from megatron_prune.store.hf_config import CONFIG, hf_config
+from megatron_prune.store.mcore_dist import DistWriter
+from megatron_prune.store.mcore_legacy import LegacyWriter
+from megatron_prune.store.megatron import ITERATION
+from megatron_prune.store.megatron_args import check_expressible, megatron_args
+from megatron_prune.store.open import COMPANIONS, PLAN, TRACKER
+from megatron_prune.store.writer import Progress, Writer, Written
+from megatron_prune.tensors import take
+
+
+class PrunedSource(Source):
+    """A model as a plan leaves it: reads through to the source, slice by slice.
+
+    Raises:
+        PlanError: the plan was made for another model.
+    """
+
+    def __init__(self, source: Source, plan: PrunePlan) -> None:
+        check_plan_fits(source, plan)
+        self.path, self.format, self.grid = source.path, source.format, source.grid
+        self.companion_files, self.iteration = source.companion_files, source.iteration
+        self._source, self._plan = source, plan
+        config = replace(source.config, shape=plan.target)
+        layers = None if plan.kept.layers is None else list(plan.kept.layers)
+        self.config = replace(config, hf_config=hf_config(config, layers))
+        self._rows = {axis: plan.source.rows(axis) for axis in "QK"}
+
+    def _source_name(self, name: str) -> tuple[str, int | None]:
+        layer, rest = split_layer(name)
+        if layer is None:
+            return name, None
+        old = self._plan.layers[layer]
+        return layer_name(old, rest), old
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self._source.dtype(self._source_name(name)[0])
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
+        source_name, layer = self._source_name(name)
+        axes = axes_of(name)
+        dim = split_dim(axes)
+        kept = {a: index for a in axes if (index := self._plan.tensor(a, layer)) is not None}
+        low, high = start, stop
+        if dim is not None and axes[dim] in kept:
+            index = kept[axes[dim]][start:stop]
+            low, high = int(index[0]), int(index[-1]) + 1
+            if len(index) == high - low:
+                del kept[axes[dim]]  # a run without gaps: the read below is the slice
+            else:
+                kept[axes[dim]] = index - low
+        return take(self._source.read(source_name, low, high), axes, kept, self._rows)
+
+    def close(self) -> None:
+        self._source.close()
+
+
+def check_plan_fits(source: Source, plan: PrunePlan) -> None:
+    """Refuse a plan made for another model, before any weight is read whole."""
+    if plan.source != source.config.shape:
+        raise PlanError(
+            f"{source.path}: is {source.config.shape.as_dict()}, the plan was made for "
+            f"{plan.source.as_dict()}; make a plan for this model"
+        )
+    found = source_digest(source)
+    if plan.source_digest != found:
+        raise PlanError(
+            f"{source.path}: same shape, other weights: its digest is {found[:12]}..., the plan was "
+            f"made for {plan.source_digest[:12]}...; make a plan for this model"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """Where and as what a checkpoint is written.
+
+    Attributes:
+        format: hf, torch_dist or torch.
+        te_norms: legacy format only: name norms as Transformer Engine's layer spec does.
+    """
+
+    directory: Path
+    format: str
+    grid: ParallelGrid = ParallelGrid()
+    max_shard_bytes: int = DEFAULT_SHARD_BYTES
+    te_norms: bool = True
+
+    @property
+    def weights_directory(self) -> str:
+        """Of the weights, below the directory."""
+        return "." if self.format == "hf" else f"iter_{ITERATION:07d}"
+
+
+def plan_text(source: Source, plan: PrunePlan | None) -> bytes | None:
+    """The plan file that goes with a model: the one it is pruned with, else the one it carries."""
+    if plan is not None:
+        return plan.to_json().encode()
+    return None if source.plan_path is None else source.plan_path.read_bytes()
+
+
+def _digest(plan_bytes: bytes | None) -> str | None:
+    return None if plan_bytes is None else hashlib.sha256(plan_bytes).hexdigest()
+
+
+def make_writer(source: Source, target: Target, plan_bytes: bytes | None = None) -> Writer:
+    """The writer of a target, with everything about it checked.
+
+    Raises:
+        ShapeError: the layout does not divide the model.
+        CheckpointError: the format cannot express the model.
+    """
+    if target.format == "hf":
+        return HuggingFaceWriter(source, target.max_shard_bytes)
+    check_expressible(source.config)
+    target.grid.check(source.config.shape)
+    args = megatron_args(
+        source.config,
+        target.grid,
+        iteration=ITERATION,
+        ckpt_format=target.format,
+        transformer_impl="transformer_engine" if target.te_norms else "local",
+        prune_plan_digest=_digest(plan_bytes),
+    )
+    if target.format == "torch":
+        return LegacyWriter(source, target.grid, args, te_norms=target.te_norms)
+    return DistWriter(source, target.grid, args)
+
+
+def write_checkpoint(
+    source: Source,
+    target: Target,
+    *,
+    ranks: Ranks,
+    plan: PrunePlan | None = None,
+    overwrite: bool = False,
+    progress: Callable[[int], Progress] = lambda total: lambda done: None,
+) -> None:
+    """Write ``source`` as ``target`` says, whole or not at all.
+
+    Costs one read of the needed bytes and one write; private memory of a few row blocks.
+
+    Args:
+        plan: the plan that ``source`` was pruned with just now; without one, the source's own plan
+            file travels along.
+        progress: given the bytes this rank will write, returns what is told of each part written.
+    """
+    plan_bytes = plan_text(source, plan)
+    writer = make_writer(source, target, plan_bytes)
+    with (
+        atomic_directory(target.directory, ranks=ranks, overwrite=overwrite) as temporary,
+        ThreadPoolExecutor(max_workers=1) as pool,
+    ):
+        directory = temporary / target.weights_directory
+        mine = writer.files[ranks.rank :: ranks.world_size]
+        written, error = {}, None
+        try:
+            _check_space(temporary, writer.total_bytes)
+            directory.mkdir(parents=True, exist_ok=True)
+            tell = progress(writer.total_bytes * len(mine) // len(writer.files))
+            written = {file: writer.write(directory, file, pool, tell) for file in mine}
+        except Exception as caught:  # handed to every rank by fail_together
+            error = caught
+        ranks.fail_together(error)
+        everything = {k: v for part in ranks.gather(written) for k, v in part.items()}
+        if ranks.is_first:
+            writer.finish(directory, everything)
+            _write_companions(source, directory, target, plan_bytes)
+            _describe(source, directory, target, plan_bytes, everything)
+
+
+def _check_space(directory: Path, wanted: int) -> None:
+    free = shutil.disk_usage(directory).free
+    if free < wanted:
+        raise StorageError(
+            f"{directory.parent}: {free / 1e9:.1f} GB free, {wanted / 1e9:.1f} GB wanted; "
+            "make room or choose another place"
+        )
+
+
+def _write_companions(
+    source: Source, directory: Path, target: Target, plan_bytes: bytes | None
+) -> None:
+    """Config, tokenizer and plan beside the weights."""
+    companions = directory if target.format == "hf" else directory / COMPANIONS
+    companions.mkdir(exist_ok=True)
+    for name, path in source.companion_files.items():
+        write_file(companions / name, path.read_bytes())
+    config = json.dumps(hf_config(source.config), indent=2) + "\n"
+    write_file(companions / CONFIG, config.encode())
+    if plan_bytes is not None:
+        write_file(directory / PLAN, plan_bytes)
+
+
+def _describe(
+    source: Source,
+    directory: Path,
+    target: Target,
+    plan_bytes: bytes | None,
+    written: dict[str, Written],
+) -> None:
+    config = source.config
+    facts: dict[str, Any] = {
+        "format": target.format,
+        "family": config.family,
+        "shape": config.shape.as_dict(),
+        "parameters": count_parameters(config),
+        "tied": config.tied,
+        "dtype": config.dtype,
+        "tensor_model_parallel_size": target.grid.tensor_parallel,
+        "pipeline_model_parallel_size": target.grid.pipeline_parallel,
+        "plan_digest": _digest(plan_bytes),
+    }
+    write_manifest(directory, facts, {file: w.record for file, w in written.items()})
+    if target.format != "hf":
+        write_file(directory.parent / TRACKER, f"{ITERATION}\n".encode())

@@ -1,0 +1,108 @@
+"""An independent check of a pruned checkpoint: plain indexing by the plan's own numbers.
+
+Shares no slicing code with `surgery`: it reads whole tensors of the source, expands the plan's
+indices itself, and compares every value. Holds a few blocks of rows; reads both checkpoints once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megatron_prune.axes import axes_of, layer_name, names, split_layer
+from megatron_prune.errors import DamagedError
+from megatron_prune.plan import PrunePlan, load_plan
+from megatron_prune.source import Source
+from megatron_prune.store.commit import MANIFEST, check_manifest
+
+_BLOCK_ROWS = 4096
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """What was compared."""
+
+    tensors: int
+    values: int
+    files: int | None  # None: there was no manifest
+
+
+def verify(
+    pruned: Source, source: Source, plan: PrunePlan, progress: Callable[[int], object]
+) -> Verdict:
+    """Compare every tensor of ``pruned`` with the planned slice of ``source``.
+
+    Args:
+        progress: told the values of each tensor just compared.
+
+    Raises:
+        DamagedError: at the first difference; names the tensor, or the file where only the manifest
+            tells.
+    """
+    if pruned.config.shape != plan.target:
+        raise DamagedError(
+            f"{pruned.path}: is {pruned.config.shape.as_dict()}, the plan makes "
+            f"{plan.target.as_dict()}"
+        )
+    if pruned.plan_path is not None and load_plan(pruned.plan_path).digest != plan.digest:
+        raise DamagedError(f"{pruned.plan_path}: was pruned with another plan than the one given")
+    tensors = values = 0
+    for name in names(pruned.config):
+        compared = 0
+        for at, found, wanted in _blocks(pruned, source, plan, name):
+            _compare(pruned, name, at, found, wanted)
+            compared += found.numel()
+        tensors, values = tensors + 1, values + compared
+        progress(compared)
+    if not (pruned.path / MANIFEST).is_file():
+        return Verdict(tensors=tensors, values=values, files=None)
+    differences = check_manifest(pruned.path)
+    if differences:
+        raise DamagedError("; ".join(differences))
+    files = sum(1 for path in pruned.path.rglob("*") if path.is_file()) - 1
+    return Verdict(tensors=tensors, values=values, files=files)
+
+
+def _rows(plan: PrunePlan, axis: str, layer: int | None) -> list[int]:
+    width = plan.source.kv_channels if axis in ("Q", "K") else 1
+    return [i * width + j for i in plan.indices(axis, layer) for j in range(width)]
+
+
+def _blocks(
+    pruned: Source, source: Source, plan: PrunePlan, name: str
+) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """Row blocks of a tensor: first row, what is there, what the plan says."""
+    layer, rest = split_layer(name)
+    old = None if layer is None else plan.layers[layer]
+    whole = source.read(name if old is None else layer_name(old, rest))
+    found = pruned.read(name)
+    axes = axes_of(name)
+    rows = torch.tensor(_rows(plan, axes[0], old))
+    columns = torch.tensor(_rows(plan, axes[1], old)) if len(axes) > 1 else None
+    for at in range(0, len(rows), _BLOCK_ROWS):
+        wanted = whole[rows[at : at + _BLOCK_ROWS]]
+        yield at, found[at : at + _BLOCK_ROWS], wanted if columns is None else wanted[:, columns]
+
+
+def _compare(pruned: Source, name: str, at: int, found: Tensor, wanted: Tensor) -> None:
+    if found.shape != wanted.shape:
+        raise DamagedError(
+            f"{pruned.path}: {name}: is {tuple(found.shape)}, the plan makes {tuple(wanted.shape)}"
+        )
+    if not torch.isfinite(found).all():
+        count = int((~torch.isfinite(found)).sum())
+        raise DamagedError(f"{pruned.path}: {name}: {count} values are not finite")
+    wanted = wanted.to(found.dtype)  # a checkpoint written with --dtype is compared in it
+    if not torch.equal(found, wanted):
+        place = (found != wanted).nonzero()[0].tolist()
+        place[0] += at
+        first = tuple(place)
+        inside = (place[0] - at, *place[1:])
+        raise DamagedError(
+            f"{pruned.path}: {name} at {first}: is {found[inside].item()!r}, the planned slice of "
+            f"the source is {wanted[inside].item()!r}"
+        )
+
