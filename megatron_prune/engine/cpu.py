@@ -1,8 +1,8 @@
 """Megatron-Core on a machine without a GPU: what it needs, in one place. No-op where CUDA is.
 
-Megatron-Core asks for CUDA by name (``device='cuda'``, ``.cuda()``, ``torch.cuda.current_device()``,
-``Tensor.type()`` in its optimizer) in places that need nothing of it. Without CUDA those names mean
-the CPU here, for this process only. Call `install` before the first import of ``megatron.core``.
+Megatron-Core asks for CUDA by name (``device='cuda'``, ``.cuda()``, ``Tensor.type()`` in its
+optimizer, ``torch.cuda.current_device()``) in places that need nothing of it. Without CUDA those
+names mean the CPU here, for this process only. Call `install` before ``megatron.core`` is imported.
 """
 
 from __future__ import annotations
@@ -26,15 +26,23 @@ def _is_cuda(device: Any) -> bool:
     return device is not None and str(device).startswith("cuda")
 
 
+def _names_cuda(args: tuple[Any, ...]) -> bool:
+    return len(args) > 1 and isinstance(args[1], (str, torch.device)) and _is_cuda(args[1])
+
+
 class CudaMeansCpu(TorchFunctionMode):
-    """``cuda`` devices become ``cpu`` in factories, `.to` and `.cuda`; `.type()` keeps CUDA's names.
+    """``cuda`` devices become ``cpu`` in factories, `.to` and `.cuda`; `.type()` says CUDA's names.
 
     The optimizer compares type names with CUDA's. A mode costs about a microsecond per torch call
     made from Python: measured 0.2% of a training step of a 135M model.
     """
 
     def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
         if func is torch.Tensor.cuda:
@@ -44,9 +52,8 @@ class CudaMeansCpu(TorchFunctionMode):
             return _CUDA_TYPE_NAMES.get(name, name)
         if "device" in kwargs and _is_cuda(kwargs["device"]):
             kwargs = dict(kwargs, device="cpu")
-        elif func is torch.Tensor.to and len(args) > 1:
-            if isinstance(args[1], (str, torch.device)) and _is_cuda(args[1]):
-                args = (args[0], "cpu", *args[2:])
+        elif func is torch.Tensor.to and _names_cuda(args):
+            args = (args[0], "cpu", *args[2:])
         return func(*args, **kwargs)
 
 
@@ -74,7 +81,7 @@ def install() -> None:
     set_state: Any = lambda state, device=None: torch.set_rng_state(state)  # noqa: E731
     torch.cuda.get_rng_state = torch.cuda.random.get_rng_state = get_state
     torch.cuda.set_rng_state = torch.cuda.random.set_rng_state = set_state
-    torch.cuda.manual_seed = lambda seed: torch.manual_seed(seed)  # type: ignore[assignment, return-value]
+    torch.cuda.manual_seed = lambda seed: torch.manual_seed(seed)  # type: ignore[assignment]
 
     import megatron.core.tensor_parallel.random as megatron_random
 

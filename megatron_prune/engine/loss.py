@@ -22,13 +22,14 @@ def real_columns(vocab_size: int, padded_per_rank: int, tp_rank: int) -> int:
     return max(0, min(padded_per_rank, vocab_size - tp_rank * padded_per_rank))
 
 
-def _blocks(rows: int, columns: int, device: torch.device) -> list[slice]:
-    step = rows if device.type != "cpu" else max(1, _BLOCK_BYTES // (4 * max(columns, 1)))
+def _blocks(flat: Tensor) -> list[slice]:
+    rows, columns = flat.shape
+    step = rows if flat.device.type != "cpu" else max(1, _BLOCK_BYTES // (4 * max(columns, 1)))
     return [slice(start, min(start + step, rows)) for start in range(0, rows, max(step, 1))]
 
 
 class _VocabularyCrossEntropy(torch.autograd.Function):
-    """-log softmax at the target; overwrites the logits, keeps exp(logits - max) for the gradient."""
+    """-log softmax at the target; turns the logits into exp(logits - max), kept for backward."""
 
     @staticmethod
     def forward(
@@ -44,7 +45,7 @@ class _VocabularyCrossEntropy(torch.autograd.Function):
         target = flat.gather(1, local[:, None]).squeeze(1)
         largest = flat.new_full((len(flat),), -torch.inf)
         total = flat.new_zeros(len(flat))
-        blocks = _blocks(*flat.shape, flat.device)
+        blocks = _blocks(flat)
         if split or columns == 0:
             if columns:
                 torch.amax(flat[:, :columns], dim=1, out=largest)
@@ -70,7 +71,7 @@ class _VocabularyCrossEntropy(torch.autograd.Function):
         grad = grads[0].reshape(-1)
         flat = scores.view(-1, scores.shape[-1])
         scale = (grad / total)[:, None]
-        for rows in _blocks(*flat.shape, flat.device):
+        for rows in _blocks(flat):
             flat[rows].mul_(scale[rows])
         flat.scatter_add_(1, local[:, None], torch.where(mine, -grad, 0)[:, None])
         return scores.to(ctx.dtype), None, None, None

@@ -120,7 +120,9 @@ class LanguageModel(GPTModel):
         """Nats of each label [b, s]; without labels the logits [b, s, V/TP], padding at -inf."""
         out: Tensor = super().forward(*args, labels=labels, **kwargs)
         if labels is None and self.post_process:
-            columns = real_columns(self.true_vocab_size, out.shape[-1], self.pg_collection.tp.rank())
+            columns = real_columns(
+                self.true_vocab_size, out.shape[-1], self.pg_collection.tp.rank()
+            )
             out[..., columns:] = -torch.inf
         return out
 

@@ -17,6 +17,7 @@ from torch.nn import Module
 
 from megatron_prune import axes
 from megatron_prune.engine.groups import Groups
+from megatron_prune.errors import PruneError
 from megatron_prune.grid import part_range
 from megatron_prune.shape import ModelConfig
 from megatron_prune.source import Source
@@ -40,11 +41,12 @@ def _local_slice(name: str, config: ModelConfig, groups: Groups, rows: int, read
         return read(name, *part_range(size, groups.tp_rank, groups.grid.tensor_parallel))
     start = min(groups.tp_rank * rows, size)
     stop = min(start + rows, size)
-    if start == stop:
-        return torch.zeros(rows, config.shape.hidden_size)
-    part = read(name, start, stop)
-    padding = part.new_zeros(rows - len(part), *part.shape[1:])
-    return torch.cat([part, padding]) if len(padding) else part
+    if stop - start == rows:
+        return read(name, start, stop)
+    # padding is copies of the last row, as Megatron's converters pad: it disturbs the softmax of a
+    # reader that does not mask it less than zeros do
+    padding = read(name, size - 1, size).expand(rows - (stop - start), -1)
+    return padding if start == stop else torch.cat([read(name, start, stop), padding])
 
 
 def _local_parameter(
@@ -85,8 +87,14 @@ def load_weights(model: Module, source: Source, groups: Groups) -> None:
 
     Raises:
         DamagedError: a tensor is not what the source promised.
+        DistributedError: another rank met an error; every rank raises.
     """
-    _fill(model, source.config, groups, source.read)
+    error: Exception | None = None
+    try:
+        _fill(model, source.config, groups, source.read)
+    except (PruneError, OSError) as caught:
+        error = caught
+    groups.ranks.fail_together(error)
 
 
 def draw_weights(model: Module, config: ModelConfig, groups: Groups, seed: int) -> None:

@@ -2,8 +2,8 @@
 
 The text is tokenised once, without special tokens, and cut into non-overlapping windows; the last
 partial one is dropped. The loss is the mean over windows of the mean over each window's targets, so
-it is transformers' ``model(x, labels=x).loss`` averaged over windows. Bits per byte survives a change
-of vocabulary: the nats of the scored tokens over the bytes these tokens decode to.
+it is transformers' ``model(x, labels=x).loss`` averaged over windows. Bits per byte survives a
+change of vocabulary: the nats of the scored tokens over the bytes these tokens decode to.
 """
 
 from __future__ import annotations

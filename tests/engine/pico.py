@@ -15,21 +15,21 @@ from megatron_prune.shape import ModelConfig, ModelShape
 from megatron_prune.source import Source
 from megatron_prune.store.names import hf_name
 
-BASE = dict(
-    hidden_size=48,
-    intermediate_size=96,
-    num_hidden_layers=4,
-    num_attention_heads=6,
-    num_key_value_heads=3,
-    head_dim=8,
-    vocab_size=379,  # a prime: every tensor-parallel size pads it
-    max_position_embeddings=128,
-    rms_norm_eps=1e-6,
-    bos_token_id=0,
-    eos_token_id=1,
-    rope_parameters={"rope_type": "default", "rope_theta": 50000.0},
-    tie_word_embeddings=False,
-)
+BASE = {
+    "hidden_size": 48,
+    "intermediate_size": 96,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 3,
+    "head_dim": 8,
+    "vocab_size": 379,  # a prime: every tensor-parallel size pads it
+    "max_position_embeddings": 128,
+    "rms_norm_eps": 1e-6,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 50000.0},
+    "tie_word_embeddings": False,
+}
 LLAMA3 = {
     "rope_type": "llama3",
     "rope_theta": 10000.0,

@@ -1,0 +1,82 @@
+"""Judge a model on a text: loss, perplexity, bits per byte.
+
+Takes any checkpoint at any layout: a model stored at TP=8 is evaluated alone or by as many
+processes as torchrun starts. The text is tokenised once with the model's own tokenizer, without
+special tokens, and cut into windows of --seq-length tokens that do not overlap.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+
+from megatron_prune.cli.engine_flags import (
+    add_layout_flags,
+    add_precision_flags,
+    dtype_of,
+    grid_of,
+)
+from megatron_prune.errors import ConfigError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--load", required=True, type=Path, help="checkpoint of any format")
+    parser.add_argument("--data", required=True, type=Path, help="text, or JSON lines with 'text'")
+    parser.add_argument("--seq-length", type=int, default=1024, metavar="N")
+    parser.add_argument("--max-windows", type=int, metavar="N", help="the first N only")
+    parser.add_argument("--micro-batch-size", type=int, default=1, metavar="N", help="default 1")
+    parser.add_argument("--json", type=Path, metavar="OUT", help="write the result here too")
+    parser.add_argument(
+        "--tokenizer-model", type=Path, metavar="PATH", help="default: the checkpoint's own"
+    )
+    add_layout_flags(parser)
+    add_precision_flags(parser)
+
+
+def run(args: argparse.Namespace) -> None:
+    from megatron_prune.engine.failures import named_failures
+    from megatron_prune.engine.groups import data_parallel_size, model_parallel, world_size
+    from megatron_prune.evaluate.text import EvaluationOptions, evaluate, open_checked
+
+    grid = grid_of(args)
+    data_parallel_size(grid, world_size())
+    options = EvaluationOptions(
+        load=args.load,
+        data=args.data,
+        seq_length=args.seq_length,
+        max_windows=args.max_windows,
+        micro_batch_size=args.micro_batch_size,
+        tokenizer_model=args.tokenizer_model,
+        dtype=dtype_of(args),
+        transformer_impl=args.transformer_impl,
+        sequence_parallel=args.sequence_parallel,
+        family=args.family,
+    )
+    if args.json is not None and not args.json.absolute().parent.is_dir():
+        raise ConfigError(f"--json {args.json}: {args.json.absolute().parent} is not a directory")
+    started = time.monotonic()
+    source = open_checked(options, grid)
+    with (
+        named_failures(),
+        model_parallel(grid, timeout_minutes=args.distributed_timeout_minutes) as groups,
+    ):
+        result = evaluate(source, options, groups)
+        if groups.ranks.is_first:
+            _tell(result, args, time.monotonic() - started)
+
+
+def _tell(result: dict[str, float | int | str], args: argparse.Namespace, seconds: float) -> None:
+    from megatron_prune.store.commit import replace_file
+
+    for name in ("loss", "perplexity", "bits_per_byte"):
+        print(f"{name:<14} {result[name]:.6f}")
+    for name in ("tokens", "windows"):
+        print(f"{name:<14} {result[name]}")
+    print(f"{'tokens/s':<14} {result['tokens_per_second']:.1f}")
+    print(f"{'seconds':<14} {result['seconds']:.2f}")
+    print(f"{seconds:.1f} s in all, with loading and tokenising", file=sys.stderr)
+    if args.json is not None:
+        replace_file(args.json, (json.dumps(result, indent=1) + "\n").encode())

@@ -1,0 +1,142 @@
+"""Evaluate a checkpoint on a text: checked first, tokenised once, then the model."""
+
+from __future__ import annotations
+
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from tqdm import tqdm
+
+from megatron_prune.data.tokenizers import load_tokenizer
+from megatron_prune.data.windows import read_text, scored_bytes, token_windows
+from megatron_prune.engine.groups import Groups
+from megatron_prune.engine.model import ModelOptions, build_model, check_model
+from megatron_prune.engine.scoring import window_losses
+from megatron_prune.engine.weights import load_weights
+from megatron_prune.errors import ConfigError, DamagedError, PruneError
+from megatron_prune.evaluate.perplexity import judge
+from megatron_prune.grid import ParallelGrid
+from megatron_prune.source import Source
+from megatron_prune.store import open_source
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationOptions:
+    """What to evaluate and how; the fields are the flags of ``evaluate``."""
+
+    load: Path
+    data: Path
+    seq_length: int = 1024
+    max_windows: int | None = None
+    micro_batch_size: int = 1
+    tokenizer_model: Path | None = None
+    dtype: str = "fp32"
+    transformer_impl: str = "auto"
+    sequence_parallel: bool = False
+    family: str | None = None
+
+
+def open_checked(options: EvaluationOptions, grid: ParallelGrid) -> Source:
+    """The model, opened and checked against the options; no weight is read.
+
+    Raises:
+        ConfigError: an option does not fit the model.
+        ShapeError: the layout does not fit the model.
+        CheckpointError: there is no model at ``load``.
+    """
+    if options.micro_batch_size < 1:
+        raise ConfigError(f"--micro-batch-size is {options.micro_batch_size}; wanted 1 or more")
+    source = open_source(options.load, family=options.family)
+    grid.check(source.config.shape)
+    check_model(source.config, _model_options(options), grid.tensor_parallel)
+    return source
+
+
+def _tokenise(options: EvaluationOptions, vocab_size: int) -> tuple[Tensor, int]:
+    """The windows [windows, seq_length] int64 and the bytes their scored tokens decode to."""
+    tokenizer = load_tokenizer(options.tokenizer_model or options.load)
+    windows = token_windows(
+        tokenizer, read_text(options.data), options.seq_length, options.max_windows
+    )
+    largest = int(windows.max())
+    if largest >= vocab_size:
+        raise ConfigError(
+            f"the tokenizer of {tokenizer.name} gives token id {largest}, the model of "
+            f"{options.load} has a vocabulary of {vocab_size}; name its own with --tokenizer-model"
+        )
+    return windows, scored_bytes(tokenizer, windows)
+
+
+def _tokenise_once(
+    options: EvaluationOptions, vocab_size: int, groups: Groups
+) -> tuple[Tensor, int]:
+    """Tokenise on the first rank, for all."""
+    error: Exception | None = None
+    found = None
+    try:
+        if groups.ranks.is_first:
+            found = _tokenise(options, vocab_size)
+    except (PruneError, OSError) as caught:
+        error = caught
+    groups.ranks.fail_together(error)
+    everyone = [found]
+    dist.broadcast_object_list(everyone, src=0, device=groups.device)
+    assert everyone[0] is not None
+    return everyone[0]
+
+
+def _model_options(options: EvaluationOptions) -> ModelOptions:
+    return ModelOptions(
+        seq_length=options.seq_length,
+        dtype=options.dtype,
+        transformer_impl=options.transformer_impl,
+        sequence_parallel=options.sequence_parallel,
+    )
+
+
+def evaluate(
+    source: Source, options: EvaluationOptions, groups: Groups
+) -> dict[str, float | int | str]:
+    """Score the windows; the same result on every rank.
+
+    ``seconds`` and ``tokens_per_second`` are of the scoring alone.
+
+    Raises:
+        ConfigError: the text or the tokenizer does not fit the model.
+        DamagedError: the loss is not a number.
+    """
+    windows, text_bytes = _tokenise_once(options, source.config.shape.vocab_size, groups)
+    model = build_model(source.config, groups, _model_options(options))
+    load_weights(model, source, groups)
+    started = time.monotonic()
+    with tqdm(
+        total=len(windows), unit="window", disable=not groups.ranks.is_first, file=sys.stderr
+    ) as bar:
+        losses = window_losses(
+            model, windows, groups, micro_batch_size=options.micro_batch_size, progress=bar.update
+        )
+    seconds = time.monotonic() - started
+    if not bool(torch.isfinite(losses).all()):
+        bad = int(torch.isfinite(losses).logical_not().nonzero()[0])
+        raise DamagedError(
+            f"{options.load}: the loss of window {bad} is {float(losses[bad])}; its weights hold "
+            "values that are not finite, or --fp16 is too narrow for it"
+        )
+    judgement = judge(losses.tolist(), options.seq_length - 1, text_bytes)
+    return {
+        **judgement.as_dict(),
+        "seconds": seconds,
+        "tokens_per_second": judgement.tokens / seconds,
+        "load": str(options.load),
+        "data": str(options.data),
+        "seq_length": options.seq_length,
+        "dtype": options.dtype,
+        "tensor_model_parallel_size": groups.grid.tensor_parallel,
+        "pipeline_model_parallel_size": groups.grid.pipeline_parallel,
+        "data_parallel_size": groups.data_parallel,
+    }
