@@ -25,9 +25,12 @@ def flops_per_token(config: ModelConfig, seq_length: int) -> int:
     Training costs three times this (Kaplan et al. 2020, arXiv:2001.08361, eq. 2.2).
     """
     shape = config.shape
-    per_layer = shape.hidden_size * shape.kv_channels * (
-        2 * shape.num_attention_heads + 2 * shape.num_query_groups
-    ) + 3 * shape.hidden_size * shape.ffn_hidden_size
+    per_layer = (
+        shape.hidden_size
+        * shape.kv_channels
+        * (2 * shape.num_attention_heads + 2 * shape.num_query_groups)
+        + 3 * shape.hidden_size * shape.ffn_hidden_size
+    )
     attention = shape.num_attention_heads * shape.kv_channels * seq_length  # q.k and p.v, halved
     return 2 * (shape.num_layers * (per_layer + attention) + shape.vocab_size * shape.hidden_size)
 

@@ -77,7 +77,9 @@ def make_plan(
     if targets.num_query_groups is not None:
         groups = {n: best("K", targets.num_query_groups, n, ranks) for n in layers}
     if targets.num_attention_heads is not None:
-        per_group = targets.num_attention_heads // (targets.num_query_groups or shape.num_query_groups)
+        per_group = targets.num_attention_heads // (
+            targets.num_query_groups or shape.num_query_groups
+        )
         heads = {}
         for n in layers:
             scores = criterion("Q", shape.num_attention_heads, n, seed)

@@ -59,6 +59,10 @@ class Source(ABC):
     def dtype(self, name: str) -> torch.dtype:
         """The tensor's dtype, without reading it."""
 
+    def stored_name(self, name: str) -> str:
+        """What the tensor is called where it lies, for messages."""
+        return name
+
     def close(self) -> None:
         """Let go of open files."""
 
@@ -108,6 +112,8 @@ def assemble(name: str, pieces: Sequence[Piece], start: int, stop: int, where: o
             parts.append(piece.load(at - piece.start, upto - piece.start))
             at = upto
     if at < stop or not parts:
-        raise DamagedError(f"{where}: {name}: indices {at} to {stop} are in no shard; copy it again")
+        raise DamagedError(
+            f"{where}: {name}: indices {at} to {stop} are in no shard; copy it again"
+        )
     dim = split_dim(axes_of(name))
     return parts[0] if len(parts) == 1 or dim is None else torch.cat(parts, dim)

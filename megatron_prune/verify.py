@@ -88,6 +88,7 @@ def _blocks(
 
 
 def _compare(pruned: Source, name: str, at: int, found: Tensor, wanted: Tensor) -> None:
+    name = pruned.stored_name(name)
     if found.shape != wanted.shape:
         raise DamagedError(
             f"{pruned.path}: {name}: is {tuple(found.shape)}, the plan makes {tuple(wanted.shape)}"
@@ -105,4 +106,3 @@ def _compare(pruned: Source, name: str, at: int, found: Tensor, wanted: Tensor) 
             f"{pruned.path}: {name} at {first}: is {found[inside].item()!r}, the planned slice of "
             f"the source is {wanted[inside].item()!r}"
         )
-

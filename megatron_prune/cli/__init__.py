@@ -71,7 +71,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except PruneError as error:
         return _tell(error, str(error), error.exit_code, debug)
     except OSError as error:
-        storage = error.errno in {errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM, errno.EDQUOT}
+        storage = error.errno in {
+            errno.ENOSPC,
+            errno.EROFS,
+            errno.EACCES,
+            errno.EPERM,
+            errno.EDQUOT,
+        }
         return _tell(error, str(error), 4 if storage else 2, debug)
     except KeyboardInterrupt:
         return 130

@@ -1,6 +1,6 @@
 """What a checkpoint is. Reads configuration and headers only.
 
-  megatron-prune inspect runs/llama --json
+megatron-prune inspect runs/llama --json
 """
 
 from __future__ import annotations

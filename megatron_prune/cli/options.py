@@ -131,7 +131,13 @@ def parse_bytes(text: str) -> int:
         ConfigError: not a size.
     """
     word = text.strip().upper()
-    for suffix, factor in (("GIB", 2**30), ("MIB", 2**20), ("GB", 10**9), ("MB", 10**6), ("KB", 10**3)):
+    for suffix, factor in (
+        ("GIB", 2**30),
+        ("MIB", 2**20),
+        ("GB", 10**9),
+        ("MB", 10**6),
+        ("KB", 10**3),
+    ):
         if word.endswith(suffix) and word.removesuffix(suffix).strip().isdigit():
             return int(word.removesuffix(suffix)) * factor
     raise ConfigError(f"--max-shard-size {text!r}: wanted a size such as 5GB or 500MB")
@@ -157,7 +163,9 @@ def check_save(args: argparse.Namespace) -> None:
     """Refuse the output, or an output that is the input, before anything is opened."""
     target, source = args.save.resolve(), args.load.resolve()
     if target == source or source in target.parents or target in source.parents:
-        raise ConfigError(f"--save {args.save}: is or holds --load {args.load}; inputs never change")
+        raise ConfigError(
+            f"--save {args.save}: is or holds --load {args.load}; inputs never change"
+        )
     check_target(args.save, overwrite=args.overwrite)
 
 
@@ -193,7 +201,12 @@ def byte_bar(what: str) -> Callable[[int], Callable[[int], object]]:
 
     def start(total: int) -> Callable[[int], object]:
         bar = tqdm(
-            total=total, desc=what, unit="B", unit_scale=True, disable=not is_first_rank(), mininterval=0.5
+            total=total,
+            desc=what,
+            unit="B",
+            unit_scale=True,
+            disable=not is_first_rank(),
+            mininterval=0.5,
         )
 
         def tell(done: int) -> None:

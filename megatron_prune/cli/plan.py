@@ -42,7 +42,10 @@ def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
         "--prune-type", choices=PRUNE_TYPES, default="balance", help="balance: as many on each rank"
     )
     group.add_argument(
-        "--balance-for", type=int, metavar="N", help="TP size to balance for (default: the source's)"
+        "--balance-for",
+        type=int,
+        metavar="N",
+        help="TP size to balance for (default: the source's)",
     )
     group.add_argument(
         "--criterion", choices=CRITERIA, default="random", help="what scores the units"

@@ -51,7 +51,9 @@ def expand_recipe(stage: str, argv: Sequence[str]) -> list[str]:
         ConfigError: the file is missing, is not YAML, or is not a table.
     """
     argv = list(argv)
-    places = [i for i, word in enumerate(argv) if word == "--config" or word.startswith("--config=")]
+    places = [
+        i for i, word in enumerate(argv) if word == "--config" or word.startswith("--config=")
+    ]
     if not places:
         return argv
     at = places[-1]
@@ -65,7 +67,11 @@ def expand_recipe(stage: str, argv: Sequence[str]) -> list[str]:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"--config {path}: not YAML: {error}") from None
     if not isinstance(recipe, dict):
-        raise ConfigError(f"--config {path}: wanted a table of flags, found {type(recipe).__name__}")
+        raise ConfigError(
+            f"--config {path}: wanted a table of flags, found {type(recipe).__name__}"
+        )
     if isinstance(recipe.get(stage), dict):
         recipe = recipe[stage]
-    return [word for key, value in recipe.items() for word in _as_arguments(path, str(key), value)] + argv
+    return [
+        word for key, value in recipe.items() for word in _as_arguments(path, str(key), value)
+    ] + argv

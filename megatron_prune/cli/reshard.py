@@ -1,6 +1,6 @@
 """Change the tensor- and pipeline-parallel layout, or the format, of a Megatron checkpoint.
 
-  megatron-prune reshard --load ckpt-tp8 --save ckpt-tp2 --tensor-model-parallel-size 2
+megatron-prune reshard --load ckpt-tp8 --save ckpt-tp2 --tensor-model-parallel-size 2
 """
 
 from __future__ import annotations

@@ -35,9 +35,9 @@ def run(args: argparse.Namespace) -> None:
     ):
         check_plan_fits(source, plan)
         total = count_parameters(replace(source.config, shape=plan.target))
-        with tqdm(
-            total=total, desc="verify", unit_scale=True, disable=not is_first_rank()
-        ) as bar:
+        with tqdm(total=total, desc="verify", unit_scale=True, disable=not is_first_rank()) as bar:
             verdict = verify(pruned, source, plan, bar.update)
     files = "no manifest" if verdict.files is None else f"{verdict.files} files as in the manifest"
-    options.show(f"{args.load}: {verdict.tensors} tensors, {verdict.values:,} values as planned; {files}")
+    options.show(
+        f"{args.load}: {verdict.tensors} tensors, {verdict.values:,} values as planned; {files}"
+    )

@@ -105,9 +105,7 @@ class HuggingFaceSource(Source):
         unexpected = [
             name
             for name in weights
-            if name not in wanted
-            and name not in ignored
-            and not name.endswith(HF_IGNORED_SUFFIXES)
+            if name not in wanted and name not in ignored and not name.endswith(HF_IGNORED_SUFFIXES)
         ]
         if missing or unexpected:
             raise DamagedError(
@@ -134,6 +132,9 @@ class HuggingFaceSource(Source):
 
     def _held(self, weights: Mapping[str, Path], name: str) -> _Held:
         return self._opened(weights[name])[name]
+
+    def stored_name(self, name: str) -> str:
+        return hf_name(name)
 
     def dtype(self, name: str) -> torch.dtype:
         return self._held(self._files, hf_name(name)).dtype
@@ -167,7 +168,9 @@ class _Held:
 def _open_file(path: Path) -> dict[str, _Held]:
     if path.suffix == ".bin":
         tensors = load_untrusted(path, mmap=True)
-        if not isinstance(tensors, dict) or not all(isinstance(x, Tensor) for x in tensors.values()):
+        if not isinstance(tensors, dict) or not all(
+            isinstance(x, Tensor) for x in tensors.values()
+        ):
             raise DamagedError(f"{path}: holds something other than named tensors; not loaded")
         return {n: _Held(tensors, n, tuple(x.shape), x.dtype) for n, x in tensors.items()}
     try:

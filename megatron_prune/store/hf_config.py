@@ -32,7 +32,9 @@ def read_config(path: Path) -> ModelConfig:
         raise CheckpointError(f"{path}: not a model configuration: {error}") from None
     if not isinstance(values, dict):
         raise CheckpointError(f"{path}: not a model configuration")
-    family = next((f for f, t in FAMILIES.items() if t.model_type == values.get("model_type")), None)
+    family = next(
+        (f for f, t in FAMILIES.items() if t.model_type == values.get("model_type")), None
+    )
     if family is None:
         raise CheckpointError(
             f"{path}: model_type {values.get('model_type')!r}; wanted one of {', '.join(FAMILIES)}"

@@ -107,7 +107,9 @@ class _Chunk:
     offsets: tuple[int, ...]
     sizes: tuple[int, ...]
     dtype: torch.dtype
-    info: _StorageInfo
+    file: str
+    start: int
+    length: int
 
 
 class _Region(io.RawIOBase):
@@ -172,20 +174,23 @@ class DistSource(Source):
 
     def _find(self, chunk: _Chunk) -> int:
         """Byte position of a chunk's values in its file."""
-        info, path = chunk.info, self.path / chunk.info.relative_path
-        data = self._map(info.relative_path)
-        if info.offset < 0 or info.offset + info.length > len(data):
-            raise DamagedError(
-                f"{path}: {len(data)} bytes, the index wants {info.offset + info.length}; "
-                "copy it again"
-            )
+        path, data = self.path / chunk.file, self._map(chunk.file)
+        stop = chunk.start + chunk.length
+        if chunk.start < 0 or stop > len(data):
+            raise DamagedError(f"{path}: {len(data)} bytes, the index wants {stop}; copy it again")
         try:
             with FakeTensorMode():
-                file = cast(Any, _Region(data, info.offset, info.length))
+                file = cast(Any, _Region(data, chunk.start, chunk.length))
                 x = torch.load(file, map_location="cpu", weights_only=True)
-            position = info.offset + x.untyped_storage()._checkpoint_offset
+            position = chunk.start + x.untyped_storage()._checkpoint_offset
             position += x.storage_offset() * x.itemsize
-        except (RuntimeError, ValueError, EOFError, AttributeError, pickle.UnpicklingError) as error:
+        except (
+            RuntimeError,
+            ValueError,
+            EOFError,
+            AttributeError,
+            pickle.UnpicklingError,
+        ) as error:
             raise DamagedError(f"{path}: a chunk cannot be read: {error}; copy it again") from None
         if tuple(x.shape) != chunk.sizes or x.dtype != chunk.dtype or not x.is_contiguous():
             raise DamagedError(
@@ -196,7 +201,7 @@ class DistSource(Source):
 
     def _view(self, chunk: _Chunk) -> Tensor:
         count, position = torch.Size(chunk.sizes).numel(), self._locate(chunk)
-        data = self._map(chunk.info.relative_path)
+        data = self._map(chunk.file)
         return torch.frombuffer(data, dtype=chunk.dtype, count=count, offset=position).view(
             chunk.sizes
         )
@@ -311,7 +316,8 @@ def _chunks_of(index: Metadata, directory: Path) -> dict[str, tuple[tuple[int, .
             info = places.get((key, offsets))
             if info is None:
                 raise DamagedError(f"{directory / INDEX}: {key} at {offsets} lies in no file")
-            chunks.append(_Chunk(offsets, sizes, entry.properties.dtype, info))
+            where = info.relative_path, info.offset, info.length
+            chunks.append(_Chunk(offsets, sizes, entry.properties.dtype, *where))
         out[key] = tuple(entry.size), chunks
     return out
 
@@ -388,7 +394,9 @@ class DistWriter(Writer):
         for key, chunks in tensors.items():
             dtype, whole, _ = chunks[0]
             parts = sorted((c for _, _, c in chunks), key=lambda c: tuple(c.offsets))
-            keys[key] = TensorStorageMetadata(TensorProperties(dtype=dtype), torch.Size(whole), parts)
+            keys[key] = TensorStorageMetadata(
+                TensorProperties(dtype=dtype), torch.Size(whole), parts
+            )
         order = sorted(places, key=lambda i: (i.fqn, tuple(i.offset or ())))
         index = Metadata(
             state_dict_metadata=dict(sorted(keys.items())),
@@ -397,9 +405,7 @@ class DistWriter(Writer):
             version="1.0.0",
         )
         common = io.BytesIO()
-        torch.save(
-            {"args": self._args, "checkpoint_version": 3.0, "iteration": ITERATION}, common
-        )
+        torch.save({"args": self._args, "checkpoint_version": 3.0, "iteration": ITERATION}, common)
         write_file(directory / INDEX, pickle.dumps(index, protocol=4))
         write_file(directory / COMMON, common.getvalue())
         write_file(directory / FORMAT, json.dumps(_FORMAT_FACTS).encode())

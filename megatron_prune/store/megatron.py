@@ -97,7 +97,12 @@ def atoms(
 
 class _RankAtoms:
     def __init__(
-        self, source: Source, grid: ParallelGrid, tp_rank: int, te_norms: bool, skip_replicated: bool
+        self,
+        source: Source,
+        grid: ParallelGrid,
+        tp_rank: int,
+        te_norms: bool,
+        skip_replicated: bool,
     ) -> None:
         self.source, self.shape = source, source.config.shape
         self.parts, self.part = grid.tensor_parallel, tp_rank

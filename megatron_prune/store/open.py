@@ -26,7 +26,17 @@ from megatron_prune.store.untrusted import load_untrusted
 
 TRACKER = "latest_checkpointed_iteration.txt"
 COMPANIONS, PLAN = "hf", "plan.json"
-_NOT_COMPANIONS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".index.json")
+_NOT_COMPANIONS = (
+    ".safetensors",
+    ".bin",
+    ".pt",
+    ".pth",
+    ".gguf",
+    ".h5",
+    ".msgpack",
+    ".onnx",
+    ".index.json",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
