@@ -77,7 +77,7 @@ def layer_name(layer: int, rest: str) -> str:
 
 
 def split_layer(name: str) -> tuple[int | None, str]:
-    """``decoder.layers.3.mlp.x`` -> ``(3, "mlp.x")``; a name outside the layers -> ``(None, name)``."""
+    """``decoder.layers.3.mlp.x`` -> ``(3, "mlp.x")``; a name outside -> ``(None, name)``."""
     if not name.startswith(LAYER_PREFIX):
         return None, name
     layer, _, rest = name.removeprefix(LAYER_PREFIX).partition(".")

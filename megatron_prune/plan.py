@@ -1,7 +1,7 @@
 """The plan: which indices of which axes are kept, as a file one can read, diff and sign off.
 
-A plan is made once, from scores; ranks read it and never draw their own masks. Indices are sorted and
-in the source's numbering. An axis that is not pruned is None (``null`` in the file).
+A plan is made once, from scores; ranks read it and never draw their own masks. Indices are sorted
+and in the source's numbering. An axis that is not pruned is None (``null`` in the file).
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -204,7 +205,7 @@ def _check_indices(where: str, indices: Sequence[int] | None, size: int) -> None
         raise PlanError(f"{where}: holds something other than integers")
     if indices[0] < 0 or max(indices) >= size:
         raise PlanError(f"{where}: holds {max(indices)} and {indices[0]}; wanted 0 to {size - 1}")
-    if any(a >= b for a, b in zip(indices, indices[1:], strict=False)):
+    if any(a >= b for a, b in pairwise(indices)):
         raise PlanError(f"{where}: not sorted, or an index stands twice")
 
 

@@ -1,7 +1,7 @@
 """Scores -> plan: check what is asked for, then keep the best-scored units.
 
-"balance" keeps equally many of every split axis on each of ``balance_for`` tensor-parallel ranks, so
-each shard gets the same shape and no weight crosses ranks; it is then balanced for every divisor
+"balance" keeps equally many of every split axis on each of ``balance_for`` tensor-parallel ranks,
+so each shard gets the same shape and no weight crosses ranks; it is then balanced for every divisor
 too. "unbalance" keeps the best wherever they are. Heads are always chosen inside their kept groups,
 equally many in each; the hidden axis is replicated and drawn once for the model.
 """

@@ -1,8 +1,8 @@
 """A source: any model whose tensors can be read one at a time, by canonical name.
 
-Every store opens as one; a pruned model (`surgery.PrunedSource`) is one too, so converting, pruning,
-resharding and checking are the same loop over different sources. `read` gives a view of a memory
-map where it can; nothing is held between two reads.
+Every store opens as one; a pruned model (`surgery.PrunedSource`) is one too, so converting,
+pruning, resharding and checking are the same loop over different sources. `read` gives a view of a
+memory map where it can; nothing is held between two reads.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class Source(ABC):
         """What the tensor is called where it lies, for messages."""
         return name
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027 - most sources hold nothing
         """Let go of open files."""
 
 

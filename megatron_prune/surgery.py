@@ -15,7 +15,7 @@ import json
 import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -97,8 +97,8 @@ def check_plan_fits(source: Source, plan: PrunePlan) -> None:
     found = source_digest(source)
     if plan.source_digest != found:
         raise PlanError(
-            f"{source.path}: same shape, other weights: its digest is {found[:12]}..., the plan was "
-            f"made for {plan.source_digest[:12]}...; make a plan for this model"
+            f"{source.path}: same shape, other weights: its digest is {found[:12]}..., the plan "
+            f"was made for {plan.source_digest[:12]}...; make a plan for this model"
         )
 
 
@@ -113,7 +113,7 @@ class Target:
 
     directory: Path
     format: str
-    grid: ParallelGrid = ParallelGrid()
+    grid: ParallelGrid = field(default_factory=ParallelGrid)
     max_shard_bytes: int = DEFAULT_SHARD_BYTES
     te_norms: bool = True
 

@@ -4,8 +4,8 @@
   torchrun --nproc-per-node 8 -m megatron_prune prune --load llama-tp8 --plan plan.json \\
       --save llama-pruned-tp8 --to megatron --tensor-model-parallel-size 8
 
-Without --plan, the plan's own flags make one on the way. Reads only the slices it needs, never builds
-the model. Optimizer state in the source is dropped.
+Without --plan, the plan's own flags make one on the way. Reads only the slices it needs, never
+builds the model. Optimizer state in the source is dropped.
 """
 
 from __future__ import annotations

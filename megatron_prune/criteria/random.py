@@ -1,4 +1,4 @@
-"""Random scores: the baseline every criterion has to beat, and the predecessor's "balance" masks."""
+"""Random scores: the baseline every criterion has to beat."""
 
 from __future__ import annotations
 

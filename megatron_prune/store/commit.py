@@ -43,7 +43,7 @@ class HashedFile:
     """A new file that hashes what it is given while it is being written, on a second thread."""
 
     def __init__(self, path: Path, pool: ThreadPoolExecutor) -> None:
-        self._file = open(path, "xb", buffering=0)
+        self._file = open(path, "xb", buffering=0)  # noqa: SIM115 - closed by close()
         self._hash, self._pool, self.position = hashlib.sha256(), pool, 0
 
     def write(self, data: bytes | memoryview) -> int:

@@ -1,8 +1,8 @@
 """Hugging Face directories: safetensors (one file or an index), or ``pytorch_model*.bin``.
 
-Reading maps files and takes views. Writing streams safetensors, whose layout is a JSON header and then
-the tensors' bytes; the library's own writer wants a whole file's tensors at once, which for a 5 GB
-shard is 5 GB of memory, so the header is laid out here and the library reads it back in tests.
+Reading maps files and takes views. Writing streams safetensors, whose layout is a JSON header and
+then the tensors' bytes; the library's own writer wants a whole file's tensors at once, which for a
+5 GB shard is 5 GB of memory, so the header is laid out here and the library reads it back in tests.
 """
 
 from __future__ import annotations
@@ -174,7 +174,7 @@ def _open_file(path: Path) -> dict[str, _Held]:
             raise DamagedError(f"{path}: holds something other than named tensors; not loaded")
         return {n: _Held(tensors, n, tuple(x.shape), x.dtype) for n, x in tensors.items()}
     try:
-        file = safe_open(path, framework="pt")  # type: ignore[no-untyped-call]
+        file = safe_open(path, framework="pt")
         held = {}
         for name in file.keys():  # noqa: SIM118 - not a mapping
             part = file.get_slice(name)
@@ -217,7 +217,7 @@ class HuggingFaceWriter(Writer):
         out.write(self._header(file))
         for name in self._shards[file]:
             for x in row_blocks(self._source, name, self._shape):
-                out.write(memoryview(x.contiguous().reshape(-1).view(torch.uint8).numpy()))
+                out.write(x.contiguous().reshape(-1).view(torch.uint8).numpy().data)
                 progress(x.nbytes)
         return Written(out.close())
 

@@ -1,7 +1,7 @@
 """Hugging Face's config.json -> `ModelConfig`, and back with a new shape.
 
-Plain JSON on purpose: importing transformers costs seconds on every command. Keys we do not interpret
-are kept as they were.
+Plain JSON on purpose: importing transformers costs seconds on every command. Keys we do not
+interpret are kept as they were.
 """
 
 from __future__ import annotations

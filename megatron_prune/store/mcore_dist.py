@@ -1,9 +1,10 @@
 """Megatron's distributed format (``--ckpt-format torch_dist``), read and written without Megatron.
 
-A directory of torch's distributed checkpoint: ``.metadata`` (pickled index), ``__R_0.distcp`` (chunks,
-each a small ``torch.save`` archive), ``common.pt`` (arguments), ``metadata.json``. Layers are stacked:
-``decoder.layers.mlp.linear_fc1.weight`` is ``[L, 2F, D]``. Reading maps the files and takes views of the
-chunks' bytes; writing holds one chunk. The index is unpickled by an allow-list: nothing in it runs.
+A directory of torch's distributed checkpoint: ``.metadata`` (pickled index), ``__R_0.distcp``
+(chunks, each a small ``torch.save`` archive), ``common.pt`` (arguments), ``metadata.json``. Layers
+are stacked: ``decoder.layers.mlp.linear_fc1.weight`` is ``[L, 2F, D]``. Reading maps the files and
+takes views of the chunks' bytes; writing holds one chunk. The index is unpickled by an allow-list:
+nothing in it runs.
 """
 
 from __future__ import annotations
@@ -55,8 +56,10 @@ _FORMAT_FACTS = {
 }
 _DCP = "torch.distributed.checkpoint."
 _ALLOWED = {
-    "torch": {"Size", "float32", "float16", "bfloat16", "float64", "int64", "int32", "uint8", "bool",
-              "float8_e4m3fn", "float8_e5m2", "int8", "int16"},
+    "torch": {
+        "Size", "float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2",
+        "int64", "int32", "int16", "int8", "uint8", "bool",
+    },
     "torch.serialization": {"_get_layout"},
     f"{_DCP}metadata": {
         "Metadata", "MetadataIndex", "TensorStorageMetadata", "BytesStorageMetadata",

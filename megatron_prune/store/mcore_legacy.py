@@ -1,9 +1,9 @@
 """Megatron's legacy format (``--ckpt-format torch``): ``mp_rank_TT[_PPP]/model_optim_rng.pt``.
 
 Reading maps the files into memory; a tensor is read when it is used. Writing lays out each file
-first (`torch.serialization.skip_data`), then fills its tensors through a shared map, block by block:
-private memory stays at a few blocks whatever the file's size. Each rank's file costs one pass over
-its bytes and one more to hash them.
+first (`torch.serialization.skip_data`), then fills its tensors through a shared map, block by
+block: private memory stays at a few blocks whatever the file's size. Each rank's file costs one
+pass over its bytes and one more to hash them.
 """
 
 from __future__ import annotations

@@ -2,13 +2,15 @@
 
 Writing: `atoms` lists one rank's stored tensors as *atoms*, each a whole row range of one stored
 tensor (``linear_fc1`` is two: gate and up; an embedding is several). Reading is the inverse: a
-format lists stored blocks, `plain_piece` and `qkv_piece` turn each into a piece of a canonical tensor.
+format lists stored blocks, `plain_piece` and `qkv_piece` turn each into a piece of a canonical
+tensor.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 
 import torch
@@ -117,7 +119,7 @@ class _RankAtoms:
                 yield from self.plain(layer, weight.name, weight.axes, part)
 
     def plain(self, layer: int | None, rest: str, axes: str, part: str = "") -> Iterator[Atom]:
-        """A tensor stored as it is; gate and up are halves of ``linear_fc1``, per rank and whole."""
+        """A tensor stored as it is; gate and up are the halves of ``linear_fc1``."""
         dim, read = split_dim(axes), self.source.read
         name = rest if layer is None else layer_name(layer, rest)
         sizes = [self.shape.size(axis) * self.shape.rows(axis) for axis in axes]
@@ -157,7 +159,8 @@ class _RankAtoms:
         return Atom(
             name=megatron_name(rest, te_norms=self.te_norms)[0], layer=layer,
             shape=(rows, *trailing), dtype=self.source.dtype(q), dim=0, local_size=rows,
-            global_start=start * per_group, global_size=shape.num_query_groups * per_group, pull=pull,
+            global_start=start * per_group, global_size=shape.num_query_groups * per_group,
+            pull=pull,
         )  # fmt: skip
 
     def vocabulary(self, stored: str, name: str) -> Iterator[Atom]:
@@ -173,7 +176,7 @@ class _RankAtoms:
                 name=stored, layer=None, shape=(upto - at, shape.hidden_size), dtype=dtype, dim=0,
                 local_start=at - start, local_size=stop - start,
                 global_start=at, global_size=padded,
-                pull=lambda at=at, upto=upto: self._padded_rows(name, at, upto),
+                pull=partial(self._padded_rows, name, at, upto),
             )  # fmt: skip
 
     def _padded_rows(self, name: str, start: int, stop: int) -> Tensor:

@@ -86,7 +86,7 @@ TE_NORMS = {
     "input_layernorm.weight": "self_attention.linear_qkv.layer_norm_weight",
     "pre_mlp_layernorm.weight": "mlp.linear_fc1.layer_norm_weight",
 }
-# Modules that carry an (empty) `_extra_state` entry, which readers ask for; TE's attention has one too.
+# Modules that carry an (empty) `_extra_state` entry, which readers ask for. TE's attention too.
 LINEARS = (
     "self_attention.linear_proj",
     "self_attention.linear_qkv",

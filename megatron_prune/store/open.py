@@ -2,8 +2,8 @@
 
 A Megatron root holds ``latest_checkpointed_iteration.txt`` and iteration directories. Ours keep the
 model's companions (config, tokenizer) in ``hf/`` and its plan in ``plan.json`` inside the iteration
-directory, so that one directory is one whole checkpoint. Stock checkpoints have neither and are read
-by their arguments.
+directory, so that one directory is one whole checkpoint. Stock checkpoints have neither and are
+read by their arguments.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Opening pickles from strangers without running anything in them.
 
 `torch.load(weights_only=True)` builds only tensors and plain containers. Megatron's files also name
-a few classes (argument enums, numpy arrays of the random state); those are put in as inert stand-ins.
-Any other name is refused, and no code of the file is ever imported or called.
+a few classes (argument enums, numpy arrays of the random state); those are put in as inert
+stand-ins. Any other name is refused, and no code of the file is ever imported or called.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def load_untrusted(path: Path, *, mmap: bool) -> Any:
             raise DamagedError(
                 f"{path}: names {', '.join(sorted(refused))}, which no model needs; not loaded"
             )
-        allowed = [Namespace, *((Opaque, name) for name in named)]
+        allowed: list[Any] = [Namespace, *((Opaque, name) for name in named)]
         with torch.serialization.safe_globals(allowed):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except (RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError) as error:
