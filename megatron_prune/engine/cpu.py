@@ -2,13 +2,11 @@
 
 Megatron-Core asks for CUDA by name (``device='cuda'``, ``.cuda()``, ``Tensor.type()`` in its
 optimizer, ``torch.cuda.current_device()``) in places that need nothing of it. Without CUDA those
-names mean the CPU here, for this process only. Call `install` before ``megatron.core`` is imported.
+names mean the CPU here, for this process only. `groups.model_parallel` installs it.
 """
 
 from __future__ import annotations
 
-import logging
-import warnings
 from typing import Any
 
 import torch
@@ -57,21 +55,9 @@ class CudaMeansCpu(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def silence_megatron() -> None:
-    """Keep Megatron's advice about packages that are not installed off standard error."""
-    warnings.filterwarnings("ignore", message=r".*(Apex|Transformer Engine).*")
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    warnings.filterwarnings("ignore", category=DeprecationWarning)
-    warnings.filterwarnings("ignore", module=r"megatron\..*")
-    warnings.filterwarnings("ignore", module=r"torch\.distributed\..*")
-    for name in ("megatron", "torch.distributed", "nv_one_logger"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-
-
 def install() -> None:
     """Make Megatron-Core run on this machine; idempotent, and a no-op with CUDA."""
     global _mode
-    silence_megatron()
     if torch.cuda.is_available() or _mode is not None:
         return
     cpu = torch.device("cpu")

@@ -8,10 +8,14 @@ rank it is, so the first cause can be told from what followed.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TypeVar
 
 from megatron_prune.errors import DistributedError
+from megatron_prune.ranks import Ranks
+
+T = TypeVar("T")
 
 _PEER_WORDS = ("peer", "Timed out", "timed out", "timeout", "NCCL", "Connection", "Broken pipe")
 
@@ -37,3 +41,25 @@ def named_failures() -> Iterator[None]:
         raise DistributedError(
             f"rank {rank} of {world}: {type(error).__name__}: {first}"
         ) from error
+
+
+def together(ranks: Ranks, work: Callable[[], T]) -> T:
+    """Run ``work`` on every rank; an error on one of them raises on all.
+
+    ``work`` must not talk to other ranks.
+    """
+    error: Exception | None = None
+    found: list[T] = []
+    try:
+        found.append(work())
+    except Exception as caught:
+        error = caught
+    ranks.fail_together(error)
+    return found[0]
+
+
+def on_first_rank(ranks: Ranks, work: Callable[[], T]) -> T:
+    """Run ``work`` on the first rank, for all: its result, or its error, on every rank."""
+    found = together(ranks, lambda: work() if ranks.is_first else None)
+    result: T = ranks.gather(found)[0]
+    return result

@@ -13,27 +13,28 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_prune.engine import cpu
-
-cpu.install()  # before megatron.core is imported; a no-op with CUDA
-
-from megatron.core.models.gpt.gpt_layer_specs import (  # noqa: E402
+from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
 )
-from megatron.core.models.gpt.gpt_model import GPTModel  # noqa: E402
-from megatron.core.transformer.enums import AttnMaskType  # noqa: E402
-from megatron.core.transformer.transformer_block import TransformerBlockSubmodules  # noqa: E402
-from megatron.core.transformer.transformer_config import TransformerConfig  # noqa: E402
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.tensor_parallel.layers import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+)
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_prune.engine.groups import Groups  # noqa: E402
-from megatron_prune.engine.layers import RMSNorm, SdpaAttention  # noqa: E402
-from megatron_prune.engine.loss import real_columns, token_losses  # noqa: E402
-from megatron_prune.engine.rope import inverse_frequencies, rope_kind  # noqa: E402
-from megatron_prune.errors import ConfigError, ShapeError  # noqa: E402
-from megatron_prune.grid import padded_vocab_size  # noqa: E402
-from megatron_prune.shape import ModelConfig  # noqa: E402
-from megatron_prune.source import DTYPES  # noqa: E402
+from megatron_prune.engine.groups import Groups
+from megatron_prune.engine.layers import RMSNorm, SdpaAttention
+from megatron_prune.engine.loss import real_columns, token_losses
+from megatron_prune.engine.rope import inverse_frequencies, rope_kind
+from megatron_prune.errors import ConfigError, ShapeError
+from megatron_prune.grid import padded_vocab_size
+from megatron_prune.shape import ModelConfig
+from megatron_prune.source import DTYPES
 
 TRANSFORMER_IMPLS = ("auto", "local", "transformer_engine")
 
@@ -202,6 +203,22 @@ def _drop_unwanted_biases(model: GPTModel, config: ModelConfig) -> None:
             _drop_bias(mlp.linear_fc2)
 
 
+def _mark_split_parameters(model: GPTModel) -> None:
+    """Tell Megatron which parameters are parts: it takes all others for copies, and counts copies
+    once in the gradient norm. Its layers mark their weights only when they initialise them."""
+    for module in model.modules():
+        if isinstance(module, (ColumnParallelLinear, VocabParallelEmbedding)):
+            split = [(module.weight, 0), (getattr(module, "bias", None), 0)]
+        elif isinstance(module, RowParallelLinear):
+            split = [(module.weight, 1)]
+        else:
+            continue
+        for parameter, dim in split:
+            if parameter is not None:
+                parameter.tensor_model_parallel = True
+                parameter.partition_dim, parameter.partition_stride = dim, 1
+
+
 def build_model(config: ModelConfig, groups: Groups, options: ModelOptions) -> LanguageModel:
     """This rank's part of the model, its parameters not yet set (see `weights`).
 
@@ -228,4 +245,5 @@ def build_model(config: ModelConfig, groups: Groups, options: ModelOptions) -> L
         config.shape.kv_channels, config.rotary_base, config.rope_scaling
     ).to(groups.device)
     _drop_unwanted_biases(model, config)
+    _mark_split_parameters(model)
     return model

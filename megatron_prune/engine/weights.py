@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.nn import Module
 
 from megatron_prune import axes
+from megatron_prune.engine.failures import together
 from megatron_prune.engine.groups import Groups
-from megatron_prune.errors import PruneError
 from megatron_prune.grid import part_range
 from megatron_prune.shape import ModelConfig
 from megatron_prune.source import Source
@@ -89,12 +89,7 @@ def load_weights(model: Module, source: Source, groups: Groups) -> None:
         DamagedError: a tensor is not what the source promised.
         DistributedError: another rank met an error; every rank raises.
     """
-    error: Exception | None = None
-    try:
-        _fill(model, source.config, groups, source.read)
-    except (PruneError, OSError) as caught:
-        error = caught
-    groups.ranks.fail_together(error)
+    together(groups.ranks, lambda: _fill(model, source.config, groups, source.read))
 
 
 def draw_weights(model: Module, config: ModelConfig, groups: Groups, seed: int) -> None:

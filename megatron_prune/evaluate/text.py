@@ -8,17 +8,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
 from megatron_prune.data.tokenizers import load_tokenizer
 from megatron_prune.data.windows import read_text, scored_bytes, token_windows
+from megatron_prune.engine.failures import on_first_rank
 from megatron_prune.engine.groups import Groups
 from megatron_prune.engine.model import ModelOptions, build_model, check_model
 from megatron_prune.engine.scoring import window_losses
 from megatron_prune.engine.weights import load_weights
-from megatron_prune.errors import ConfigError, DamagedError, PruneError
+from megatron_prune.errors import ConfigError, DamagedError
 from megatron_prune.evaluate.perplexity import judge
 from megatron_prune.grid import ParallelGrid
 from megatron_prune.source import Source
@@ -72,24 +72,6 @@ def _tokenise(options: EvaluationOptions, vocab_size: int) -> tuple[Tensor, int]
     return windows, scored_bytes(tokenizer, windows)
 
 
-def _tokenise_once(
-    options: EvaluationOptions, vocab_size: int, groups: Groups
-) -> tuple[Tensor, int]:
-    """Tokenise on the first rank, for all."""
-    error: Exception | None = None
-    found = None
-    try:
-        if groups.ranks.is_first:
-            found = _tokenise(options, vocab_size)
-    except (PruneError, OSError) as caught:
-        error = caught
-    groups.ranks.fail_together(error)
-    everyone = [found]
-    dist.broadcast_object_list(everyone, src=0, device=groups.device)
-    assert everyone[0] is not None
-    return everyone[0]
-
-
 def _model_options(options: EvaluationOptions) -> ModelOptions:
     return ModelOptions(
         seq_length=options.seq_length,
@@ -110,7 +92,9 @@ def evaluate(
         ConfigError: the text or the tokenizer does not fit the model.
         DamagedError: the loss is not a number.
     """
-    windows, text_bytes = _tokenise_once(options, source.config.shape.vocab_size, groups)
+    windows, text_bytes = on_first_rank(
+        groups.ranks, lambda: _tokenise(options, source.config.shape.vocab_size)
+    )
     model = build_model(source.config, groups, _model_options(options))
     load_weights(model, source, groups)
     started = time.monotonic()

@@ -1,0 +1,173 @@
+"""Train a checkpoint on: recovery after pruning, or a baseline from random weights.
+
+Takes a checkpoint of any format and layout, and Megatron's flags. When --save already holds a run, that
+run continues, from any TP, PP and number of processes; the same command can be started again and again.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from megatron_prune.cli.engine_flags import (
+    add_layout_flags,
+    add_precision_flags,
+    dtype_of,
+    grid_of,
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    _add_start(parser)
+    _add_batches(parser)
+    _add_learning_rate(parser)
+    _add_optimizer(parser)
+    _add_intervals(parser)
+    add_layout_flags(parser)
+    add_precision_flags(parser)
+
+
+def _add_start(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--load", type=Path, metavar="CKPT", help="where the weights come from")
+    parser.add_argument(
+        "--save", type=Path, required=True, metavar="DIR", help="checkpoints and metrics.jsonl"
+    )
+    parser.add_argument(
+        "--init-random", action="store_true", help="the shape of --load, weights from --seed"
+    )
+    parser.add_argument(
+        "--finetune", action="store_true", help="from --load take the weights only, start at 0"
+    )
+    parser.add_argument(
+        "--no-load-optim", action="store_true", help="continue without the optimizer's state"
+    )
+    parser.add_argument("--seed", type=int, default=1234, metavar="N")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="check everything, say what would happen, stop"
+    )
+    group = parser.add_argument_group("data")
+    group.add_argument(
+        "--data-path",
+        nargs="+",
+        default=[],
+        metavar="[WEIGHT] PREFIX",
+        help="corpora of preprocess, without .bin; with weights to blend them",
+    )
+    group.add_argument(
+        "--split", default="969,30,1", help="training, validation, test (default 969,30,1)"
+    )
+    group.add_argument(
+        "--data-cache-path", type=Path, metavar="DIR", help="sample indices; default SAVE/.cache"
+    )
+    group.add_argument(
+        "--tokenizer-model", type=Path, metavar="PATH", help="default: the checkpoint's own"
+    )
+    group.add_argument("--eod-mask-loss", action="store_true", help="do not learn to predict EOD")
+
+
+def _add_batches(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("batches")
+    group.add_argument("--train-iters", type=int, required=True, metavar="N")
+    group.add_argument("--micro-batch-size", type=int, required=True, metavar="N")
+    group.add_argument(
+        "--global-batch-size", type=int, metavar="N", help="default: micro batch x data parallel"
+    )
+    group.add_argument(
+        "--rampup-batch-size", type=int, nargs=3, metavar=("START", "INCREMENT", "SAMPLES")
+    )
+    group.add_argument("--seq-length", type=int, required=True, metavar="N")
+    group.add_argument("--recompute-granularity", metavar="WHAT", help="full or selective")
+    group.add_argument("--recompute-method", metavar="HOW", help="uniform or block")
+    group.add_argument("--recompute-num-layers", type=int, metavar="N")
+
+
+def _add_learning_rate(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("learning rate")
+    group.add_argument("--lr", type=float, required=True)
+    group.add_argument("--min-lr", type=float, default=0.0)
+    group.add_argument(
+        "--lr-decay-style",
+        default="linear",
+        metavar="STYLE",
+        help="constant, linear (default), cosine, inverse-square-root or WSD",
+    )
+    group.add_argument("--lr-decay-iters", type=int, metavar="N", help="default --train-iters")
+    group.add_argument("--lr-warmup-iters", type=int, default=0, metavar="N")
+    group.add_argument("--lr-warmup-fraction", type=float, metavar="SHARE")
+    group.add_argument("--lr-warmup-init", type=float, default=0.0)
+    group.add_argument("--lr-wsd-decay-style", default="exponential", metavar="STYLE")
+    group.add_argument("--lr-wsd-decay-iters", type=int, metavar="N")
+    group.add_argument(
+        "--override-opt-param-scheduler", action="store_true", help="flags win over the checkpoint"
+    )
+    group.add_argument(
+        "--use-checkpoint-opt-param-scheduler",
+        action="store_true",
+        help="the checkpoint wins over the flags",
+    )
+
+
+def _add_optimizer(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("optimizer")
+    group.add_argument("--weight-decay", type=float, default=0.01)
+    group.add_argument("--clip-grad", type=float, default=1.0)
+    group.add_argument("--adam-beta1", type=float, default=0.9)
+    group.add_argument("--adam-beta2", type=float, default=0.999)
+    group.add_argument("--adam-eps", type=float, default=1e-8)
+    group.add_argument("--loss-scale", type=float, help="fp16: fixed instead of dynamic")
+    group.add_argument("--initial-loss-scale", type=float, default=2.0**32)
+    group.add_argument("--min-loss-scale", type=float, default=1.0)
+    group.add_argument("--loss-scale-window", type=int, default=1000)
+    group.add_argument("--hysteresis", type=int, default=2)
+    group.add_argument(
+        "--use-distributed-optimizer",
+        action="store_true",
+        help="split the optimizer's state over data-parallel ranks",
+    )
+
+
+def _add_intervals(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("telling and saving")
+    group.add_argument("--log-interval", type=int, default=100, metavar="N")
+    group.add_argument("--eval-interval", type=int, default=1000, metavar="N")
+    group.add_argument("--eval-iters", type=int, default=100, metavar="N", help="0: no validation")
+    group.add_argument("--save-interval", type=int, metavar="N", help="default: at the end only")
+    group.add_argument("--keep-last", type=int, metavar="N", help="checkpoints; default: all")
+    group.add_argument("--exit-interval", type=int, metavar="N", help="save, and exit with 0")
+    group.add_argument(
+        "--tensorboard-dir", type=Path, metavar="DIR", help="default SAVE/tensorboard"
+    )
+
+
+def run(args: argparse.Namespace) -> None:
+    from dataclasses import fields
+
+    from megatron_prune.engine.failures import named_failures
+    from megatron_prune.engine.groups import model_parallel, world_size
+    from megatron_prune.engine.options import TrainOptions, check_options
+
+    given = vars(args) | {
+        "dtype": dtype_of(args),
+        "data_path": tuple(args.data_path),
+        "rampup_batch_size": None if not args.rampup_batch_size else tuple(args.rampup_batch_size),
+    }
+    options = TrainOptions(**{field.name: given[field.name] for field in fields(TrainOptions)})
+    grid = grid_of(args)
+    processes = world_size()
+    if args.dry_run and processes == 1:
+        processes = grid.world_size  # one copy of the model, whatever was started
+    check_options(options, grid, processes)
+    if args.dry_run:
+        from megatron_prune.engine.dry_run import describe
+
+        print(describe(options, grid, processes))
+        return
+    from megatron_prune.engine.train import train
+
+    with (
+        named_failures(),
+        model_parallel(
+            grid, seed=options.seed, timeout_minutes=args.distributed_timeout_minutes
+        ) as groups,
+    ):
+        train(options, groups)

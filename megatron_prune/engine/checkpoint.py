@@ -1,0 +1,309 @@
+"""Checkpoints of a training run: where to start, what to save, what to keep.
+
+``SAVE/iter_0000123`` is one whole checkpoint: torch_dist weights and optimizer state that any layout can
+load, ``hf/`` with the model's config and tokenizer, ``plan.json``, ``manifest.json``. It is written beside
+under a temporary name, flushed and renamed; the tracker is replaced last. The newest complete one can
+always be found again.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+import re
+import shutil
+import sys
+from argparse import Namespace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.core import CheckpointingException
+from torch.distributed.checkpoint.api import CheckpointException
+
+from megatron_prune.engine.dist_writer import save_sharded
+from megatron_prune.engine.failures import together
+from megatron_prune.engine.groups import Groups
+from megatron_prune.engine.options import TrainOptions
+from megatron_prune.errors import (
+    CheckpointError,
+    ConfigError,
+    DamagedError,
+    PruneError,
+    StorageError,
+)
+from megatron_prune.ranks import Ranks
+from megatron_prune.shape import ModelConfig
+from megatron_prune.source import Source
+from megatron_prune.store.commit import MANIFEST, atomic_directory, replace_file, write_manifest
+from megatron_prune.store.mcore_dist import COMMON, INDEX, read_index
+from megatron_prune.store.megatron_args import megatron_args
+from megatron_prune.store.open import COMPANIONS, PLAN, TRACKER, read_facts
+from megatron_prune.store.untrusted import load_untrusted
+
+STATE = "training"  # our key in common.pt: what a run continues with
+_LOAD_ERRORS = (
+    CheckpointException,  # a BaseException
+    CheckpointingException,
+    pickle.UnpicklingError,
+    KeyError,
+    RuntimeError,
+    OSError,
+)
+_OURS = re.compile(r"metrics\.jsonl|tensorboard|\.cache|\.iter_\d+\.(tmp|old)\..*|\.metrics\..*")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Start:
+    """Where a run begins.
+
+    Attributes:
+        directory: the checkpoint to open.
+        state: what the run it belongs to had reached; None at the beginning.
+    """
+
+    directory: Path
+    state: Mapping[str, Any] | None
+
+    @property
+    def iteration(self) -> int:
+        return int(self.state["iteration"]) if self.state else 0
+
+
+def iteration_path(save: Path, iteration: int) -> Path:
+    return save / f"iter_{iteration:07d}"
+
+
+def is_complete(directory: Path) -> bool:
+    """Whether every file of the manifest is there with its size. Reads no weights."""
+    try:
+        files = json.loads((directory / MANIFEST).read_bytes())["files"]
+        return all(
+            (directory / name).stat().st_size == record["bytes"] for name, record in files.items()
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False
+
+
+def newest_checkpoint(save: Path) -> Path | None:
+    """The checkpoint a run in ``save`` continues from.
+
+    The tracker's, if it points to a complete one; else the newest complete one, with a warning, and
+    the tracker is put right.
+    """
+    found = {int(p.name[5:]): p for p in save.glob("iter_*") if p.name[5:].isdigit() and p.is_dir()}
+    tracker = save / TRACKER
+    word = tracker.read_text(errors="replace").strip() if tracker.is_file() else None
+    pointed = found.get(int(word)) if word and word.isdigit() else None
+    if pointed is not None and is_complete(pointed):
+        return pointed
+    newest = next((found[n] for n in sorted(found, reverse=True) if is_complete(found[n])), None)
+    if newest is None and word is not None:
+        raise DamagedError(
+            f"{tracker}: {word[:40]!r}, and no complete checkpoint in {save}; restore one, or train "
+            "into another directory"
+        )
+    if newest is not None:
+        print(
+            f"{tracker}: {'missing' if word is None else repr(word[:40])}; continuing from the "
+            f"newest complete checkpoint, {newest.name}",
+            file=sys.stderr,
+        )
+        replace_file(tracker, f"{int(newest.name[5:])}".encode())
+    return newest
+
+
+def training_state(directory: Path) -> Mapping[str, Any] | None:
+    """What a training run left in a checkpoint, None in a checkpoint that is a model only."""
+    if not (directory / COMMON).is_file():
+        return None
+    common = load_untrusted(directory / COMMON, mmap=False)
+    state = common.get(STATE) if isinstance(common, dict) else None
+    return state if isinstance(state, dict) and isinstance(state.get("iteration"), int) else None
+
+
+def find_start(options: TrainOptions) -> Start:
+    """Continue what lies in ``--save``, else what lies in ``--load``, else begin with its weights.
+
+    Raises:
+        ConfigError: ``--save`` holds something that training did not write.
+        CheckpointError: there is nothing to load.
+    """
+    save, load = options.save, options.load
+    assert load is not None  # check_options
+    if save.exists() and not save.is_dir():
+        raise ConfigError(f"--save {save} is a file; wanted a directory")
+    newest = newest_checkpoint(save)
+    if newest is not None:
+        state = training_state(newest)
+        if state is None:
+            raise ConfigError(
+                f"--save {save}: {newest.name} is a model without training state, which training "
+                "did not write; choose another directory to save in"
+            )
+        return Start(directory=newest, state=state)
+    foreign = (
+        [p.name for p in save.iterdir() if not _OURS.fullmatch(p.name)] if save.exists() else []
+    )
+    if foreign:
+        raise ConfigError(
+            f"--save {save} is not empty and no training run ({', '.join(sorted(foreign)[:3])}); "
+            "choose a directory that does not exist yet"
+        )
+    facts = read_facts(load)
+    fresh = options.init_random or options.finetune or facts.format != "torch_dist"
+    return Start(
+        directory=facts.directory, state=None if fresh else training_state(facts.directory)
+    )
+
+
+def sweep(save: Path) -> None:
+    """Remove what a killed save left: temporary directories of checkpoints."""
+    for path in save.glob(".iter_*.tmp.*"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _metadata() -> dict[str, Any]:
+    # the default sharding cannot be saved in 0.16.1; this one loads at any TP, PP and DP
+    return {"distrib_optim_sharding_type": "fully_reshardable"}
+
+
+def _write_companions(source: Source, config: ModelConfig, directory: Path) -> None:
+    from megatron_prune.store.hf_config import CONFIG, hf_config
+
+    target = directory / COMPANIONS
+    target.mkdir()
+    for name, path in source.companion_files.items():
+        shutil.copyfile(path, target / name)
+    (target / CONFIG).write_text(json.dumps(hf_config(config), indent=2) + "\n")
+    if source.plan_path is not None:
+        shutil.copyfile(source.plan_path, directory / PLAN)
+
+
+def save_checkpoint(
+    options: TrainOptions,
+    groups: Groups,
+    source: Source,
+    *,
+    model: Any,
+    optimizer: Any,
+    scheduler: Any,
+    state: Mapping[str, Any],
+) -> Path:
+    """Write the checkpoint of ``state['iteration']``, point to it, drop the oldest.
+
+    Raises:
+        StorageError: the disk is full or cannot be written; the checkpoints before stay as they were.
+        DistributedError: another rank failed.
+    """
+    iteration = state["iteration"]
+    target = iteration_path(options.save, iteration)
+    config = replace(source.config, dtype=options.dtype)
+    weights = model.sharded_state_dict(metadata=None)
+    arguments = megatron_args(
+        config,
+        groups.grid,
+        iteration=iteration,
+        consumed_train_samples=state["consumed_samples"],
+        seq_length=options.seq_length,
+        micro_batch_size=options.micro_batch_size,
+        global_batch_size=options.batch_size(groups.data_parallel),
+        use_distributed_optimizer=options.use_distributed_optimizer,
+        ckpt_format="torch_dist",
+    )
+    whole = {
+        "args": arguments,
+        "checkpoint_version": 3.0,
+        "iteration": iteration,
+        "model": weights,
+        "optimizer": optimizer.sharded_state_dict(weights, metadata=_metadata()),
+        "opt_param_scheduler": scheduler.state_dict(),
+        "num_floating_point_operations_so_far": 0,
+        STATE: dict(state),
+    }
+    try:
+        with atomic_directory(target, ranks=groups.ranks, overwrite=True) as directory:
+            records = save_sharded(whole, directory, groups)
+            if groups.ranks.is_first:
+                _write_companions(source, config, directory)
+                facts = {"format": "torch_dist", "iteration": iteration}
+                write_manifest(directory, facts, records)
+    except CheckpointException as error:  # a BaseException
+        raise StorageError(f"{target}: not saved: {error}") from None
+    together(groups.ranks, lambda: _publish(options, groups.ranks, iteration))
+    return target
+
+
+def _publish(options: TrainOptions, ranks: Ranks, iteration: int) -> None:
+    """Point to the new checkpoint, then forget the oldest: never the one pointed to."""
+    if not ranks.is_first:
+        return
+    replace_file(options.save / TRACKER, str(iteration).encode())
+    if options.keep_last is None:
+        return
+    kept = sorted(p for p in options.save.glob("iter_*") if p.name[5:].isdigit() and p.is_dir())
+    for old in kept[: -options.keep_last]:
+        if old == iteration_path(options.save, iteration):
+            continue
+        doomed = old.with_name(f".{old.name}.tmp.dropped")  # no half-deleted checkpoint by its name
+        old.rename(doomed)
+        shutil.rmtree(doomed)
+
+
+def load_checkpoint(
+    start: Start,
+    options: TrainOptions,
+    groups: Groups,
+    *,
+    model: Any,
+    optimizer: Any | None,
+) -> tuple[dict[str, Any] | None, dict[str, Any]]:
+    """Load the weights of a training checkpoint, from whatever layout it was written at.
+
+    Returns:
+        The optimizer's state, None when ``optimizer`` is None; and the schedule's.
+
+    Raises:
+        ConfigError: its optimizer state is of another kind than the flags ask for.
+        DamagedError: it cannot be read.
+    """
+    state = start.state
+    assert state is not None
+    if optimizer is not None:
+        _check_same_optimizer(start.directory, state, options)
+    together(groups.ranks, lambda: (read_index(start.directory), None)[1])  # no pickle executes
+    weights = model.sharded_state_dict(metadata=None)
+    wanted: dict[str, Any] = {"model": weights}
+    if optimizer is not None:
+        wanted["optimizer"] = optimizer.sharded_state_dict(
+            weights, is_loading=True, metadata=_metadata()
+        )
+    try:
+        with torch.serialization.safe_globals([Namespace]):
+            loaded = dist_checkpointing.load(wanted, str(start.directory))
+        model.load_state_dict(loaded["model"])
+    except _LOAD_ERRORS as error:
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise DamagedError(
+            f"{start.directory}: cannot be loaded: {first}; copy it again"
+        ) from error
+    return loaded.get("optimizer") if optimizer is not None else None, loaded["opt_param_scheduler"]
+
+
+def _check_same_optimizer(directory: Path, state: Mapping[str, Any], options: TrainOptions) -> None:
+    found = (state["dtype"], state["use_distributed_optimizer"])
+    if found == (options.dtype, options.use_distributed_optimizer):
+        return
+
+    def flags(dtype: str, distributed: bool) -> str:
+        word = "fp32" if dtype == "fp32" else f"--{dtype}"
+        return f"{word} {'with' if distributed else 'without'} --use-distributed-optimizer"
+
+    raise ConfigError(
+        f"{directory}: its optimizer state is that of {flags(*found)}, the flags are "
+        f"{flags(options.dtype, options.use_distributed_optimizer)}; give the same flags, or "
+        "--no-load-optim to continue with its weights and a new optimizer"
+    )

@@ -1,0 +1,119 @@
+"""Writing a sharded state with megatron.core.dist_checkpointing, from within this process.
+
+Megatron's own writer forks one process a file and starts a manager process to collect their results;
+these outlive a killed parent, re-import the main module and cost seconds a save. Here every rank
+writes its files itself, hashes them while writing, and all ranks learn of a failure before anything is
+tied together.
+"""
+
+from __future__ import annotations
+
+import queue
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing.strategies import torch as torch_strategy
+from megatron.core.dist_checkpointing.strategies.fully_parallel import (
+    FullyParallelSaveStrategyWrapper,
+)
+from torch.distributed.checkpoint.filesystem import SerializationFormat, _write_item
+
+from megatron_prune.engine.failures import together
+from megatron_prune.engine.groups import Groups
+from megatron_prune.store.commit import FileRecord, HashedFile
+
+_FILES_PER_RANK = 1
+
+
+class _Stream(HashedFile):
+    """A hashed file that tells where it is, as DCP's writer asks."""
+
+    def tell(self) -> int:
+        return self.position
+
+
+class _InProcessWriter(filesystem_async.FileSystemWriterAsync):  # type: ignore[misc]
+    """`FileSystemWriterAsync` without its processes; the records of its files by name."""
+
+    records: dict[str, FileRecord]
+
+    @staticmethod
+    def write_preloaded_data_multiproc(
+        transforms: list[Any],
+        use_msc: bool,
+        rank: int,
+        write_buckets: Sequence[Any],
+        results: queue.Queue[Any],
+    ) -> None:
+        """Write this rank's files; raises what went wrong."""
+        found: dict[int, list[Any]] = {}
+        with ThreadPoolExecutor(1) as pool:
+            for index, (path, name, (bytes_data, tensor_data)) in enumerate(write_buckets):
+                stream = _Stream(Path(path), pool)
+                found[index] = [
+                    _write_item(
+                        *transforms, stream, data, item, name, SerializationFormat.TORCH_SAVE
+                    )
+                    for item, data in (*bytes_data, *tensor_data)
+                ]
+                _InProcessWriter.records[name] = stream.close()
+        results.put(found)
+
+
+@contextmanager
+def _without_processes(records: dict[str, FileRecord]) -> Iterator[None]:
+    _InProcessWriter.records = records
+    with (
+        mock.patch.object(torch_strategy, "FileSystemWriterAsync", _InProcessWriter),
+        mock.patch.object(filesystem_async, "_get_write_results_queue", queue.Queue),
+    ):
+        yield
+
+
+def save_sharded(state: dict[str, Any], directory: Path, groups: Groups) -> dict[str, FileRecord]:
+    """Write a sharded state dict into an empty directory, all ranks together.
+
+    Returns:
+        The files of all ranks with their hashes, on every rank; the small ones rank 0 adds
+        (``common.pt``, ``.metadata``, ``metadata.json``) are not among them.
+
+    Raises:
+        OSError: this rank could not write.
+        DistributedError: another one could not.
+    """
+    strategy: Any = torch_strategy.TorchDistSaveShardedStrategy(
+        "torch_dist", 1, thread_count=_FILES_PER_RANK
+    )
+    if groups.data_parallel > 1:
+        strategy = FullyParallelSaveStrategyWrapper(strategy, groups.dp_group)
+    records: dict[str, FileRecord] = {}
+    crc = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)  # half the time; the manifest has SHA-256
+    try:
+        with _without_processes(records):
+            request = dist_checkpointing.save(
+                state, str(directory), strategy, async_sharded_save=True
+            )
+            together(groups.ranks, lambda: _write(request))
+            for finalize in request.finalize_fns:
+                finalize()
+    finally:
+        torch.serialization.set_crc32_options(crc)
+    everyone = groups.ranks.gather(records)
+    return {name: record for one in everyone for name, record in one.items()}
+
+
+def _write(request: Any) -> None:
+    if request.async_fn is None:  # a rank with nothing to write
+        return
+    args = list(request.async_fn_args)
+    if request.preload_fn is not None:
+        args[1] = request.preload_fn()
+    request.async_fn(*args, **request.async_fn_kwargs)
