@@ -2,7 +2,7 @@
 # What every script here shares; sourced, never run.
 #
 #   say TEXT          a line of progress, on standard error
-#   show COMMAND      the command that is about to run, likewise
+#   show COMMAND...   the command that is about to run, likewise
 #   die TEXT          an error, and the end
 #   help_if_asked     prints the header comment of the running script for --help
 #   wanted NAME...    variables that have to be set; they are printed
@@ -13,10 +13,10 @@ REPO=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
 if [[ -t 2 ]]; then
     say() { printf '\033[1m== %s\033[0m\n' "$*" >&2; }
-    show() { printf '\033[2m   $ %s\033[0m\n' "$*" >&2; }
+    show() { printf '\033[2m   $ %s\033[0m\n' "$(readable "$@")" >&2; }
 else
     say() { printf '== %s\n' "$*" >&2; }
-    show() { printf '   $ %s\n' "$*" >&2; }
+    show() { printf '   $ %s\n' "$(readable "$@")" >&2; }
 fi
 
 die() {
@@ -58,4 +58,18 @@ on_ranks() {
         OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} python -m torch.distributed.run \
             --standalone --nproc-per-node "$ranks" -m megatron_prune "$@"
     fi
+}
+
+# The command as one would type it, without what these scripts wrap around it.
+readable() {
+    case "$1" in
+        into) shift 2 && readable "$@" ;;
+        on_ranks)
+            local ranks=$2
+            shift 2
+            ((ranks == 1)) || printf '(%d processes) ' "$ranks"
+            readable megatron-prune "$@"
+            ;;
+        *) printf '%s' "$*" ;;
+    esac
 }

@@ -80,7 +80,7 @@ _step() {
     fi
 
     say "$name"
-    show "$(_readable "$@")"
+    show "$@"
     rm -f "$record.seconds"
     [[ "$before" == "$now" ]] || rm -f "$record.spent"
     echo "$now" >"$record"
@@ -94,18 +94,4 @@ _step() {
     fi
     [[ -e "$output" ]] || die "step $name ended without an error, but $output is not there"
     echo "$spent" >"$record.seconds"
-}
-
-# The command as one would type it, without what this script wraps around it.
-_readable() {
-    case "$1" in
-        into) shift 2 && _readable "$@" ;;
-        on_ranks)
-            local ranks=$2
-            shift 2
-            ((ranks == 1)) || printf '(%d processes) ' "$ranks"
-            _readable megatron-prune "$@"
-            ;;
-        *) printf '%s' "$*" ;;
-    esac
 }

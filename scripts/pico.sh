@@ -26,7 +26,7 @@ cd "$RUN_DIR"
 
 layout=(--tensor-model-parallel-size "$TP" --pipeline-model-parallel-size 1)
 run() {
-    show "$*"
+    show "$@"
     "$@"
 }
 
@@ -40,7 +40,7 @@ say "Hugging Face -> Megatron -> plan -> pruned"
 run megatron-prune convert --load model --save source --to megatron "${layout[@]}"
 run megatron-prune plan --load source --save plan.json --hidden-size-remain 36 \
     --ffn-hidden-size-remain 60 --num-attention-heads-remain 3 --drop-layers 1 --balance-for "$TP" --seed 7
-run on_ranks "$TP" prune --load source --save pruned --plan plan.json "${layout[@]}"
+run on_ranks "$TP" prune --load source --save pruned --plan plan.json --to megatron "${layout[@]}"
 run megatron-prune verify --load pruned --source source --plan plan.json
 
 say "recovery"

@@ -177,7 +177,7 @@ step plan "$RUN_DIR/plan.json" convert \
 # 3. Cut, on the shards, one process a shard.
 step prune "$RUN_DIR/pruned" "convert plan" \
     on_ranks "$ranks" prune --load "$RUN_DIR/source" --save "$RUN_DIR/pruned" \
-    --plan "$RUN_DIR/plan.json" --ckpt-format "$CKPT_FORMAT" "${layout[@]}"
+    --plan "$RUN_DIR/plan.json" --to megatron --ckpt-format "$CKPT_FORMAT" "${layout[@]}"
 step verify "$RUN_DIR/report/verify.txt" "prune" \
     into "$RUN_DIR/report/verify.txt" megatron-prune verify --load "$RUN_DIR/pruned" \
     --source "$RUN_DIR/source" --plan "$RUN_DIR/plan.json"
