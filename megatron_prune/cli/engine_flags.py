@@ -1,19 +1,17 @@
-"""Flags that `train` and `evaluate` share: the layout, the precision, and how the layers run."""
+"""Flags that `train` and `evaluate` share beyond `options`: processes, precision, layers."""
 
 from __future__ import annotations
 
 import argparse
 
-from megatron_prune.grid import ParallelGrid
+from megatron_prune.cli.options import add_layout
+from megatron_prune.store.names import FAMILIES
 
 
-def add_layout_flags(parser: argparse.ArgumentParser) -> None:
-    """TP, PP and uneven stages; processes beyond TP x PP are data-parallel copies."""
-    group = parser.add_argument_group("layout")
-    group.add_argument("--tensor-model-parallel-size", type=int, default=1, metavar="N")
-    group.add_argument("--pipeline-model-parallel-size", type=int, default=1, metavar="N")
-    group.add_argument("--decoder-first-pipeline-num-layers", type=int, metavar="N")
-    group.add_argument("--decoder-last-pipeline-num-layers", type=int, metavar="N")
+def add_engine(parser: argparse.ArgumentParser) -> None:
+    """The layout, how long to wait for a rank, the precision and the kind of layers."""
+    add_layout(parser)
+    group = parser.add_argument_group("processes, precision and layers")
     group.add_argument(
         "--sequence-parallel", action="store_true", help="split norms over tensor-parallel ranks"
     )
@@ -22,34 +20,21 @@ def add_layout_flags(parser: argparse.ArgumentParser) -> None:
         type=float,
         default=10,
         metavar="M",
-        help="give up on a silent rank after this long",
+        help="give up on a silent rank after this long (default 10)",
     )
-
-
-def add_precision_flags(parser: argparse.ArgumentParser) -> None:
-    """fp32 unless asked; which layers run the model."""
-    group = parser.add_argument_group("precision and layers")
-    choice = group.add_mutually_exclusive_group()
-    choice.add_argument("--bf16", action="store_true", help="weights and activations in bfloat16")
-    choice.add_argument("--fp16", action="store_true", help="... in float16")
+    precision = group.add_mutually_exclusive_group()
+    precision.add_argument("--bf16", action="store_true", help="run in bfloat16 (default fp32)")
+    precision.add_argument("--fp16", action="store_true", help="run in float16")
     group.add_argument(
         "--transformer-impl",
+        choices=("auto", "local", "transformer_engine"),
         default="auto",
-        metavar="IMPL",
-        help="auto (default), local or transformer_engine",
+        help="auto: Transformer Engine where it is installed and a GPU is there",
     )
     group.add_argument(
-        "--family", metavar="NAME", help="of a stock checkpoint whose arguments do not tell"
-    )
-
-
-def grid_of(args: argparse.Namespace) -> ParallelGrid:
-    """The layout asked for."""
-    return ParallelGrid(
-        tensor_parallel=args.tensor_model_parallel_size,
-        pipeline_parallel=args.pipeline_model_parallel_size,
-        first_stage_layers=args.decoder_first_pipeline_num_layers,
-        last_stage_layers=args.decoder_last_pipeline_num_layers,
+        "--family",
+        choices=FAMILIES,
+        help="of a stock Megatron checkpoint whose arguments do not tell",
     )
 
 

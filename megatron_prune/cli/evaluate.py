@@ -13,27 +13,26 @@ import sys
 import time
 from pathlib import Path
 
-from megatron_prune.cli.engine_flags import (
-    add_layout_flags,
-    add_precision_flags,
-    dtype_of,
-    grid_of,
-)
+from megatron_prune.cli.engine_flags import add_engine, dtype_of
+from megatron_prune.cli.options import grid_from, positive
 from megatron_prune.errors import ConfigError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--load", required=True, type=Path, help="checkpoint of any format")
+    parser.add_argument(
+        "--load", type=Path, required=True, metavar="CKPT_OR_HF", help="checkpoint of any format"
+    )
     parser.add_argument("--data", required=True, type=Path, help="text, or JSON lines with 'text'")
-    parser.add_argument("--seq-length", type=int, default=1024, metavar="N")
-    parser.add_argument("--max-windows", type=int, metavar="N", help="the first N only")
-    parser.add_argument("--micro-batch-size", type=int, default=1, metavar="N", help="default 1")
+    parser.add_argument("--seq-length", type=positive, default=1024, metavar="N")
+    parser.add_argument("--max-windows", type=positive, metavar="N", help="the first N only")
+    parser.add_argument(
+        "--micro-batch-size", type=positive, default=1, metavar="N", help="default 1"
+    )
     parser.add_argument("--json", type=Path, metavar="OUT", help="write the result here too")
     parser.add_argument(
         "--tokenizer-model", type=Path, metavar="PATH", help="default: the checkpoint's own"
     )
-    add_layout_flags(parser)
-    add_precision_flags(parser)
+    add_engine(parser)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -41,7 +40,7 @@ def run(args: argparse.Namespace) -> None:
     from megatron_prune.engine.groups import data_parallel_size, model_parallel, world_size
     from megatron_prune.evaluate.text import EvaluationOptions, evaluate, open_checked
 
-    grid = grid_of(args)
+    grid = grid_from(args)
     data_parallel_size(grid, world_size())
     options = EvaluationOptions(
         load=args.load,

@@ -1,7 +1,8 @@
 """Train a checkpoint on: recovery after pruning, or a baseline from random weights.
 
-Takes a checkpoint of any format and layout, and Megatron's flags. When --save already holds a run, that
-run continues, from any TP, PP and number of processes; the same command can be started again and again.
+Takes a checkpoint of any format and layout, and Megatron's flags. When --save already holds a run,
+that run continues, at any TP, PP and number of processes; the same command can be started again
+and again.
 """
 
 from __future__ import annotations
@@ -9,12 +10,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from megatron_prune.cli.engine_flags import (
-    add_layout_flags,
-    add_precision_flags,
-    dtype_of,
-    grid_of,
-)
+from megatron_prune.cli.engine_flags import add_engine, dtype_of
+from megatron_prune.cli.options import grid_from, positive
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -23,8 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add_learning_rate(parser)
     _add_optimizer(parser)
     _add_intervals(parser)
-    add_layout_flags(parser)
-    add_precision_flags(parser)
+    add_engine(parser)
 
 
 def _add_start(parser: argparse.ArgumentParser) -> None:
@@ -67,18 +63,21 @@ def _add_start(parser: argparse.ArgumentParser) -> None:
 
 def _add_batches(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("batches")
-    group.add_argument("--train-iters", type=int, required=True, metavar="N")
-    group.add_argument("--micro-batch-size", type=int, required=True, metavar="N")
+    group.add_argument("--train-iters", type=positive, required=True, metavar="N")
+    group.add_argument("--micro-batch-size", type=positive, required=True, metavar="N")
     group.add_argument(
-        "--global-batch-size", type=int, metavar="N", help="default: micro batch x data parallel"
+        "--global-batch-size",
+        type=positive,
+        metavar="N",
+        help="default: micro batch x data parallel",
     )
     group.add_argument(
         "--rampup-batch-size", type=int, nargs=3, metavar=("START", "INCREMENT", "SAMPLES")
     )
-    group.add_argument("--seq-length", type=int, required=True, metavar="N")
+    group.add_argument("--seq-length", type=positive, required=True, metavar="N")
     group.add_argument("--recompute-granularity", metavar="WHAT", help="full or selective")
     group.add_argument("--recompute-method", metavar="HOW", help="uniform or block")
-    group.add_argument("--recompute-num-layers", type=int, metavar="N")
+    group.add_argument("--recompute-num-layers", type=positive, metavar="N")
 
 
 def _add_learning_rate(parser: argparse.ArgumentParser) -> None:
@@ -91,12 +90,12 @@ def _add_learning_rate(parser: argparse.ArgumentParser) -> None:
         metavar="STYLE",
         help="constant, linear (default), cosine, inverse-square-root or WSD",
     )
-    group.add_argument("--lr-decay-iters", type=int, metavar="N", help="default --train-iters")
+    group.add_argument("--lr-decay-iters", type=positive, metavar="N", help="default --train-iters")
     group.add_argument("--lr-warmup-iters", type=int, default=0, metavar="N")
     group.add_argument("--lr-warmup-fraction", type=float, metavar="SHARE")
     group.add_argument("--lr-warmup-init", type=float, default=0.0)
     group.add_argument("--lr-wsd-decay-style", default="exponential", metavar="STYLE")
-    group.add_argument("--lr-wsd-decay-iters", type=int, metavar="N")
+    group.add_argument("--lr-wsd-decay-iters", type=positive, metavar="N")
     group.add_argument(
         "--override-opt-param-scheduler", action="store_true", help="flags win over the checkpoint"
     )
@@ -117,8 +116,8 @@ def _add_optimizer(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--loss-scale", type=float, help="fp16: fixed instead of dynamic")
     group.add_argument("--initial-loss-scale", type=float, default=2.0**32)
     group.add_argument("--min-loss-scale", type=float, default=1.0)
-    group.add_argument("--loss-scale-window", type=int, default=1000)
-    group.add_argument("--hysteresis", type=int, default=2)
+    group.add_argument("--loss-scale-window", type=positive, default=1000)
+    group.add_argument("--hysteresis", type=positive, default=2)
     group.add_argument(
         "--use-distributed-optimizer",
         action="store_true",
@@ -128,12 +127,14 @@ def _add_optimizer(parser: argparse.ArgumentParser) -> None:
 
 def _add_intervals(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("telling and saving")
-    group.add_argument("--log-interval", type=int, default=100, metavar="N")
-    group.add_argument("--eval-interval", type=int, default=1000, metavar="N")
+    group.add_argument("--log-interval", type=positive, default=100, metavar="N")
+    group.add_argument("--eval-interval", type=positive, default=1000, metavar="N")
     group.add_argument("--eval-iters", type=int, default=100, metavar="N", help="0: no validation")
-    group.add_argument("--save-interval", type=int, metavar="N", help="default: at the end only")
-    group.add_argument("--keep-last", type=int, metavar="N", help="checkpoints; default: all")
-    group.add_argument("--exit-interval", type=int, metavar="N", help="save, and exit with 0")
+    group.add_argument(
+        "--save-interval", type=positive, metavar="N", help="default: at the end only"
+    )
+    group.add_argument("--keep-last", type=positive, metavar="N", help="checkpoints; default: all")
+    group.add_argument("--exit-interval", type=positive, metavar="N", help="save, and exit with 0")
     group.add_argument(
         "--tensorboard-dir", type=Path, metavar="DIR", help="default SAVE/tensorboard"
     )
@@ -152,7 +153,7 @@ def run(args: argparse.Namespace) -> None:
         "rampup_batch_size": None if not args.rampup_batch_size else tuple(args.rampup_batch_size),
     }
     options = TrainOptions(**{field.name: given[field.name] for field in fields(TrainOptions)})
-    grid = grid_of(args)
+    grid = grid_from(args)
     processes = world_size()
     if args.dry_run and processes == 1:
         processes = grid.world_size  # one copy of the model, whatever was started

@@ -1,8 +1,8 @@
 """The Megatron runtime: the only package that imports ``megatron.core``.
 
 One code path for NCCL with Transformer Engine and for gloo on a CPU (`cpu` has what the latter
-needs). Nothing here knows about pruning. Importing it keeps Megatron's advice about packages that are
-not installed off standard error, which it gives while it is imported.
+needs). Nothing here knows about pruning. Importing it keeps Megatron's advice about packages that
+are not installed off standard error, which it gives while it is imported.
 """
 
 import logging

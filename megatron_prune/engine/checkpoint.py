@@ -1,13 +1,14 @@
 """Checkpoints of a training run: where to start, what to save, what to keep.
 
-``SAVE/iter_0000123`` is one whole checkpoint: torch_dist weights and optimizer state that any layout can
-load, ``hf/`` with the model's config and tokenizer, ``plan.json``, ``manifest.json``. It is written beside
-under a temporary name, flushed and renamed; the tracker is replaced last. The newest complete one can
-always be found again.
+``SAVE/iter_0000123`` is one whole checkpoint: torch_dist weights and optimizer state that any
+layout can load, ``hf/`` with the model's config and tokenizer, ``plan.json``, ``manifest.json``. It
+is written beside under a temporary name, flushed and renamed; the tracker is replaced last. The
+newest complete one can always be found again.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import pickle
 import re
@@ -24,22 +25,25 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from torch.distributed.checkpoint.api import CheckpointException
 
+from megatron_prune.axes import count_parameters
 from megatron_prune.engine.dist_writer import save_sharded
 from megatron_prune.engine.failures import together
 from megatron_prune.engine.groups import Groups
 from megatron_prune.engine.options import TrainOptions
-from megatron_prune.errors import (
-    CheckpointError,
-    ConfigError,
-    DamagedError,
-    PruneError,
-    StorageError,
-)
+from megatron_prune.errors import ConfigError, DamagedError, StorageError
 from megatron_prune.ranks import Ranks
 from megatron_prune.shape import ModelConfig
 from megatron_prune.source import Source
-from megatron_prune.store.commit import MANIFEST, atomic_directory, replace_file, write_manifest
-from megatron_prune.store.mcore_dist import COMMON, INDEX, read_index
+from megatron_prune.store.commit import (
+    MANIFEST,
+    atomic_directory,
+    replace_file,
+    write_file,
+    write_manifest,
+)
+from megatron_prune.store.commit import _sweep as sweep_beside
+from megatron_prune.store.hf_config import CONFIG, hf_config
+from megatron_prune.store.mcore_dist import COMMON, read_index
 from megatron_prune.store.megatron_args import megatron_args
 from megatron_prune.store.open import COMPANIONS, PLAN, TRACKER, read_facts
 from megatron_prune.store.untrusted import load_untrusted
@@ -88,12 +92,19 @@ def is_complete(directory: Path) -> bool:
         return False
 
 
-def newest_checkpoint(save: Path) -> Path | None:
+def newest_checkpoint(save: Path, *, mend: bool = True) -> Path | None:
     """The checkpoint a run in ``save`` continues from.
 
-    The tracker's, if it points to a complete one; else the newest complete one, with a warning, and
-    the tracker is put right.
+    The tracker's, if it points to a complete one; else the newest complete one, with a warning.
+
+    Args:
+        mend: clear away what killed saves left, and put the tracker right.
+
+    Raises:
+        DamagedError: the tracker says there is one, and none is complete.
     """
+    if mend:
+        sweep(save)
     found = {int(p.name[5:]): p for p in save.glob("iter_*") if p.name[5:].isdigit() and p.is_dir()}
     tracker = save / TRACKER
     word = tracker.read_text(errors="replace").strip() if tracker.is_file() else None
@@ -103,8 +114,8 @@ def newest_checkpoint(save: Path) -> Path | None:
     newest = next((found[n] for n in sorted(found, reverse=True) if is_complete(found[n])), None)
     if newest is None and word is not None:
         raise DamagedError(
-            f"{tracker}: {word[:40]!r}, and no complete checkpoint in {save}; restore one, or train "
-            "into another directory"
+            f"{tracker}: {word[:40]!r}, and no complete checkpoint in {save}; restore one, or "
+            "train into another directory"
         )
     if newest is not None:
         print(
@@ -112,7 +123,8 @@ def newest_checkpoint(save: Path) -> Path | None:
             f"newest complete checkpoint, {newest.name}",
             file=sys.stderr,
         )
-        replace_file(tracker, f"{int(newest.name[5:])}".encode())
+        if mend:
+            replace_file(tracker, f"{int(newest.name[5:])}".encode())
     return newest
 
 
@@ -125,8 +137,11 @@ def training_state(directory: Path) -> Mapping[str, Any] | None:
     return state if isinstance(state, dict) and isinstance(state.get("iteration"), int) else None
 
 
-def find_start(options: TrainOptions) -> Start:
+def find_start(options: TrainOptions, *, mend: bool = True) -> Start:
     """Continue what lies in ``--save``, else what lies in ``--load``, else begin with its weights.
+
+    Args:
+        mend: see `newest_checkpoint`; False for a dry run, which writes nothing.
 
     Raises:
         ConfigError: ``--save`` holds something that training did not write.
@@ -136,7 +151,7 @@ def find_start(options: TrainOptions) -> Start:
     assert load is not None  # check_options
     if save.exists() and not save.is_dir():
         raise ConfigError(f"--save {save} is a file; wanted a directory")
-    newest = newest_checkpoint(save)
+    newest = newest_checkpoint(save, mend=mend)
     if newest is not None:
         state = training_state(newest)
         if state is None:
@@ -161,9 +176,9 @@ def find_start(options: TrainOptions) -> Start:
 
 
 def sweep(save: Path) -> None:
-    """Remove what a killed save left: temporary directories of checkpoints."""
-    for path in save.glob(".iter_*.tmp.*"):
-        shutil.rmtree(path, ignore_errors=True)
+    """Clear away what killed saves left, and put back a checkpoint that one had set aside."""
+    for name in {path.name.split(".")[1] for path in save.glob(".iter_*.*.*")}:
+        sweep_beside(save / name)
 
 
 def _metadata() -> dict[str, Any]:
@@ -172,15 +187,28 @@ def _metadata() -> dict[str, Any]:
 
 
 def _write_companions(source: Source, config: ModelConfig, directory: Path) -> None:
-    from megatron_prune.store.hf_config import CONFIG, hf_config
-
     target = directory / COMPANIONS
     target.mkdir()
     for name, path in source.companion_files.items():
-        shutil.copyfile(path, target / name)
-    (target / CONFIG).write_text(json.dumps(hf_config(config), indent=2) + "\n")
+        write_file(target / name, path.read_bytes())
+    write_file(target / CONFIG, (json.dumps(hf_config(config), indent=2) + "\n").encode())
     if source.plan_path is not None:
-        shutil.copyfile(source.plan_path, directory / PLAN)
+        write_file(directory / PLAN, source.plan_path.read_bytes())
+
+
+def _facts(config: ModelConfig, groups: Groups, iteration: int, plan: str | None) -> dict[str, Any]:
+    return {
+        "format": "torch_dist",
+        "family": config.family,
+        "shape": config.shape.as_dict(),
+        "parameters": count_parameters(config),
+        "tied": config.tied,
+        "dtype": config.dtype,
+        "tensor_model_parallel_size": groups.grid.tensor_parallel,
+        "pipeline_model_parallel_size": groups.grid.pipeline_parallel,
+        "plan_digest": plan,
+        "iteration": iteration,
+    }
 
 
 def save_checkpoint(
@@ -196,13 +224,13 @@ def save_checkpoint(
     """Write the checkpoint of ``state['iteration']``, point to it, drop the oldest.
 
     Raises:
-        StorageError: the disk is full or cannot be written; the checkpoints before stay as they were.
+        StorageError: the disk is full or cannot be written; those before stay as they were.
         DistributedError: another rank failed.
     """
     iteration = state["iteration"]
     target = iteration_path(options.save, iteration)
     config = replace(source.config, dtype=options.dtype)
-    weights = model.sharded_state_dict(metadata=None)
+    weights, plan = model.sharded_state_dict(metadata=None), source.plan_path
     arguments = megatron_args(
         config,
         groups.grid,
@@ -213,6 +241,7 @@ def save_checkpoint(
         global_batch_size=options.batch_size(groups.data_parallel),
         use_distributed_optimizer=options.use_distributed_optimizer,
         ckpt_format="torch_dist",
+        prune_plan_digest=None if plan is None else hashlib.sha256(plan.read_bytes()).hexdigest(),
     )
     whole = {
         "args": arguments,
@@ -229,7 +258,7 @@ def save_checkpoint(
             records = save_sharded(whole, directory, groups)
             if groups.ranks.is_first:
                 _write_companions(source, config, directory)
-                facts = {"format": "torch_dist", "iteration": iteration}
+                facts = _facts(config, groups, iteration, arguments.prune_plan_digest)
                 write_manifest(directory, facts, records)
     except CheckpointException as error:  # a BaseException
         raise StorageError(f"{target}: not saved: {error}") from None

@@ -1,9 +1,9 @@
 """The samples of a run: Megatron's GPTDataset over .bin/.idx corpora, blended by weight.
 
-Which sample comes when is a function of the prefixes, the weights, the split, the seed, the sequence
-length and the total number of samples asked for (``--train-iters``), as in stock Megatron-LM; a run that
-continues with the same flags continues the same order. Sample indices are cached in a directory of our
-own, never beside the corpora.
+Which sample comes when is a function of the prefixes, the weights, the split, the seed, the
+sequence length and the total number of samples asked for (``--train-iters``), as in stock
+Megatron-LM; a run that continues with the same flags continues the same order. Sample indices are
+cached in a directory of our own, never beside the corpora.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ class _Tokenizer:
 
 
 def check_split(split: str) -> list[tuple[float, float] | None]:
-    """Megatron's ``--split``: shares of training, validation, test -> ranges, None for a share of 0.
+    """Megatron's ``--split``: shares of training, validation, test -> ranges, None for no share.
 
     Raises:
         ConfigError: not numbers, none positive, or none for training.

@@ -62,7 +62,7 @@ def install() -> None:
         return
     cpu = torch.device("cpu")
     torch.cuda.current_device = lambda: cpu  # type: ignore[assignment, return-value]
-    torch.cuda.synchronize = lambda *args, **kwargs: None  # type: ignore[assignment]
+    torch.cuda.synchronize = lambda *args, **kwargs: None
     get_state: Any = lambda device=None: torch.get_rng_state()  # noqa: E731
     set_state: Any = lambda state, device=None: torch.set_rng_state(state)  # noqa: E731
     torch.cuda.get_rng_state = torch.cuda.random.get_rng_state = get_state

@@ -1,9 +1,9 @@
 """Writing a sharded state with megatron.core.dist_checkpointing, from within this process.
 
-Megatron's own writer forks one process a file and starts a manager process to collect their results;
-these outlive a killed parent, re-import the main module and cost seconds a save. Here every rank
-writes its files itself, hashes them while writing, and all ranks learn of a failure before anything is
-tied together.
+Megatron's own writer forks one process a file and starts a manager process to collect their
+results; these outlive a killed parent, re-import the main module and cost seconds a save. Here
+every rank writes its files itself, hashes them while writing, and all ranks learn of a failure
+before anything is tied together.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from megatron.core.dist_checkpointing.strategies import torch as torch_strategy
 from megatron.core.dist_checkpointing.strategies.fully_parallel import (
     FullyParallelSaveStrategyWrapper,
 )
-from torch.distributed.checkpoint.filesystem import SerializationFormat, _write_item
+from torch.distributed.checkpoint import filesystem
+from torch.distributed.checkpoint.filesystem import SerializationFormat
 
 from megatron_prune.engine.failures import together
 from megatron_prune.engine.groups import Groups
@@ -39,7 +40,7 @@ class _Stream(HashedFile):
         return self.position
 
 
-class _InProcessWriter(filesystem_async.FileSystemWriterAsync):  # type: ignore[misc]
+class _InProcessWriter(filesystem_async.FileSystemWriterAsync):
     """`FileSystemWriterAsync` without its processes; the records of its files by name."""
 
     records: dict[str, FileRecord]
@@ -53,12 +54,13 @@ class _InProcessWriter(filesystem_async.FileSystemWriterAsync):  # type: ignore[
         results: queue.Queue[Any],
     ) -> None:
         """Write this rank's files; raises what went wrong."""
+        write_item: Any = filesystem._write_item
         found: dict[int, list[Any]] = {}
         with ThreadPoolExecutor(1) as pool:
             for index, (path, name, (bytes_data, tensor_data)) in enumerate(write_buckets):
                 stream = _Stream(Path(path), pool)
                 found[index] = [
-                    _write_item(
+                    write_item(
                         *transforms, stream, data, item, name, SerializationFormat.TORCH_SAVE
                     )
                     for item, data in (*bytes_data, *tensor_data)

@@ -50,7 +50,7 @@ class MetricsLog:
         if path.exists():
             rows = _rows_until(path, start)
             replace_file(path, "".join(row + "\n" for row in rows).encode())
-        self._file = open(path, "a", encoding="utf-8")
+        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (until `close`)
         from torch.utils.tensorboard import SummaryWriter
 
         self._board = SummaryWriter(str(tensorboard), purge_step=start + 1)

@@ -1,8 +1,7 @@
 """megatron.core's DDP, optimizer and learning-rate schedule for one model.
 
 What 0.16 lacks without Apex and Transformer Engine is mended here: torch's AdamW is switched to its
-fused kernel (a third of the time of the plain loop on a CPU), and the distributed optimizer can load
-what it saved.
+fused kernel, and the distributed optimizer can load what it saved.
 """
 
 from __future__ import annotations

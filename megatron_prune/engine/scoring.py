@@ -61,7 +61,7 @@ def window_losses(
 def _score(
     model: LanguageModel, batches: Iterator[Tensor], count: int, micro_batch_size: int, length: int
 ) -> list[Tensor]:
-    """Run ``count`` microbatches through the pipeline; [micro batch] losses each, on the last stage."""
+    """Run ``count`` microbatches through the pipeline; the last stage gets their losses."""
 
     def forward(batches: Iterator[Tensor], model: LanguageModel) -> tuple[Tensor, object]:
         tokens_bS = next(batches)

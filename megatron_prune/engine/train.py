@@ -1,8 +1,8 @@
 """Continued pretraining: the loop and what surrounds it.
 
-The order of a run: decide where it starts, check everything a user has given, build the model, load the
-weights once, train. Every step ends with one small exchange between all ranks: the loss, and whether
-one of them has been asked to stop; so all ranks save and leave after the same step.
+The order of a run: decide where it starts, check everything a user has given, build the model, load
+the weights once, train. Every step ends with one small exchange between all ranks: the loss, and
+whether one of them has been asked to stop; so all ranks save and leave after the same step.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,7 +25,6 @@ from megatron_prune.engine.checkpoint import (
     find_start,
     load_checkpoint,
     save_checkpoint,
-    sweep,
 )
 from megatron_prune.engine.corpora import build_datasets, check_corpora, microbatches
 from megatron_prune.engine.failures import on_first_rank, together
@@ -73,14 +73,19 @@ def open_start(options: TrainOptions, groups: Groups) -> tuple[Start, Source, li
     source = together(groups.ranks, lambda: open_source(start.directory, family=options.family))
     groups.grid.check(source.config.shape)
     check_model(source.config, model_options(options), groups.grid.tensor_parallel)
-    tokenizer = options.tokenizer_model
-    if tokenizer is None and any("token" in name for name in source.companion_files):
-        tokenizer = start.directory
+    tokenizer = tokenizer_of(options, source, start)
     facts = on_first_rank(
         groups.ranks,
         lambda: check_corpora(options, tokenizer, source.config.shape.vocab_size),
     )
     return start, source, facts
+
+
+def tokenizer_of(options: TrainOptions, source: Source, start: Start) -> Path | None:
+    """Where the tokenizer lies that the corpora must have been made with; None when unknown."""
+    if options.tokenizer_model is not None:
+        return options.tokenizer_model
+    return start.directory if any("token" in name for name in source.companion_files) else None
 
 
 class Training:
@@ -306,7 +311,6 @@ class Training:
         active = self.groups.ranks.is_first
         if active:
             options.save.mkdir(parents=True, exist_ok=True)
-            sweep(options.save)
         log = MetricsLog(
             options.save,
             options.tensorboard_path,

@@ -1,0 +1,74 @@
+"""What a training run would do, said before it is started: no process group, no weight read."""
+
+from __future__ import annotations
+
+from math import prod
+
+from megatron_prune import axes
+from megatron_prune.engine.checkpoint import find_start
+from megatron_prune.engine.corpora import check_corpora
+from megatron_prune.engine.groups import data_parallel_size
+from megatron_prune.engine.model import check_model
+from megatron_prune.engine.options import TrainOptions
+from megatron_prune.engine.train import model_options, tokenizer_of
+from megatron_prune.grid import ParallelGrid, padded_vocab_size
+from megatron_prune.shape import ModelConfig
+from megatron_prune.store import open_source
+
+
+def stage_parameters(config: ModelConfig, grid: ParallelGrid, pp_rank: int) -> int:
+    """Parameters one rank of a pipeline stage holds, padding and a tied copy included."""
+    shape, split = config.shape, grid.tensor_parallel
+
+    def local(weight: axes.Weight) -> int:
+        whole = prod(axes.tensor_shape(weight.name, shape))
+        return whole if axes.split_dim(weight.axes) is None else whole // split
+
+    vocabulary = padded_vocab_size(shape.vocab_size, split) // split * shape.hidden_size
+    first, last = pp_rank == 0, pp_rank == grid.pipeline_parallel - 1
+    copies = int(first) + int(last and not (config.tied and first))
+    per_layer = sum(local(weight) for weight in axes.layer_weights(config))
+    layers = len(grid.stage_layers(shape.num_layers, pp_rank))
+    return layers * per_layer + copies * vocabulary + last * shape.hidden_size
+
+
+def bytes_per_parameter(dtype: str, distributed_copies: int = 1) -> float:
+    """Weights, float32 gradients and Adam's state; the latter split over copies of the model."""
+    if dtype == "fp32":
+        return 4 + 4 + 8 / distributed_copies
+    return 2 + 4 + 12 / distributed_copies  # and float32 master weights
+
+
+def describe(options: TrainOptions, grid: ParallelGrid, processes: int) -> str:
+    """Check everything that `train` checks before it builds the model, and tell the plan.
+
+    Raises:
+        PruneError: whatever cannot be used.
+    """
+    start = find_start(options, mend=False)
+    source = open_source(start.directory, family=options.family)
+    config, copies = source.config, data_parallel_size(grid, processes)
+    grid.check(config.shape)
+    check_model(config, model_options(options), grid.tensor_parallel)
+    facts = check_corpora(options, tokenizer_of(options, source, start), config.shape.vocab_size)
+    largest = max(stage_parameters(config, grid, p) for p in range(grid.pipeline_parallel))
+    split = copies if options.use_distributed_optimizer else 1
+    memory = largest * bytes_per_parameter(options.dtype, split)
+    batch, steps = options.batch_size(copies), options.train_iters - start.iteration
+    begins = "random weights" if options.init_random else str(start.directory)
+    if start.state is not None:
+        begins = f"{start.directory}, after iteration {start.iteration}"
+    sizes = ", ".join(f"{key} {value}" for key, value in config.shape.as_dict().items())
+    rows = {
+        "start": begins,
+        "shape": sizes,
+        "parameters": f"{axes.count_parameters(config):,}, on the fullest rank {largest:,}",
+        "layout": f"TP {grid.tensor_parallel} x PP {grid.pipeline_parallel} x DP {copies}",
+        "memory": f"{memory / 1e9:.2f} GB a rank for weights, gradients and optimizer "
+        f"({options.dtype}), activations apart",
+        "data": ", ".join(f"{fact.prefix} ({fact.tokens:,} tokens)" for fact in facts),
+        "steps": f"{steps:,} of {batch} x {options.seq_length} tokens, "
+        f"{steps * batch * options.seq_length:,} tokens in all",
+        "save": str(options.save),
+    }
+    return "\n".join(f"{name:<11} {value}" for name, value in rows.items())
