@@ -1,0 +1,116 @@
+"""Imports go one way, and most commands need neither Megatron nor transformers."""
+
+from __future__ import annotations
+
+import ast
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import megatron_prune
+
+PACKAGE = Path(megatron_prune.__file__).parent
+# An import goes only to an earlier line; parts of one line never import each other.
+LAYERS = (
+    ("__init__", "errors"),
+    ("shape", "ranks"),
+    ("axes", "tensors", "grid"),
+    ("plan", "budget", "source"),
+    ("store", "criteria", "data"),
+    ("planning", "digest"),
+    ("surgery", "verify"),
+    ("engine",),
+    ("evaluate", "report"),
+    ("cli",),
+    ("__main__",),
+)
+LAYER_OF = {name: number for number, names in enumerate(LAYERS) for name in names}
+
+
+def _imports(path: Path) -> Iterator[tuple[str, ...]]:
+    """Every module a file imports, at its top or inside a function, as its dotted parts."""
+    package = ("megatron_prune", *path.relative_to(PACKAGE).parts[:-1])
+    for node in ast.walk(ast.parse(path.read_text(), str(path))):
+        if isinstance(node, ast.Import):
+            yield from (tuple(alias.name.split(".")) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else ()
+            module = (*base, *(node.module or "").split("."))
+            if module == ("megatron_prune",):
+                yield from ((*module, alias.name) for alias in node.names)
+            else:
+                yield module
+
+
+def _part(path: Path) -> str:
+    """The part of the package that a file belongs to: its folder, or its own name at the top."""
+    parts = path.relative_to(PACKAGE).parts
+    return parts[0] if len(parts) > 1 else path.stem
+
+
+def _files() -> list[Path]:
+    return sorted(PACKAGE.rglob("*.py"))
+
+
+def test_every_part_of_the_package_has_a_layer() -> None:
+    assert {_part(path) for path in _files()} <= set(LAYER_OF)
+
+
+def test_imports_go_only_to_an_earlier_layer() -> None:
+    wrong = []
+    for path in _files():
+        mine = _part(path)
+        for module in _imports(path):
+            if module[0] != "megatron_prune" or len(module) == 1:
+                continue
+            theirs = module[1] if module[1] in LAYER_OF else "__init__"
+            if theirs != mine and LAYER_OF[theirs] >= LAYER_OF[mine]:
+                wrong.append(f"{path.relative_to(PACKAGE)} imports {'.'.join(module)}")
+    assert wrong == []
+
+
+def test_only_the_engine_imports_megatron() -> None:
+    users = {_part(path) for path in _files() if any(m[0] == "megatron" for m in _imports(path))}
+    assert users <= {"engine"}
+
+
+def test_nothing_below_the_engine_imports_the_distributed_checkpoint_reader() -> None:
+    """torch's DCP executes pickles; only its plain records of an index are used."""
+    banned = ("load", "state_dict_loader", "default_planner", "FileSystemReader")
+    for path in _files():
+        if LAYER_OF[_part(path)] >= LAYER_OF["engine"]:
+            continue
+        for module in _imports(path):
+            assert not (
+                module[:3] == ("torch", "distributed", "checkpoint") and module[-1] in banned
+            )
+
+
+def test_file_commands_load_neither_megatron_nor_transformers(models, tmp_path: Path) -> None:
+    """In a fresh process: inspect, convert, plan, prune and verify."""
+    script = """
+import json, sys
+from megatron_prune.cli import main
+for argv in json.loads(sys.argv[1]):
+    assert main(argv) == 0, argv
+heavy = {"megatron", "transformers", "transformer_engine", "matplotlib", "tensorboard", "nltk"}
+print(sorted(heavy & {name.split(".")[0] for name in sys.modules}), file=sys.stderr)
+"""
+    source, plan = str(models("gqa")), str(tmp_path / "p.json")
+    out = [str(tmp_path / name) for name in "abcd"]
+    stages = [
+        ["inspect", source],
+        ["convert", "--load", source, "--save", out[0], "--to", "megatron"],
+        ["convert", "--load", out[0], "--save", out[1], "--to", "hf"],
+        ["reshard", "--load", out[0], "--save", out[2], "--ckpt-format", "torch"],
+        ["plan", "--load", source, "--save", plan, "--ffn-hidden-size-remain", "60"],
+        ["prune", "--load", out[2], "--save", out[3], "--to", "hf", "--plan", plan],
+        ["verify", "--load", out[3], "--source", source, "--plan", plan],
+    ]
+    done = subprocess.run(
+        [sys.executable, "-c", script, json.dumps(stages)], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.strip().splitlines()[-1] == "[]"
