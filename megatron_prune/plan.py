@@ -48,7 +48,7 @@ class PrunePlan:
 
     Raises:
         PlanError: indices unsorted, out of range, unequal between layers, or heads outside kept
-            groups.
+            groups; a prune_type or balance_for that does not exist.
     """
 
     source: ModelShape
@@ -61,6 +61,10 @@ class PrunePlan:
 
     def __post_init__(self) -> None:
         kept, shape = self.kept, self.source
+        if self.prune_type not in PRUNE_TYPES:
+            raise PlanError(f"prune_type {self.prune_type!r}; wanted {' or '.join(PRUNE_TYPES)}")
+        if self.balance_for < 1:
+            raise PlanError(f"balance_for {self.balance_for}; wanted 1 or more")
         _check_indices("kept.layers", kept.layers, shape.num_layers)
         _check_indices("kept.hidden", kept.hidden, shape.hidden_size)
         _check_indices("kept.vocab", kept.vocab, shape.vocab_size)
@@ -225,7 +229,7 @@ def load_plan(path: Path) -> PrunePlan:
         return plan_from_dict(values)
     except PruneError as error:
         raise PlanError(f"--plan {path}: {error}") from None
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise PlanError(f"--plan {path}: not a plan: {type(error).__name__} {error}") from None
 
 

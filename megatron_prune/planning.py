@@ -8,6 +8,7 @@ equally many in each; the hidden axis is replicated and drawn once for the model
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -18,6 +19,8 @@ from megatron_prune.criteria import Criterion
 from megatron_prune.errors import PlanError
 from megatron_prune.plan import Kept, PrunePlan
 from megatron_prune.shape import ModelShape
+
+_LAYERS = re.compile(r"([0-9]{1,6})(?:-([0-9]{1,6}))?")  # no model has a million layers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,17 +38,18 @@ def parse_layers(text: str) -> tuple[int, ...]:
     """``7,13,18-20`` -> (7, 13, 18, 19, 20).
 
     Raises:
-        PlanError: not numbers and ranges.
+        PlanError: not numbers and ranges, or none at all.
     """
     layers: list[int] = []
-    for word in (part.strip() for part in text.split(",") if part.strip()):
-        first, dash, last = word.partition("-")
-        if not first.isdigit() or (dash and not last.isdigit()):
+    for word in (part.strip() for part in text.split(",")):
+        match = _LAYERS.fullmatch(word)
+        first, last = (0, -1) if match is None else (int(match[1]), int(match[2] or match[1]))
+        if last < first:
             raise PlanError(
                 f"--drop-layers {text}: {word!r} is not a layer; wanted numbers and ranges such "
                 "as 7,13,18-20"
             )
-        layers += range(int(first), int(last if dash else first) + 1)
+        layers += range(first, last + 1)
     return tuple(layers)
 
 
@@ -142,11 +146,13 @@ def _checked(shape: ModelShape, targets: Targets, ranks: int) -> Targets:
         if found is not None and not 1 <= found <= size:
             raise PlanError(f"--{flag} {found}: the model has {size}; wanted 1 to {size}")
     heads, groups = _attention_targets(shape, targets)
+    over = None if heads is None else groups or shape.num_query_groups
     if ranks < 1:
         raise PlanError(f"--balance-for {ranks}: wanted 1 or more")
     for axis, found, size in (
         ("ffn-hidden-size-remain", targets.ffn_hidden_size, shape.ffn_hidden_size),
-        ("num-query-groups-remain", groups, shape.num_query_groups),
+        # a head goes where its group is, so heads are balanced only over groups that are
+        ("num-query-groups-remain", over, shape.num_query_groups),
         ("num-attention-heads-remain", heads, shape.num_attention_heads),
     ):
         if found is not None:

@@ -96,11 +96,12 @@ def targets_from(args: argparse.Namespace) -> Targets:
     for name in (*(f"{name}_remain" for name in _REMAIN), "drop_layers"):
         if getattr(args, name) is not None:
             values[name] = getattr(args, name)
-    layers = values.get("drop_layers") or ""
+    layers = values.get("drop_layers")
     if isinstance(layers, list):
-        layers = ",".join(map(str, layers))
+        layers = ",".join(map(str, layers)) or None  # the predecessor's way to drop none
+    dropped = () if layers is None else parse_layers(str(layers))
     remain = {name: values.get(f"{name}_remain") for name in _REMAIN}
-    return Targets(**remain, drop_layers=parse_layers(str(layers)))  # type: ignore[arg-type]
+    return Targets(**remain, drop_layers=dropped)  # type: ignore[arg-type]
 
 
 def plan_from(args: argparse.Namespace, source: Source) -> PrunePlan:

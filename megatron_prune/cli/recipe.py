@@ -30,7 +30,7 @@ def _as_arguments(path: Path, key: str, value: Any) -> list[str]:
     flag = "--" + key.replace("_", "-")
     if value is True:
         return [flag]
-    if value is None or value is False:
+    if value is None or value is False or value == []:
         return []
     if isinstance(value, dict):
         raise ConfigError(f"{path}: {key} is a table; wanted a number, a string or a list")
