@@ -19,7 +19,7 @@ from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from types import FrameType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from tqdm import tqdm
 
@@ -113,8 +113,8 @@ def run(args: argparse.Namespace) -> None:
     if args.dry_run:
         _estimate(args, encoder, prefixes, input_bytes)
         return
-    with _sigterm_cleans_up():
-        _write(args, encoder, prefixes, input_bytes)
+    with _Signals() as signals:
+        _write(args, encoder, prefixes, input_bytes, signals)
 
 
 def _checked_prefixes(args: argparse.Namespace) -> list[str]:
@@ -160,35 +160,20 @@ def _splitter(args: argparse.Namespace) -> SentenceSplitter:
 
 
 def _write(
-    args: argparse.Namespace, encoder: Encoder, prefixes: list[str], input_bytes: int
+    args: argparse.Namespace,
+    encoder: Encoder,
+    prefixes: list[str],
+    input_bytes: int,
+    signals: _Signals,
 ) -> None:
     start = time.monotonic()
     with ExitStack() as stack:
-        writers = [
-            stack.enter_context(CorpusWriter(prefix, encoder.dtype, overwrite=args.overwrite))
-            for prefix in prefixes
-        ]
-        bar = stack.enter_context(
-            tqdm(
-                total=input_bytes,
-                unit="B",
-                unit_scale=True,
-                unit_divisor=1024,
-                desc="preprocess",
-                mininterval=0.5,
-            )
-        )
-        for chunk, by_key in encode_chunks(read_chunks(args.input), encoder, args.workers):
-            for writer, documents in zip(writers, by_key, strict=True):
-                writer.add(documents.tokens, documents.lengths, documents.sequences_per_document)
-            seconds = max(time.monotonic() - start, 1e-9)
-            tokens = sum(writer.tokens for writer in writers)
-            bar.set_postfix_str(
-                f"{writers[0].documents / seconds:.0f} documents/s, {tokens / seconds / 1e6:.2f}M "
-                "tokens/s",
-                refresh=False,
-            )
-            bar.update(chunk.file_bytes)
+        with signals.held():
+            writers = [
+                stack.enter_context(CorpusWriter(prefix, encoder.dtype, overwrite=args.overwrite))
+                for prefix in prefixes
+            ]
+        _fill(writers, args, encoder, input_bytes)
         for writer, key in zip(writers, args.json_keys, strict=True):
             if writer.tokens == 0:
                 raise ConfigError(
@@ -196,8 +181,9 @@ def _write(
                     f"in {', '.join(args.input)}"
                 )
         sidecars = [writer.prepare(_facts(encoder)) for writer in writers]
-        for writer in writers:
-            writer.publish()
+        with signals.held():
+            for writer in writers:
+                writer.publish()
     seconds = time.monotonic() - start
     for prefix, sidecar in zip(prefixes, sidecars, strict=True):
         written = sidecar["bin"]["bytes"] + sidecar["idx"]["bytes"]
@@ -205,6 +191,30 @@ def _write(
             f"{prefix}: {sidecar['documents']} documents, {sidecar['tokens']} tokens, {written} "
             f"bytes, {seconds:.1f} seconds"
         )
+
+
+def _fill(
+    writers: list[CorpusWriter], args: argparse.Namespace, encoder: Encoder, input_bytes: int
+) -> None:
+    start = time.monotonic()
+    bar = tqdm(
+        total=input_bytes,
+        unit="B",
+        unit_scale=True,
+        unit_divisor=1024,
+        desc="preprocess",
+        mininterval=0.5,
+    )
+    with bar:
+        for chunk, by_key in encode_chunks(read_chunks(args.input), encoder, args.workers):
+            for writer, documents in zip(writers, by_key, strict=True):
+                writer.add(documents.tokens, documents.lengths, documents.sequences_per_document)
+            seconds = max(time.monotonic() - start, 1e-9)
+            tokens = sum(writer.tokens for writer in writers)
+            rates = f"{writers[0].documents / seconds:.0f} documents/s, "
+            rates += f"{tokens / seconds / 1e6:.2f}M tokens/s"
+            bar.set_postfix_str(rates, refresh=False)
+            bar.update(chunk.file_bytes)
 
 
 def _facts(encoder: Encoder) -> dict[str, object]:
@@ -244,15 +254,44 @@ def _estimate(
         )
 
 
-@contextmanager
-def _sigterm_cleans_up() -> Iterator[None]:
-    """SIGTERM ends the command the way Ctrl-C does, so that temporary files are removed."""
+class _Signals:
+    """SIGTERM and Ctrl-C end the command as errors do, so that temporary files are removed.
 
-    def leave(number: int, frame: FrameType | None) -> NoReturn:
-        raise SystemExit(128 + number)
+    Not at any instant, though: between a file's making and its registration for removal, and between
+    the renames, they wait.
+    """
 
-    before = signal.signal(signal.SIGTERM, leave)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    def __init__(self) -> None:
+        self._held = False
+        self._waiting: int | None = None
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> _Signals:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                self._before[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        self._held = True
+        try:
+            yield
+        finally:
+            self._held = False
+        if self._waiting is not None:
+            self._leave(self._waiting)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self._held:
+            self._waiting = number
+        else:
+            self._leave(number)
+
+    def _leave(self, number: int) -> NoReturn:
+        self._held = True  # a second signal does not interrupt the cleaning up
+        raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)

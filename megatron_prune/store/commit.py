@@ -8,7 +8,6 @@ the new one is complete; a kill between the two renames is undone by the next ru
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import hashlib
 import json
@@ -28,7 +27,7 @@ from megatron_prune.errors import ConfigError, DamagedError, StorageError
 from megatron_prune.ranks import Ranks
 
 MANIFEST = "manifest.json"
-_NO_PERMISSION = {errno.EACCES, errno.EPERM, errno.EROFS}
+_WORTH_A_THREAD = 1 << 16  # bytes; hashing fewer takes less time than handing them over
 
 
 @dataclass(frozen=True)
@@ -49,12 +48,15 @@ class HashedFile:
     def write(self, data: bytes | memoryview) -> int:
         """Append ``data``; returns when it is both written and hashed."""
         data = memoryview(data).cast("B")
-        hashed = self._pool.submit(self._hash.update, data)
+        self.position += len(data)
+        hashed = self._pool.submit(self._hash.update, data) if len(data) > _WORTH_A_THREAD else None
         left = data
         while left:
             left = left[self._file.write(left) :]
-        hashed.result()
-        self.position += len(data)
+        if hashed is None:
+            self._hash.update(data)
+        else:
+            hashed.result()
         return len(data)
 
     def flush(self) -> None:

@@ -14,6 +14,7 @@ import json
 import mmap
 import pickle
 import sys
+import zipfile
 from argparse import Namespace
 from collections import defaultdict
 from collections.abc import Mapping
@@ -25,7 +26,6 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
@@ -42,6 +42,7 @@ from megatron_prune.errors import CheckpointError, DamagedError
 from megatron_prune.grid import ParallelGrid
 from megatron_prune.shape import ModelConfig
 from megatron_prune.source import Piece, Source, assemble
+from megatron_prune.store.chunk import read_header
 from megatron_prune.store.commit import HashedFile, write_file
 from megatron_prune.store.megatron import ITERATION, Atom, atoms, plain_piece, qkv_piece
 from megatron_prune.store.names import LINEARS, TE_ATTENTION, in_layer, megatron_name
@@ -115,33 +116,6 @@ class _Chunk:
     length: int
 
 
-class _Region(io.RawIOBase):
-    """A byte range of a map as a file to read, without a copy."""
-
-    def __init__(self, data: mmap.mmap, start: int, length: int) -> None:
-        self._data, self._start, self._length, self._at = data, start, length, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        count = min(len(buffer), self._length - self._at)
-        at = self._start + self._at
-        buffer[:count] = self._data[at : at + count]
-        self._at += count
-        return count
-
-    def seek(self, offset: int, whence: int = 0) -> int:
-        self._at = offset + (0, self._at, self._length)[whence]
-        return self._at
-
-    def tell(self) -> int:
-        return self._at
-
-
 class DistSource(Source):
     """A torch_dist checkpoint, ours or stock Megatron's, at any TP and PP."""
 
@@ -182,25 +156,17 @@ class DistSource(Source):
         if chunk.start < 0 or stop > len(data):
             raise DamagedError(f"{path}: {len(data)} bytes, the index wants {stop}; copy it again")
         try:
-            with FakeTensorMode():
-                file = cast(Any, _Region(data, chunk.start, chunk.length))
-                x = torch.load(file, map_location="cpu", weights_only=True)
-            position = chunk.start + x.untyped_storage()._checkpoint_offset
-            position += x.storage_offset() * x.itemsize
-        except (
-            RuntimeError,
-            ValueError,
-            EOFError,
-            AttributeError,
-            pickle.UnpicklingError,
-        ) as error:
+            header = read_header(data, chunk.start, stop)
+        except (ValueError, KeyError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
             raise DamagedError(f"{path}: a chunk cannot be read: {error}; copy it again") from None
-        if tuple(x.shape) != chunk.sizes or x.dtype != chunk.dtype or not x.is_contiguous():
+        found = header.dtype, header.sizes, header.stride
+        contiguous = tuple(torch.empty(chunk.sizes, device="meta").stride())
+        if found != (chunk.dtype, chunk.sizes, contiguous) or header.stop > stop:
             raise DamagedError(
-                f"{path}: holds {x.dtype} {tuple(x.shape)} where the index says "
-                f"{chunk.dtype} {chunk.sizes}; copy it again"
+                f"{path}: holds {header.dtype} {header.sizes} strided {header.stride} where the "
+                f"index says {chunk.dtype} {chunk.sizes}; copy it again"
             )
-        return position
+        return header.start
 
     def _view(self, chunk: _Chunk) -> Tensor:
         count, position = torch.Size(chunk.sizes).numel(), self._locate(chunk)
@@ -351,9 +317,7 @@ class DistWriter(Writer):
             for atom in self._atoms(*self._ranks[file]):
                 offset = out.position
                 lead = () if atom.layer is None else (1,)
-                x = atom.pull().reshape(*lead, *atom.shape)
-                out.write(_archive(x))
-                del x
+                torch.save(_alone(atom.pull().reshape(*lead, *atom.shape)), cast(Any, out))
                 entries.append((atom_key(atom), _stacked(atom, self._layers), offset, out.position))
                 progress(atom.bytes)
             if self._ranks[file] == (0, 0):
@@ -431,9 +395,7 @@ def _stacked(atom: Atom, layers: int) -> tuple[torch.dtype, tuple[int, ...], Any
     )
 
 
-def _archive(x: Tensor) -> memoryview:
-    """``torch.save`` of one tensor, as bytes; a view of a larger storage is copied first."""
-    whole = x.untyped_storage().nbytes() == x.nbytes and x.is_contiguous()
-    buffer = io.BytesIO()
-    torch.save(x if whole else x.contiguous().clone(), buffer)
-    return buffer.getbuffer()
+def _alone(x: Tensor) -> Tensor:
+    """The same values on a storage of just their size, which is what ``torch.save`` writes."""
+    values = x.contiguous().reshape(-1).view(torch.uint8).numpy()
+    return torch.from_numpy(values).view(x.dtype).view(x.shape)

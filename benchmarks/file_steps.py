@@ -1,0 +1,193 @@
+"""Convert, prune and reshard against ``cp`` of the same bytes: wall time and private memory.
+
+  python benchmarks/file_steps.py --model runs/models/SmolLM2-135M-Instruct
+  python benchmarks/file_steps.py --synthetic llama2-7b --repeats 1
+
+Every step runs as a user's command, in its own process; the time of ``inspect`` (start-up) is taken
+off, and the outputs are flushed to disk before the clock stops. The baseline, ``cp`` and a flush of
+what a step *wrote*, runs right after the step, so both meet the same machine. RssAnon is the peak
+over samples of /proc every 20 ms. Prints a Markdown table of medians. Works in a temporary
+directory below ``--work`` and removes it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megatron_prune.axes import tensor_shape
+from megatron_prune.ranks import Ranks
+from megatron_prune.shape import ModelConfig, ModelShape
+from megatron_prune.source import DTYPES, Source
+from megatron_prune.store import open_source
+from megatron_prune.surgery import Target, write_checkpoint
+
+LLAMA2_7B = ModelShape(
+    num_layers=32,
+    hidden_size=4096,
+    ffn_hidden_size=11008,
+    num_attention_heads=32,
+    num_query_groups=32,
+    kv_channels=128,
+    vocab_size=32000,
+)
+
+
+class SyntheticSource(Source):
+    """A model of any shape whose weights repeat one block of noise: real bytes, no meaning."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        self.config, self.path, self.format = config, Path("synthetic"), "synthetic"
+        self.companion_files = {}
+        generator = torch.Generator().manual_seed(0)
+        noise = torch.randn(1 << 22, generator=generator) * 0.02
+        self._noise = noise.to(DTYPES[config.dtype])
+
+    def dtype(self, name: str) -> torch.dtype:
+        return DTYPES[self.config.dtype]
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
+        shape = torch.Size(tensor_shape(name, self.config.shape))
+        copies = -(-shape.numel() // self._noise.numel())
+        whole = self._noise.repeat(copies)[: shape.numel()].view(shape)
+        return whole if stop is None else whole[start:stop]
+
+
+def private_bytes(pid: int) -> int:
+    """RssAnon of a process, 0 when it is gone."""
+    try:
+        text = Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return 0
+    line = next((x for x in text.splitlines() if x.startswith("RssAnon")), "RssAnon: 0 kB")
+    return int(line.split()[1]) * 1024
+
+
+def measure(*words: object) -> tuple[float, int]:
+    """Seconds and peak private bytes of one command."""
+    env = dict(os.environ, OMP_NUM_THREADS="1")
+    began, peak = time.perf_counter(), 0
+    command = [sys.executable, "-m", "megatron_prune", *map(str, words)]
+    with subprocess.Popen(
+        command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        while process.poll() is None:
+            peak = max(peak, private_bytes(process.pid))
+            time.sleep(0.02)
+        seconds = time.perf_counter() - began
+        if process.returncode:
+            assert process.stderr is not None
+            raise SystemExit(f"{' '.join(command)}\n{process.stderr.read()}")
+    return seconds, peak
+
+
+def copy_seconds(source: Path, target: Path) -> float:
+    """``cp -r`` and a flush of every file."""
+    began = time.perf_counter()
+    subprocess.run(["cp", "-r", source, target], check=True)
+    for path in target.rglob("*"):
+        if path.is_file():
+            handle = os.open(path, os.O_RDONLY)
+            os.fsync(handle)
+            os.close(handle)
+    seconds = time.perf_counter() - began
+    shutil.rmtree(target)
+    return seconds
+
+
+def steps(model: Path, work: Path, shape: ModelShape, tp: int) -> list[tuple[str, list[object]]]:
+    """Name and command of every step; a later one reads what an earlier one left."""
+    half = [
+        "--hidden-size-remain", shape.hidden_size * 3 // 4,
+        "--ffn-hidden-size-remain", shape.ffn_hidden_size * 3 // 4 // tp * tp,
+        "--num-attention-heads-remain",
+        shape.num_query_groups * max(1, shape.heads_per_group * 2 // 3),
+        "--balance-for", tp,
+    ]  # fmt: skip
+    to = ["--to", "megatron", "--tensor-model-parallel-size", tp, "--ckpt-format"]
+    dist, legacy, hf = work / "dist", work / "legacy", work / "hf"
+    return [
+        ("convert hf -> torch_dist",
+         ["convert", "--load", model, "--save", dist, *to, "torch_dist"]),
+        ("convert torch_dist -> hf", ["convert", "--load", dist, "--save", hf, "--to", "hf"]),
+        ("convert hf -> torch", ["convert", "--load", model, "--save", legacy, *to, "torch"]),
+        ("convert torch -> hf", ["convert", "--load", legacy, "--save", hf, "--to", "hf"]),
+        ("prune hf -> hf", ["prune", "--load", model, "--save", hf, "--to", "hf", *half]),
+        ("prune torch_dist -> torch_dist",
+         ["prune", "--load", dist, "--save", work / "out", *to, "torch_dist", *half]),
+        ("prune torch_dist -> hf",
+         ["prune", "--load", dist, "--save", hf, "--to", "hf", *half]),
+        ("reshard torch_dist to TP=1", ["reshard", "--load", dist, "--save", work / "out"]),
+        ("reshard torch to TP=1", ["reshard", "--load", legacy, "--save", work / "out"]),
+    ]  # fmt: skip
+
+
+def run(model: Path, work: Path, shape: ModelShape, tp: int, repeats: int) -> None:
+    startup = statistics.median(measure("inspect", model)[0] for _ in range(max(3, repeats)))
+    idle = measure("inspect", model)[1]
+    print(f"start-up (inspect): {startup:.2f} s, {idle / 2**20:.0f} MiB private\n")
+    print("| step | MB written | cp s | step s | x cp | private MiB above start-up |")
+    print("|---|---|---|---|---|---|")
+    for name, words in steps(model, work, shape, tp):
+        target = Path(str(words[words.index("--save") + 1]))
+        taken, copies, peaks, written = [], [], [], 0
+        for _ in range(repeats):
+            shutil.rmtree(target, ignore_errors=True)
+            seconds, peak = measure(*words)
+            written = sum(p.stat().st_size for p in target.rglob("*") if p.is_file())
+            taken.append(max(seconds - startup, 0.0))
+            copies.append(copy_seconds(target, work / "copy"))
+            peaks.append(peak)
+        if target.name in ("hf", "out"):
+            shutil.rmtree(target)
+        ratio = statistics.median(a / b for a, b in zip(taken, copies))
+        print(
+            f"| {name} | {written / 1e6:.0f} | {statistics.median(copies):.2f} "
+            f"| {statistics.median(taken):.2f} | {ratio:.2f} | {(max(peaks) - idle) / 2**20:.0f} |",
+            flush=True,
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", type=Path, help="Hugging Face directory to work on")
+    parser.add_argument("--synthetic", choices=["llama2-7b"], help="make one of this shape, bf16")
+    parser.add_argument("--layers", type=int, help="of the synthetic model")
+    parser.add_argument("--tensor-model-parallel-size", type=int, help="of the Megatron side")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--work", type=Path, default=Path.cwd(), help="where to work")
+    args = parser.parse_args()
+    if (args.model is None) == (args.synthetic is None):
+        parser.error("give --model or --synthetic")
+    work = Path(tempfile.mkdtemp(prefix="benchmark-", dir=args.work))
+    try:
+        model = args.model
+        if model is None:
+            shape = replace(LLAMA2_7B, num_layers=args.layers or LLAMA2_7B.num_layers)
+            config = ModelConfig(
+                family="llama", shape=shape, tied=False, dtype="bf16", hf_config={}
+            )
+            model = work / "model"
+            target = Target(directory=model, format="hf")
+            write_checkpoint(SyntheticSource(config), target, ranks=Ranks(rank=0, world_size=1))
+        shape = open_source(model).config.shape
+        tp = args.tensor_model_parallel_size or (3 if shape.num_query_groups % 8 else 8)
+        shape.check_tensor_parallel(tp)
+        run(model, work, shape, tp, args.repeats)
+    finally:
+        shutil.rmtree(work)
+
+
+if __name__ == "__main__":
+    main()
