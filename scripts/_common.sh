@@ -5,6 +5,7 @@
 #   show COMMAND...   the command that is about to run, likewise
 #   die TEXT          an error, and the end
 #   help_if_asked     prints the header comment of the running script for --help
+#   absolute PATH     prints it, from the root
 #   wanted NAME...    variables that have to be set; they are printed
 #   on_ranks N ARGS   `megatron-prune ARGS` in N processes on this machine, or started by $LAUNCHER
 
@@ -33,6 +34,9 @@ help_if_asked() {
             ;;
     esac
 }
+
+# A path that survives a change of directory; what it names need not exist.
+absolute() { case "$1" in /*) echo "$1" ;; *) echo "$PWD/$1" ;; esac }
 
 wanted() {
     local name

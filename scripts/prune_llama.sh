@@ -67,8 +67,8 @@ fi
 : "${PRUNE_TYPE:=balance}" "${SEED:=1234}"
 
 : "${TRAIN_ITERS:=60}" "${SEQ_LENGTH:=256}" "${MICRO_BATCH_SIZE:=4}" "${GLOBAL_BATCH_SIZE:=4}"
-: "${LR:=5e-4}" "${MIN_LR:=5e-5}" "${LR_WARMUP_ITERS:=5}" "${WEIGHT_DECAY:=0.01}" "${CLIP_GRAD:=1.0}"
-: "${LOG_INTERVAL:=1}" "${EVAL_INTERVAL:=20}" "${EVAL_ITERS:=2}" "${SAVE_INTERVAL:=60}" "${SPLIT:=95,5,0}"
+: "${LR:=5e-4}" "${MIN_LR:=5e-5}" "${LR_WARMUP_ITERS:=$((TRAIN_ITERS / 10))}" "${WEIGHT_DECAY:=0.01}" "${CLIP_GRAD:=1.0}"
+: "${LOG_INTERVAL:=1}" "${EVAL_INTERVAL:=$((TRAIN_ITERS / 3 + 1))}" "${EVAL_ITERS:=2}" "${SAVE_INTERVAL:=$TRAIN_ITERS}" "${SPLIT:=95,5,0}"
 : "${BASELINE:=1}" "${EVAL_SEQ_LENGTH:=512}" "${EVAL_WINDOWS:=16}"
 if nvidia-smi -L >/dev/null 2>&1; then
     : "${PRECISION:=bf16}" "${EVAL_RANKS:=$TP}"
@@ -123,19 +123,24 @@ source "$REPO/scripts/_steps.sh"
 
 MODEL=${MODEL:-$(python "$REPO/tools/get_default_model.py")}
 [[ -d "$MODEL" ]] || die "MODEL=$MODEL: no such directory"
-MODEL=$(cd "$MODEL" && pwd)
+MODEL=$(absolute "$MODEL")
 corpus=""
 if [[ -z "${DATA_PATH:-}" || -z "${EVAL_DATA:-}" ]]; then
     corpus=$REPO/runs/corpus
     [[ -f "$corpus/eval.txt" ]] || python "$REPO/tools/make_default_corpus.py" --save "$corpus" >/dev/null
-    EVAL_DATA=${EVAL_DATA:-$corpus/eval.txt}
 fi
+EVAL_DATA=$(absolute "${EVAL_DATA:-$corpus/eval.txt}")
+[[ -f "$EVAL_DATA" ]] || die "EVAL_DATA=$EVAL_DATA: no such file"
+for word in "${!data_path[@]}"; do # weights stay as they are
+    [[ ! -e "${data_path[word]}.idx" ]] || data_path[word]=$(absolute "${data_path[word]}")
+done
 
-settings="$MODEL ${targets[*]} $PRUNE_TYPE $SEED ${plan_flags[*]} $CKPT_FORMAT $EXPORT_TP ${DATA_PATH:-}
+settings="$MODEL ${targets[*]} $PRUNE_TYPE $SEED ${plan_flags[*]} $CKPT_FORMAT $EXPORT_TP ${data_path[*]}
 $EVAL_DATA ${judging[*]} ${training[*]}"
 RUN_DIR=${RUN_DIR:-$REPO/runs/$(basename "$MODEL")-tp$TP-$(cksum <<<"$settings" | cut -d' ' -f1)}
 mkdir -p "$RUN_DIR"
-RUN_DIR=$(cd "$RUN_DIR" && pwd)
+RUN_DIR=$(absolute "$RUN_DIR")
+cd "$RUN_DIR" # short names from here on, and a directory that can be moved
 say "working in $RUN_DIR"
 
 given model "$MODEL"
@@ -143,79 +148,80 @@ given eval-data "$EVAL_DATA"
 if [[ -z "${DATA_PATH:-}" ]]; then
     given corpus "$corpus"
     for domain in prose code; do
-        step "preprocess-$domain" "$RUN_DIR/data/${domain}_text_document.idx" "corpus model" \
+        step "preprocess-$domain" "data/${domain}_text_document.idx" "corpus model" \
             megatron-prune preprocess --input "$corpus/$domain.train.jsonl" --json-key text \
-            --tokenizer-model "$MODEL" --output-prefix "$RUN_DIR/data/$domain" --append-eod --workers 1
+            --tokenizer-model "$MODEL" --output-prefix "data/$domain" --append-eod --workers 1
     done
     # As much of the small one as of the large one: without weights, prose would hardly be seen.
-    data_path=(0.5 "$RUN_DIR/data/prose_text_document" 0.5 "$RUN_DIR/data/code_text_document")
+    data_path=(0.5 data/prose_text_document 0.5 data/code_text_document)
 fi
 
 # NAME, what it is made by, CHECKPOINT: measured, for the table at the end.
 judge() {
     local name=$1 made_by=$2 checkpoint=$3
-    mkdir -p "$RUN_DIR/report"
-    step "inspect-$name" "$RUN_DIR/report/$name.inspect.json" "$made_by" \
-        into "$RUN_DIR/report/$name.inspect.json" megatron-prune inspect "$checkpoint" --json
-    step "evaluate-$name" "$RUN_DIR/report/$name.evaluate.json" "$made_by eval-data" \
+    mkdir -p report
+    step "inspect-$name" "report/$name.inspect.json" "$made_by" \
+        into "report/$name.inspect.json" megatron-prune inspect "$checkpoint" --json
+    step "evaluate-$name" "report/$name.evaluate.json" "$made_by eval-data" \
         on_ranks "$EVAL_RANKS" evaluate --load "$checkpoint" --data "$EVAL_DATA" "${judging[@]}" \
-        --json "$RUN_DIR/report/$name.evaluate.json"
+        --json "report/$name.evaluate.json"
 }
 
 # ---------------------------------------------------------------- the walk
 # 1. Hugging Face -> Megatron shards.
-step convert "$RUN_DIR/source" model \
-    megatron-prune convert --load "$MODEL" --save "$RUN_DIR/source" --to megatron \
+step convert source model \
+    megatron-prune convert --load "$MODEL" --save source --to megatron \
     --ckpt-format "$CKPT_FORMAT" "${layout[@]}"
 judge source model "$MODEL"
 
 # 2. Decide what stays. The plan is a file: read it, compare it, keep it.
-step plan "$RUN_DIR/plan.json" convert \
-    megatron-prune plan --load "$RUN_DIR/source" --save "$RUN_DIR/plan.json" "${targets[@]}" \
+step plan plan.json convert \
+    megatron-prune plan --load source --save plan.json "${targets[@]}" \
     --prune-type "$PRUNE_TYPE" --balance-for "$TP" --criterion random --seed "$SEED" "${plan_flags[@]}"
 
 # 3. Cut, on the shards, one process a shard.
-step prune "$RUN_DIR/pruned" "convert plan" \
-    on_ranks "$ranks" prune --load "$RUN_DIR/source" --save "$RUN_DIR/pruned" \
-    --plan "$RUN_DIR/plan.json" --to megatron --ckpt-format "$CKPT_FORMAT" "${layout[@]}"
-step verify "$RUN_DIR/report/verify.txt" "prune" \
-    into "$RUN_DIR/report/verify.txt" megatron-prune verify --load "$RUN_DIR/pruned" \
-    --source "$RUN_DIR/source" --plan "$RUN_DIR/plan.json"
-judge pruned prune "$RUN_DIR/pruned"
+step prune pruned "convert plan" \
+    on_ranks "$ranks" prune --load source --save pruned --plan plan.json --to megatron \
+    --ckpt-format "$CKPT_FORMAT" "${layout[@]}"
+step verify report/verify.txt prune \
+    into report/verify.txt megatron-prune verify --load pruned --source source --plan plan.json
+judge pruned prune pruned
 
 # 4. Train it back.
 needs="prune"
 [[ -n "${DATA_PATH:-}" ]] || needs+=" preprocess-prose preprocess-code"
-resumable_step recover "$RUN_DIR/recovered" "$needs" \
-    on_ranks "$train_ranks" train --load "$RUN_DIR/pruned" --save "$RUN_DIR/recovered" \
-    --data-path "${data_path[@]}" "${training[@]}"
+resumable_step recover recovered "$needs" \
+    on_ranks "$train_ranks" train --load pruned --save recovered --data-path "${data_path[@]}" \
+    "${training[@]}"
 
 # 5. Hand it on: another layout, then Hugging Face.
-step reshard "$RUN_DIR/resharded" recover \
-    megatron-prune reshard --load "$RUN_DIR/recovered" --save "$RUN_DIR/resharded" \
+step reshard resharded recover \
+    megatron-prune reshard --load recovered --save resharded \
     --tensor-model-parallel-size "$EXPORT_TP" --pipeline-model-parallel-size 1
-step export "$RUN_DIR/hf" reshard \
-    megatron-prune convert --load "$RUN_DIR/resharded" --save "$RUN_DIR/hf" --to hf
-judge recovered export "$RUN_DIR/hf"
-step generate "$RUN_DIR/report/generated.txt" export \
-    into "$RUN_DIR/report/generated.txt" python "$REPO/tools/generate.py" "$RUN_DIR/hf"
+step export hf reshard megatron-prune convert --load resharded --save hf --to hf
+judge recovered export hf
+step generate report/generated.txt export \
+    into report/generated.txt python "$REPO/tools/generate.py" hf
 
 # 6. What the inherited weights are worth: the same shape and training, from random weights.
 rows=(source:convert pruned:plan+prune recovered:recover)
-curves=("recovered=$RUN_DIR/recovered/metrics.jsonl")
+curves=("recovered=recovered/metrics.jsonl")
 if [[ "$BASELINE" == 1 ]]; then
-    resumable_step baseline "$RUN_DIR/random" "$needs" \
-        on_ranks "$train_ranks" train --load "$RUN_DIR/pruned" --init-random --save "$RUN_DIR/random" \
+    resumable_step baseline random "$needs" \
+        on_ranks "$train_ranks" train --load pruned --init-random --save random \
         --data-path "${data_path[@]}" "${training[@]}"
-    judge random baseline "$RUN_DIR/random"
+    judge random baseline random
     rows+=(random:baseline)
-    curves+=("random=$RUN_DIR/random/metrics.jsonl")
+    curves+=("random=random/metrics.jsonl")
 fi
 
 # ---------------------------------------------------------------- the result
 say "result"
-python -m megatron_prune.report.loss_curves --save "$RUN_DIR/report/loss_curves.png" "${curves[@]}"
-python "$REPO/tools/walk_table.py" "$RUN_DIR" "${rows[@]}" | tee "$RUN_DIR/report/table.md"
+cat report/verify.txt
+echo "the recovered model says: $(head -c 300 report/generated.txt)"
+echo
+python -m megatron_prune.report.loss_curves --save report/loss_curves.png "${curves[@]}"
+python "$REPO/tools/walk_table.py" . "${rows[@]}" | tee report/table.md
 cat <<END
 
 table        $RUN_DIR/report/table.md

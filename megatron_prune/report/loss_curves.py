@@ -73,6 +73,7 @@ def plot_loss_curves(curves: Mapping[str, LossCurve], save: Path, *, title: str 
     # Figure and canvas without pyplot: no global state, and no display is looked for.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.add_subplot()
@@ -89,6 +90,7 @@ def plot_loss_curves(curves: Mapping[str, LossCurve], save: Path, *, title: str 
             iterations, losses = zip(*curve.validation)
             axes.plot(iterations, losses, "o", color=color, markersize=5, label=label)
     axes.set_xlabel("iteration")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_ylabel("loss (nats per token); dots: validation")
     axes.grid(alpha=0.3)
     axes.legend()
