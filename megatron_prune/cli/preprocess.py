@@ -33,8 +33,8 @@ from megatron_prune.data.corpus import (
 from megatron_prune.data.indexed import (
     SUFFIXES,
     CorpusWriter,
+    claim_target,
     corpus_path,
-    finish_interrupted,
     refuse_existing,
     token_dtype,
 )
@@ -117,8 +117,8 @@ def run(args: argparse.Namespace) -> None:
         _write(args, encoder, prefixes, input_bytes, signals)
 
 
-def _checked_prefixes(args: argparse.Namespace) -> list[str]:
-    """A prefix for each key; everything about the target that can be refused is refused here."""
+def _checked_prefixes(args: argparse.Namespace) -> dict[str, bool]:
+    """A prefix for each key, and whether a corpus there may be replaced; or a refusal."""
     if args.workers < 1:
         raise ConfigError(f"--workers {args.workers}: wanted 1 or more")
     level = "sentence" if args.split_sentences else "document"
@@ -139,12 +139,11 @@ def _checked_prefixes(args: argparse.Namespace) -> list[str]:
             raise ConfigError(
                 f"{clash[0]} is an input and would be overwritten; choose another --output-prefix"
             )
-        if not args.dry_run and finish_interrupted(prefix):
-            print(
-                f"{prefix}: finished what an earlier, interrupted run had written", file=sys.stderr
-            )
-        refuse_existing(prefix, overwrite=args.overwrite)
-    return prefixes
+    if args.dry_run:
+        for prefix in prefixes:
+            refuse_existing(prefix, overwrite=args.overwrite)
+        return dict.fromkeys(prefixes, False)
+    return {prefix: claim_target(prefix, overwrite=args.overwrite) for prefix in prefixes}
 
 
 def _splitter(args: argparse.Namespace) -> SentenceSplitter:
@@ -162,7 +161,7 @@ def _splitter(args: argparse.Namespace) -> SentenceSplitter:
 def _write(
     args: argparse.Namespace,
     encoder: Encoder,
-    prefixes: list[str],
+    prefixes: dict[str, bool],
     input_bytes: int,
     signals: _Signals,
 ) -> None:
@@ -170,8 +169,8 @@ def _write(
     with ExitStack() as stack:
         with signals.held():
             writers = [
-                stack.enter_context(CorpusWriter(prefix, encoder.dtype, overwrite=args.overwrite))
-                for prefix in prefixes
+                stack.enter_context(CorpusWriter(prefix, encoder.dtype, overwrite=overwrite))
+                for prefix, overwrite in prefixes.items()
             ]
         _fill(writers, args, encoder, input_bytes)
         for writer, key in zip(writers, args.json_keys, strict=True):
@@ -232,7 +231,7 @@ def _facts(encoder: Encoder) -> dict[str, object]:
 
 
 def _estimate(
-    args: argparse.Namespace, encoder: Encoder, prefixes: list[str], input_bytes: int
+    args: argparse.Namespace, encoder: Encoder, prefixes: dict[str, bool], input_bytes: int
 ) -> None:
     """Tokenise the first chunk and tell what the whole would be."""
     chunks = list(islice(read_chunks(args.input), 1))
@@ -257,8 +256,8 @@ def _estimate(
 class _Signals:
     """SIGTERM and Ctrl-C end the command as errors do, so that temporary files are removed.
 
-    Not at any instant, though: between a file's making and its registration for removal, and between
-    the renames, they wait.
+    Not at any instant, though: they wait between a file's making and its registration for removal,
+    and between the renames.
     """
 
     def __init__(self) -> None:

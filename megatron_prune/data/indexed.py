@@ -68,7 +68,7 @@ def refuse_existing(prefix: str | Path, *, overwrite: bool) -> None:
     """Refuse a target that is there already.
 
     Raises:
-        ConfigError: a file of the corpus's name exists, and ``overwrite`` is not set or it is a
+        ConfigError: a file of the corpus's name exists and ``overwrite`` is not set, or it is a
             directory.
     """
     for path in (corpus_path(prefix, suffix) for suffix in SUFFIXES):
@@ -78,6 +78,18 @@ def refuse_existing(prefix: str | Path, *, overwrite: bool) -> None:
             raise ConfigError(
                 f"{path} exists; --overwrite replaces it once the new corpus is complete"
             )
+
+
+def claim_target(prefix: str | Path, *, overwrite: bool) -> bool:
+    """Finish what an interrupted run left at ``prefix``, and refuse what is there otherwise.
+
+    Returns:
+        Whether what is there may be replaced: as asked, or because the run that made it never
+        reported that it was done, so that the same command just works again.
+    """
+    overwrite = finish_interrupted(prefix) or overwrite
+    refuse_existing(prefix, overwrite=overwrite)
+    return overwrite
 
 
 def finish_interrupted(prefix: str | Path) -> bool:
@@ -191,8 +203,7 @@ class CorpusWriter:
     def __init__(
         self, prefix: str | Path, dtype: np.dtype[Any], *, overwrite: bool = False
     ) -> None:
-        finish_interrupted(prefix)
-        refuse_existing(prefix, overwrite=overwrite)
+        claim_target(prefix, overwrite=overwrite)
         self.prefix = str(prefix)
         self.dtype = np.dtype(dtype)
         self.documents = self.sequences = self.tokens = 0

@@ -214,11 +214,31 @@ def test_a_writer_killed_between_its_renames_is_finished_by_the_next(
     except (ConfigError, DamagedError):
         assert not (tmp_path / "c.idx").exists()
     finished = finish_interrupted(prefix)
-    if old and steps == 0:  # the old index is still there: the old corpus is whole
-        assert not finished and parse(prefix) == old
-        write(prefix, OTHERS, overwrite=True)
-    assert parse(prefix) == OTHERS
+    old_is_whole = bool(old) and steps == 0  # its index is still there
+    assert finished == (steps < 4 and not old_is_whole)
+    assert parse(prefix) == (old if old_is_whole else OTHERS)
     check_corpus(prefix, "d", 65000, read_all=True)
+    write(prefix, OTHERS, overwrite=True)
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+@pytest.mark.parametrize("steps", range(1, 4))
+def test_after_a_writer_was_killed_at_the_end_the_same_command_just_works(
+    tmp_path: Path, steps: int
+) -> None:
+    writer = CorpusWriter(tmp_path / "c", np.dtype(np.uint16))
+    writer.add(np.array([8, 8, 9], np.uint16), np.array([2, 1], np.int32), np.array([1, 1]))
+    writer.prepare(FACTS)
+    for suffix in SUFFIXES[:steps]:
+        os.replace(temporary_path(writer.prefix, suffix), corpus_path(writer.prefix, suffix))
+    writer._publishing = True  # as if it had been killed: its exit removes nothing
+    writer.__exit__(None, None, None)
+    if steps == 3:  # whole, and nothing tells that the run did not report it
+        with pytest.raises(ConfigError, match="exists"):
+            write(tmp_path / "c", OTHERS)
+    else:
+        write(tmp_path / "c", OTHERS)
+    assert parse(tmp_path / "c") == OTHERS
     assert len(list(tmp_path.iterdir())) == 3
 
 

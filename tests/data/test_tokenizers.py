@@ -80,6 +80,23 @@ def test_a_tokenizer_that_is_more_than_its_backend_is_left_to_transformers(
     assert ours.encode_batch([], True) == []
 
 
+def test_such_a_tokenizer_does_not_clean_up_spaces_either(tmp_path: Path) -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(models.WordLevel({"fox": 0, ",": 1, "</s>": 2}, unk_token="fox"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    wrapped = PreTrainedTokenizerFast(
+        tokenizer_object=words,
+        eos_token="</s>",
+        clean_up_tokenization_spaces=True,
+        split_special_tokens=True,
+    )
+    wrapped.save_pretrained(tmp_path)
+    assert wrapped.decode([0, 1, 0]) == "fox, fox", "no difference to see"
+    assert load_tokenizer(tmp_path).decode([0, 1, 0]) == "fox , fox"
+
+
 @pytest.mark.parametrize("kind", ["bpe", "spm"])
 def test_a_pickled_tokenizer_does_the_same(
     kind: str, texts: list[str], request: pytest.FixtureRequest
