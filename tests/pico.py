@@ -214,3 +214,15 @@ def slice_by_plan(source: dict[str, Tensor], plan_file: Path) -> dict[str, Tenso
             x = x[:, second]
         out[f"model.layers.{layers.index(int(layer))}.{rest}"] = x
     return out
+
+
+def stock_copy(source: Path, target: Path) -> Path:
+    """A Megatron checkpoint with nothing but what stock Megatron-LM writes."""
+    for path in source.rglob("*"):
+        name = path.name
+        known = name in (".metadata", "metadata.json", "latest_checkpointed_iteration.txt")
+        if path.is_file() and (known or path.suffix in (".pt", ".distcp")):
+            copy = target / path.relative_to(source)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            copy.write_bytes(path.read_bytes())
+    return target

@@ -70,6 +70,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         module.run(args)  # type: ignore[attr-defined]
     except PruneError as error:
         return _tell(error, str(error), error.exit_code, debug)
+    except BrokenPipeError:  # the reader of our output left, as in `... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python flushes again
+        return 141
     except OSError as error:
         storage = error.errno in {
             errno.ENOSPC,
@@ -81,8 +84,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _tell(error, str(error), 4 if storage else 2, debug)
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:
-        return 141
     return 0
 
 

@@ -59,10 +59,13 @@ def add_save(parser: argparse.ArgumentParser) -> None:
 def add_layout(parser: argparse.ArgumentParser) -> None:
     """Megatron's flags for a tensor- and pipeline-parallel layout."""
     group = parser.add_argument_group("layout")
-    group.add_argument("--tensor-model-parallel-size", type=positive, default=1, metavar="N")
-    group.add_argument("--pipeline-model-parallel-size", type=positive, default=1, metavar="M")
-    group.add_argument("--decoder-first-pipeline-num-layers", type=positive, metavar="L")
-    group.add_argument("--decoder-last-pipeline-num-layers", type=positive, metavar="L")
+    for flag, metavar, default, what in (
+        ("tensor-model-parallel-size", "N", 1, "ranks that share each layer (default: 1)"),
+        ("pipeline-model-parallel-size", "M", 1, "stages that share the layers (default: 1)"),
+        ("decoder-first-pipeline-num-layers", "L", None, "of the first stage (default: even)"),
+        ("decoder-last-pipeline-num-layers", "L", None, "of the last stage (default: even)"),
+    ):
+        group.add_argument(f"--{flag}", type=positive, default=default, metavar=metavar, help=what)
 
 
 def add_target(parser: argparse.ArgumentParser) -> None:

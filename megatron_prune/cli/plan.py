@@ -50,7 +50,9 @@ def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--criterion", choices=CRITERIA, default="random", help="what scores the units"
     )
-    group.add_argument("--seed", type=int, default=1234)
+    group.add_argument(
+        "--seed", type=int, default=1234, help="of the criterion's random numbers (default: 1234)"
+    )
     group.add_argument(
         "--prune-config-path",
         type=Path,

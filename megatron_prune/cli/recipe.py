@@ -65,7 +65,7 @@ def expand_recipe(stage: str, argv: Sequence[str]) -> list[str]:
     except OSError as error:
         raise ConfigError(f"--config {path}: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--config {path}: not YAML: {error}") from None
+        raise ConfigError(f"--config {path}: not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(recipe, dict):
         raise ConfigError(
             f"--config {path}: wanted a table of flags, found {type(recipe).__name__}"

@@ -63,7 +63,7 @@ def iteration_directory(root: Path) -> Path:
     if not tracker.is_file():
         return root
     word = tracker.read_text(errors="replace").strip()
-    if word != "release" and not word.isdigit():
+    if word != "release" and not re.fullmatch("[0-9]{1,9}", word):
         raise CheckpointError(f"{tracker}: {word[:40]!r}; wanted an iteration number or 'release'")
     directory = root / ("release" if word == "release" else f"iter_{int(word):07d}")
     if not directory.is_dir():
