@@ -78,7 +78,7 @@ def asks_for_pruning(args: argparse.Namespace) -> bool:
 def _from_file(path: Path) -> dict[str, object]:
     try:
         values = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"--prune-config-path {path}: {error}") from None
     known = {*(f"{name}_remain" for name in _REMAIN), "drop_layers"}
     if not isinstance(values, dict) or set(values) - known:

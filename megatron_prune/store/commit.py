@@ -125,7 +125,7 @@ def check_manifest(directory: Path) -> list[str]:
     try:
         recorded = json.loads((directory / MANIFEST).read_text())["files"]
         items = [(str(name), int(r["bytes"]), str(r["sha256"])) for name, r in recorded.items()]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DamagedError(f"{directory / MANIFEST}: not a manifest: {error}") from None
     differences = []
     for name, size, sha256 in items:

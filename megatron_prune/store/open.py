@@ -155,7 +155,7 @@ def _open_dist(facts: CheckpointFacts, family: str | None) -> Source:
     directory = facts.directory
     try:
         backend = json.loads((directory / mcore_dist.FORMAT).read_text())["sharded_backend"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise DamagedError(f"{directory / mcore_dist.FORMAT}: {error}; copy it again") from None
     if backend != "torch_dist":
         raise CheckpointError(f"{directory}: sharded backend {backend!r}; wanted torch_dist")
