@@ -1,0 +1,249 @@
+"""Checks that run on several ranks: one launch of four processes works through a list of them.
+
+A process costs five seconds to start, a check of a pico model a tenth of one. `launch` starts the
+processes; each takes part in the jobs whose world it belongs to, and leaves what it found in a
+file.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+HERE = Path(__file__).resolve()
+TIMEOUT_SECONDS = 400
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """A check and what it is given; ``world`` is the number of ranks that run it."""
+
+    check: str
+    world: int
+    given: dict[str, Any] = field(default_factory=dict)
+
+
+@contextmanager
+def made_once(factory: Any, name: str) -> Iterator[tuple[Path, bool]]:
+    """A directory that pytest's workers share, and whether this one has to fill it."""
+    from filelock import FileLock
+
+    shared = factory.getbasetemp()
+    shared = shared.parent if shared.name.startswith("popen-") else shared
+    folder = shared / name
+    with FileLock(str(folder) + ".lock"):
+        if fresh := not folder.exists():
+            folder.mkdir()
+        yield folder, fresh
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
+
+
+def environment(**more: str) -> dict[str, str]:
+    """Of a process that finds the package and these tests wherever it starts."""
+    paths = [str(HERE.parents[2]), os.environ.get("PYTHONPATH", "")]
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths), **more}
+
+
+def launch(jobs: list[Job], folder: Path, ranks: int = 4) -> list[list[Any]]:
+    """Run the jobs; the results of each, one a rank. An error is a string that says so."""
+    folder.mkdir(parents=True, exist_ok=True)
+    listed = [
+        {"check": job.check, "world": job.world, "given": job.given, "port": free_port()}
+        for job in jobs
+    ]
+    (folder / "jobs.json").write_text(json.dumps(listed))
+    with open(folder / "said.txt", "w") as said:
+        processes = [
+            subprocess.Popen(
+                [sys.executable, str(HERE), str(rank), str(folder)],
+                env=environment(), stdout=said, stderr=said, stdin=subprocess.DEVNULL,
+            )
+            for rank in range(ranks)
+        ]  # fmt: skip
+        try:
+            for process in processes:
+                process.wait(TIMEOUT_SECONDS)
+        finally:
+            for process in processes:
+                process.kill()
+                process.wait()
+    return [
+        [_result(folder / f"{number}_{rank}.pt", folder) for rank in range(job.world)]
+        for number, job in enumerate(jobs)
+    ]
+
+
+def _result(path: Path, folder: Path) -> Any:
+    if path.exists():
+        return torch.load(path)
+    return f"no result {path.name}: {(folder / 'said.txt').read_text()[-2000:]}"
+
+
+# ---- on the ranks --------------------------------------------------------------------------------
+
+
+def _grid(layout: dict[str, int]) -> Any:
+    from megatron_prune.grid import ParallelGrid
+
+    return ParallelGrid(**layout)
+
+
+def _forward(model: Any, ids: Tensor, groups: Any) -> list[Tensor]:
+    """The last stage's output for a batch, through the pipeline schedule."""
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+
+    def forward(_: Any, model: Any) -> tuple[Tensor, Any]:
+        return model(ids, None, None), lambda logits, non_loss_data: logits
+
+    found: list[Tensor] = get_forward_backward_func()(
+        forward_step_func=forward, data_iterator=None, model=model, num_microbatches=1,
+        seq_length=ids.shape[1], micro_batch_size=len(ids), forward_only=True,
+        collect_non_loss_data=True,
+    )  # fmt: skip
+    return found
+
+
+def logits(load: str, ids: str, layout: dict[str, int], **options: Any) -> Tensor | None:
+    """Logits over the padded vocabulary, whole; None on ranks without them."""
+    from megatron_prune.engine.groups import model_parallel
+    from megatron_prune.engine.model import ModelOptions, build_model
+    from megatron_prune.engine.weights import load_weights
+    from megatron_prune.store import open_source
+
+    tokens = torch.load(ids)
+    with model_parallel(_grid(layout), timeout_minutes=1) as groups, torch.no_grad():
+        source = open_source(Path(load))
+        options = {"seq_length": tokens.shape[1], **options}
+        model = build_model(source.config, groups, ModelOptions(**options)).eval()
+        load_weights(model, source, groups)
+        found = _forward(model, tokens, groups)
+        if not found:
+            return None
+        parts = [torch.empty_like(found[0]) for _ in range(groups.grid.tensor_parallel)]
+        torch.distributed.all_gather(parts, found[0].contiguous(), group=groups.tp_group)
+        return torch.cat(parts, dim=-1)
+
+
+def gradients(
+    load: str, wanted: str, ids: str, layout: dict[str, int], **options: Any
+) -> dict[str, Any]:
+    """One backward pass: the loss's share, the norm, and how far each gradient is from ``wanted``.
+
+    ``wanted`` is a Hugging Face directory with transformers' gradients in place of the weights.
+    """
+    from megatron_prune import axes
+    from megatron_prune.engine import train, weights
+    from megatron_prune.engine.groups import model_parallel
+    from megatron_prune.engine.loss import real_columns
+    from megatron_prune.engine.model import build_model
+    from megatron_prune.engine.optimizer import build_optimizer, wrap_model
+    from megatron_prune.engine.options import TrainOptions
+    from megatron_prune.store import open_source
+
+    tokens = torch.load(ids)
+    with model_parallel(_grid(layout), timeout_minutes=1) as groups:
+        source, reference = open_source(Path(load)), open_source(Path(wanted))
+        given = TrainOptions(
+            load=None, save=Path("nowhere"), data_path=(), train_iters=1, micro_batch_size=1,
+            seq_length=tokens.shape[1] - 1, lr=0.0, **options,
+        )  # fmt: skip
+        run = train.Training.__new__(train.Training)
+        run.options, run.groups = given, groups
+        run.model = build_model(source.config, groups, train.model_options(given))
+        weights.load_weights(run.model, source, groups)
+        run.ddp = wrap_model(run.model, given)
+        run.optimizer = build_optimizer(run.ddp, given)
+        run.ddp.zero_grad_buffer()
+        mine = tokens[groups.dp_rank :: groups.data_parallel]
+        data = ((row[None, :-1], row[None, 1:], torch.ones(1, len(row) - 1)) for row in mine)
+        share = run._run(data, len(mine), forward_only=False)
+        first = groups.grid.stage_layers(source.config.shape.num_layers, groups.pp_rank).start
+        far: dict[str, float] = {}
+        for name, parameter in run.model.named_parameters():
+            if given.use_distributed_optimizer:
+                break  # each rank holds a part of the sum only
+            layer, rest = axes.split_layer(name)
+            whole = name if layer is None else axes.layer_name(first + layer, rest)
+            rows = len(parameter)
+            expected = weights._local_parameter(whole, rows, source.config, groups, reference.read)
+            expected = expected.clone()
+            if rest in (axes.EMBEDDING.name, axes.OUTPUT.name):  # padding learns nothing
+                real = real_columns(source.config.shape.vocab_size, rows, groups.tp_rank)
+                expected[real:] = 0
+            far[whole] = float((parameter.main_grad - expected).abs().max())
+        _, norm, _ = run.optimizer.step()
+        return {"share": share, "norm": float(norm), "far": far}
+
+
+def random_weights(load: str, layout: dict[str, int], save: str) -> None:
+    """Draw the weights of a shape and save them as a run's first checkpoint would be."""
+    from megatron_prune.cli import main
+
+    words = ["train", "--load", load, "--save", save, "--init-random", "--seed", "7", "--lr", "0"]
+    assert main([*words, *_short_run(), *_layout_flags(layout)]) == 0
+
+
+def _short_run() -> list[str]:
+    data = os.environ["PICO_CORPUS"]
+    return (
+        f"--data-path {data} --train-iters 1 --micro-batch-size 1 --seq-length 16 --split 100,0,0 "
+        "--eval-iters 0 --weight-decay 0"
+    ).split()
+
+
+def _layout_flags(layout: dict[str, int]) -> list[str]:
+    return [
+        f"--{key.replace('_', '-').replace('parallel', 'model-parallel-size')}={value}"
+        for key, value in layout.items()
+    ]
+
+
+def command(words: list[str]) -> int:
+    """A command line, on every rank; its exit code."""
+    from megatron_prune.cli import main
+
+    return main(words)
+
+
+CHECKS = {
+    "logits": logits,
+    "gradients": gradients,
+    "random_weights": random_weights,
+    "command": command,
+}
+
+
+def _work(rank: int, folder: Path) -> None:
+    for number, job in enumerate(json.loads((folder / "jobs.json").read_text())):
+        if rank >= job["world"]:
+            continue
+        os.environ.update(
+            RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(job["world"]),
+            MASTER_ADDR="127.0.0.1", MASTER_PORT=str(job["port"]),
+        )  # fmt: skip
+        try:
+            found = CHECKS[job["check"]](**job["given"])
+        except Exception:
+            found = f"rank {rank}, {job}: {traceback.format_exc()}"
+        torch.save(found, folder / f"{number}_{rank}.pt")
+
+
+if __name__ == "__main__":
+    _work(int(sys.argv[1]), Path(sys.argv[2]))
