@@ -9,7 +9,7 @@ setup:  ## the environment: .venv, or what is active
 	bash scripts/setup_env.sh dev
 
 check:  ## linters and types, no tests
-	bash scripts/test.sh --collect-only -q
+	bash -c 'source scripts/setup_env.sh && setup_env dev && pre-commit run --all-files'
 
 test:  ## everything continuous integration runs
 	bash scripts/test.sh
