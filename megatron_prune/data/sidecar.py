@@ -54,7 +54,7 @@ def check_corpus(
         prefix: ``/data/en_text_document``, without ``.bin``.
         tokenizer_digest: of the model's tokenizer; None when the checkpoint carries none.
         vocab_size: the model's true vocabulary size.
-        read_all: hash the whole .bin, about 0.7 s a gigabyte and the reading.
+        read_all: hash the whole .bin, about 0.8 s a gigabyte and the reading.
 
     Raises:
         ConfigError: no such corpus, an empty one, or one made with another tokenizer.

@@ -2,7 +2,7 @@
 
 The rule: the text is tokenised once, in one piece, without special tokens; windows do not overlap;
 the last, partial one is dropped; in each window all tokens but the first are scored. Cutting the
-text first would change the ids at the cuts, so it is never done: tokenising needs about 200 bytes
+text first would change the ids at the cuts, so it is never done: tokenising needs about 240 bytes
 of memory a token, and the text as a string.
 """
 

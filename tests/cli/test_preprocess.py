@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 import sentencepiece
 
+from megatron_prune.data import indexed
 from megatron_prune.data.sidecar import check_corpus
 from megatron_prune.data.tokenizers import load_tokenizer
 
@@ -159,6 +160,7 @@ def test_only_the_first_rank_works(tmp_path: Path, tokenizer: Path) -> None:
 
 REFUSALS = {
     "existing": (["--json-key", "text"], r"old_text_document\.bin exists; --overwrite"),
+    "existing, dry run": (["--dry-run"], r"old_text_document\.bin exists; --overwrite"),
     "no key": (["--json-key", "body"], r"a\.jsonl, line 1: no key 'body'"),
     "no file": (["--input", "nowhere.jsonl"], r"--input nowhere\.jsonl: No such file"),
     "not json": (["--input", "words.jsonl"], r"words\.jsonl, line 2: not JSON"),
@@ -204,7 +206,7 @@ def test_bad_input_is_refused_in_one_line_and_leaves_nothing(
     monkeypatch.chdir(place)
     before = files_of(place)
     changes, needle = REFUSALS[case]
-    prefix = "old" if case == "existing" else "new"
+    prefix = "old" if case.startswith("existing") else "new"
     base = ["--input", "a.jsonl", "--tokenizer-model", str(tokenizer), "--output-prefix", prefix]
     if case == "no tokens":  # a tokenizer that adds nothing by itself
         changes = [*changes, "--tokenizer-model", "bare.json"]
@@ -312,6 +314,33 @@ def test_a_signal_removes_what_was_begun_and_keeps_the_old(
     process.send_signal(number)
     assert process.wait(60) == {signal.SIGTERM: 143, signal.SIGINT: 130}[number]
     assert {p.name: p.read_bytes() for p in out.iterdir()} == {"c_text_document.idx": b"old"}
+
+
+@pytest.mark.parametrize("moment", ["_claim", "_publish"])
+def test_a_signal_waits_for_a_safe_moment(
+    tmp_path: Path, tokenizer: Path, moment: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from megatron_prune.cli import main
+
+    write_jsonl(tmp_path / "a.jsonl", 4)
+    (tmp_path / "out").mkdir()
+    real = getattr(indexed, moment)
+
+    def signalled(*args: object) -> object:
+        result = real(*args)
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0)  # where Python looks for signals
+        return result
+
+    monkeypatch.setattr(indexed, moment, signalled)
+    arguments = ["--input", str(tmp_path / "a.jsonl"), "--tokenizer-model", str(tokenizer)]
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as caught:
+        main(["preprocess", *arguments, "--output-prefix", str(tmp_path / "out" / "c")])
+    assert caught.value.code == 143
+    assert signal.getsignal(signal.SIGTERM) is before
+    whole = [f"c_text_document.{s}" for s in ("bin", "idx", "json")]
+    assert list(files_of(tmp_path / "out")) == ([] if moment == "_claim" else whole)
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="reads /proc")

@@ -151,6 +151,21 @@ def test_a_flipped_bit_in_a_stock_index_is_refused_or_harmless(
                 continue
 
 
+@pytest.mark.parametrize("change", [-1, 1, 10**9])
+def test_documents_that_do_not_end_with_the_last_sequence_are_refused(
+    prefix: Path, change: int
+) -> None:
+    prefix.with_suffix(".json").unlink()
+    raw = bytearray(prefix.with_suffix(".idx").read_bytes())
+    end = int.from_bytes(raw[-8:], "little") + change
+    raw[-16:] = min(int.from_bytes(raw[-16:-8], "little"), end).to_bytes(8, "little") + (
+        end.to_bytes(8, "little")
+    )
+    prefix.with_suffix(".idx").write_bytes(raw)
+    with pytest.raises(DamagedError, match=r"c\.idx: the documents end at sequence \d+ of \d+"):
+        check_corpus(prefix, None, VOCAB)
+
+
 def test_files_of_two_corpora_are_refused(prefix: Path, tmp_path: Path) -> None:
     with CorpusWriter(tmp_path / "other", np.dtype(np.uint16)) as writer:
         writer.add(np.array([1, 2], np.uint16), np.array([2], np.int32), np.array([1]))
