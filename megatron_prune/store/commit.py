@@ -27,6 +27,7 @@ from megatron_prune.errors import ConfigError, DamagedError, StorageError
 from megatron_prune.ranks import Ranks
 
 MANIFEST = "manifest.json"
+WRITER = "megatron_prune"  # how our manifests are told from other files of that name
 _WORTH_A_THREAD = 1 << 16  # bytes; hashing fewer takes less time than handing them over
 
 
@@ -113,28 +114,49 @@ def write_manifest(
             record = hash_file(path)
             _sync(path)
         records[name] = asdict(record)
-    manifest = {"version": 1, "writer": f"megatron_prune {__version__}", **facts, "files": records}
+    manifest = {"version": 1, "writer": f"{WRITER} {__version__}", **facts, "files": records}
     write_file(directory / MANIFEST, (json.dumps(manifest, indent=1) + "\n").encode())
 
 
-def check_manifest(directory: Path) -> list[str]:
-    """Compare every file with the manifest; returns one sentence per difference.
+def read_manifest(directory: Path) -> tuple[dict[str, Any], dict[str, FileRecord]]:
+    """The facts of a directory's manifest, and its files.
 
-    Reads every byte. Raises DamagedError when the manifest itself cannot be read.
+    Raises:
+        DamagedError: it cannot be read, or is not a manifest.
     """
     try:
-        recorded = json.loads((directory / MANIFEST).read_text())["files"]
-        items = [(str(name), int(r["bytes"]), str(r["sha256"])) for name, r in recorded.items()]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        facts = json.loads((directory / MANIFEST).read_text())
+        files = facts.pop("files")
+        return facts, {str(n): FileRecord(int(r["bytes"]), r["sha256"]) for n, r in files.items()}
+    except (
+        OSError,
+        ValueError,
+        LookupError,
+        TypeError,
+        AttributeError,
+        OverflowError,
+        RecursionError,
+    ) as error:
         raise DamagedError(f"{directory / MANIFEST}: not a manifest: {error}") from None
+
+
+def check_manifest(directory: Path, *, hashes: bool = True) -> list[str]:
+    """Compare every file with the manifest; returns one sentence per difference.
+
+    Args:
+        hashes: read every byte; else only look at names and sizes.
+
+    Raises:
+        DamagedError: the manifest itself cannot be read.
+    """
     differences = []
-    for name, size, sha256 in items:
+    for name, record in read_manifest(directory)[1].items():
         path = directory / name
         if not path.is_file():
             differences.append(f"{path}: in the manifest, not on disk")
-        elif path.stat().st_size != size:
-            differences.append(f"{path}: {path.stat().st_size} bytes, manifest says {size}")
-        elif hash_file(path).sha256 != sha256:
+        elif path.stat().st_size != record.bytes:
+            differences.append(f"{path}: {path.stat().st_size} bytes, manifest says {record.bytes}")
+        elif hashes and hash_file(path).sha256 != record.sha256:
             differences.append(f"{path}: its SHA-256 is not the manifest's")
     return differences
 

@@ -3,8 +3,7 @@
 A directory of torch's distributed checkpoint: ``.metadata`` (pickled index), ``__R_0.distcp``
 (chunks, each a small ``torch.save`` archive), ``common.pt`` (arguments), ``metadata.json``. Layers
 are stacked: ``decoder.layers.mlp.linear_fc1.weight`` is ``[L, 2F, D]``. Reading maps the files and
-takes views of the chunks' bytes; writing holds one chunk. The index is unpickled by an allow-list:
-nothing in it runs.
+takes views of the chunks' bytes; writing holds one chunk.
 """
 
 from __future__ import annotations
@@ -19,7 +18,6 @@ from argparse import Namespace
 from collections import defaultdict
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any, cast
@@ -44,76 +42,27 @@ from megatron_prune.shape import ModelConfig
 from megatron_prune.source import Piece, Source, assemble
 from megatron_prune.store.chunk import read_header
 from megatron_prune.store.commit import HashedFile, write_file
-from megatron_prune.store.megatron import ITERATION, Atom, atoms, plain_piece, qkv_piece
+from megatron_prune.store.dist_index import INDEX, Chunk, Index, read_index
+from megatron_prune.store.megatron import (
+    ITERATION,
+    Atom,
+    atoms,
+    check_names,
+    plain_piece,
+    qkv_piece,
+)
 from megatron_prune.store.names import LINEARS, TE_ATTENTION, in_layer, megatron_name
 from megatron_prune.store.writer import Progress, Writer, Written
 
-INDEX, COMMON, FORMAT = ".metadata", "common.pt", "metadata.json"
+__all__ = ["COMMON", "FORMAT", "INDEX", "DistSource", "DistWriter", "read_index"]
+
+COMMON, FORMAT = "common.pt", "metadata.json"
 _FORMAT_FACTS = {
     "sharded_backend": "torch_dist",
     "sharded_backend_version": 1,
     "common_backend": "torch",
     "common_backend_version": 1,
 }
-_DCP = "torch.distributed.checkpoint."
-_ALLOWED = {
-    "torch": {
-        "Size", "float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2",
-        "int64", "int32", "int16", "int8", "uint8", "bool",
-    },
-    "torch.serialization": {"_get_layout"},
-    f"{_DCP}metadata": {
-        "Metadata", "MetadataIndex", "TensorStorageMetadata", "BytesStorageMetadata",
-        "ChunkStorageMetadata", "TensorProperties", "_MEM_FORMAT_ENCODING", "StorageMeta",
-    },
-    f"{_DCP}filesystem": {"_StorageInfo"},
-    f"{_DCP}planner": {"SavePlan", "WriteItem", "WriteItemType", "TensorWriteData"},
-}  # fmt: skip
-
-
-class _IndexUnpickler(pickle.Unpickler):
-    """Builds the records of a checkpoint index and nothing else."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        if name in _ALLOWED.get(module, ()):
-            return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"names {module}.{name}, which no checkpoint index needs")
-
-
-def read_index(directory: Path) -> Metadata:
-    """The index of a torch_dist directory.
-
-    Raises:
-        DamagedError: it is missing, cut short, names anything but index records, or points to a
-            file outside the directory.
-    """
-    path = directory / INDEX
-    try:
-        with open(path, "rb") as file:
-            index = _IndexUnpickler(file).load()
-    except OSError as error:
-        raise DamagedError(f"{path}: {error.strerror}; copy it again") from None
-    except Exception as error:  # a damaged pickle can raise anything
-        raise DamagedError(f"{path}: {error or type(error).__name__}; not loaded") from None
-    if not isinstance(index, Metadata) or not isinstance(index.storage_data, dict):
-        raise DamagedError(f"{path}: not a checkpoint index")
-    for info in index.storage_data.values():
-        name = info.relative_path
-        if not isinstance(name, str) or Path(name).name != name or "\0" in name or "\\" in name:
-            raise DamagedError(f"{path}: points to {name!r}, outside its directory; not opened")
-    return index
-
-
-@dataclass(frozen=True)
-class _Chunk:
-    """Where one stored chunk lies: its place in the whole tensor, and in which file."""
-
-    offsets: tuple[int, ...]
-    sizes: tuple[int, ...]
-    dtype: torch.dtype
-    file: str
-    start: int
-    length: int
 
 
 class DistSource(Source):
@@ -126,7 +75,7 @@ class DistSource(Source):
         directory: Path,
         config: ModelConfig,
         grid: ParallelGrid,
-        index: Metadata,
+        index: Index,
         *,
         companion_files: dict[str, Path],
         plan_path: Path | None,
@@ -135,10 +84,11 @@ class DistSource(Source):
         self.path, self.config, self.grid = directory, config, grid
         self.companion_files, self.plan_path = companion_files, plan_path
         self.iteration = iteration
-        keys = index.state_dict_metadata
-        self.has_optimizer_state = any(key.startswith("optimizer.") for key in keys)
-        self._chunks = _chunks_of(index, directory)
+        self.has_optimizer_state, self._chunks = index.has_optimizer_state, index.tensors
         self._map, self._locate = cache(self._open), cache(self._find)
+        wanted = {self._place(name)[0] for name in names(config)}
+        check_names(directory / INDEX, wanted, self._chunks)
+        self._check_files(index.ends)
         self._check_shapes()
 
     def _open(self, file: str) -> mmap.mmap:
@@ -149,7 +99,7 @@ class DistSource(Source):
         except (OSError, ValueError) as error:
             raise DamagedError(f"{path}: {error}; copy it again") from None
 
-    def _find(self, chunk: _Chunk) -> int:
+    def _find(self, chunk: Chunk) -> int:
         """Byte position of a chunk's values in its file."""
         path, data = self.path / chunk.file, self._map(chunk.file)
         stop = chunk.start + chunk.length
@@ -168,29 +118,51 @@ class DistSource(Source):
             )
         return header.start
 
-    def _view(self, chunk: _Chunk) -> Tensor:
+    def _view(self, chunk: Chunk) -> Tensor:
         count, position = torch.Size(chunk.sizes).numel(), self._locate(chunk)
         data = self._map(chunk.file)
         return torch.frombuffer(data, dtype=chunk.dtype, count=count, offset=position).view(
             chunk.sizes
         )
 
-    def _stored(self, name: str) -> tuple[list[_Chunk], int | None, str, tuple[int, ...]]:
-        """Chunks of the stored tensor, the layer within it (stacked keys), the part, its shape."""
+    def _place(self, name: str) -> tuple[str, bool, str]:
+        """The key of a stored tensor, whether it is stacked over layers, and the part of it."""
         layer, rest = split_layer(name)
         stored, part = megatron_name(rest, te_norms=True)
         stacked = f"decoder.layers.{stored}"
-        key = stacked if layer is not None and stacked in self._chunks else in_layer(layer, stored)
-        if key not in self._chunks:
-            raise DamagedError(f"{self.path / INDEX}: {key} is missing; copy the checkpoint again")
+        if layer is not None and stacked in self._chunks:
+            return stacked, True, part
+        return in_layer(layer, stored), False, part
+
+    def _stored(self, name: str) -> tuple[list[Chunk], int | None, str, tuple[int, ...]]:
+        """Chunks of the stored tensor, the layer within it (stacked keys), the part, its shape."""
+        layer = split_layer(name)[0]
+        key, is_stacked, part = self._place(name)
         whole, chunks = self._chunks[key]
-        if key != stacked or layer is None:
+        if not is_stacked or layer is None:
             return chunks, None, part, whole
         mine = [c for c in chunks if c.offsets[0] <= layer < c.offsets[0] + c.sizes[0]]
         return mine, layer, part, whole[1:]
 
+    def _check_files(self, ends: Mapping[str, int]) -> None:
+        """Refuse an index that reaches beyond the files it lies beside."""
+        for file, end in ends.items():
+            path = self.path / file
+            if not path.is_file():
+                raise DamagedError(f"{path}: is missing; copy it again")
+            if path.stat().st_size < end:
+                raise DamagedError(
+                    f"{path}: {path.stat().st_size} bytes, the index wants {end}; copy it again"
+                )
+
     def _check_shapes(self) -> None:
         shape = self.config.shape
+        for key, is_stacked, _ in map(self._place, names(self.config)):
+            if is_stacked and self._chunks[key][0][0] != shape.num_layers:
+                raise DamagedError(
+                    f"{self.path}: {key} holds {self._chunks[key][0][0]} layers, its configuration "
+                    f"says {shape.num_layers}"
+                )
         for name in names(self.config):
             _, _, part, stored = self._stored(name)
             wanted = list(tensor_shape(name, shape))
@@ -221,12 +193,12 @@ class DistSource(Source):
         pieces = [p for c in chunks if (p := self._piece(c, layer, part, axes, dim)) is not None]
         return assemble(name, pieces, start, stop, self.path)
 
-    def _within(self, chunk: _Chunk, layer: int | None) -> Tensor:
+    def _within(self, chunk: Chunk, layer: int | None) -> Tensor:
         x = self._view(chunk)
         return x if layer is None else x[layer - chunk.offsets[0]]
 
     def _piece(
-        self, chunk: _Chunk, layer: int | None, part: str, axes: str, dim: int
+        self, chunk: Chunk, layer: int | None, part: str, axes: str, dim: int
     ) -> Piece | None:
         shape = self.config.shape
         lead = 0 if layer is None else 1
@@ -267,28 +239,6 @@ class DistSource(Source):
     def close(self) -> None:
         self._locate.cache_clear()
         self._map.cache_clear()
-
-
-def _chunks_of(index: Metadata, directory: Path) -> dict[str, tuple[tuple[int, ...], list[_Chunk]]]:
-    """Stored model tensors: key -> (whole shape, chunks). Optimizer state is left out."""
-    places = {
-        (i.fqn, None if i.offset is None else tuple(i.offset)): info
-        for i, info in index.storage_data.items()
-    }
-    out = {}
-    for key, entry in index.state_dict_metadata.items():
-        if not isinstance(entry, TensorStorageMetadata) or key.startswith("optimizer."):
-            continue
-        chunks = []
-        for chunk in entry.chunks:
-            offsets, sizes = tuple(chunk.offsets), tuple(chunk.sizes)
-            info = places.get((key, offsets))
-            if info is None:
-                raise DamagedError(f"{directory / INDEX}: {key} at {offsets} lies in no file")
-            where = info.relative_path, info.offset, info.length
-            chunks.append(_Chunk(offsets, sizes, entry.properties.dtype, *where))
-        out[key] = tuple(entry.size), chunks
-    return out
 
 
 class DistWriter(Writer):

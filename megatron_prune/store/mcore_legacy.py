@@ -12,6 +12,7 @@ import mmap
 import os
 import re
 from argparse import Namespace
+from collections import defaultdict
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -21,13 +22,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_prune.axes import axes_of, names, split_dim, split_layer, tensor_shape
+from megatron_prune.axes import OUTPUT, axes_of, names, split_dim, split_layer, tensor_shape
 from megatron_prune.errors import CheckpointError, DamagedError
-from megatron_prune.grid import ParallelGrid, padded_vocab_size, part_range
+from megatron_prune.grid import ParallelGrid, part_range
 from megatron_prune.shape import ModelConfig
 from megatron_prune.source import Piece, Source, assemble
 from megatron_prune.store.commit import hash_file
-from megatron_prune.store.megatron import ITERATION, atoms, plain_piece, qkv_piece
+from megatron_prune.store.megatron import (
+    ITERATION,
+    atoms,
+    check_names,
+    plain_piece,
+    qkv_piece,
+    stored_layer,
+)
 from megatron_prune.store.names import LINEARS, TE_ATTENTION, TE_NORMS, in_layer, megatron_name
 from megatron_prune.store.untrusted import load_untrusted
 from megatron_prune.store.writer import Progress, Writer, Written
@@ -56,6 +64,18 @@ def find_grid(directory: Path) -> ParallelGrid:
         raise CheckpointError(f"{directory}: no mp_rank_* directories; not a legacy checkpoint")
     tp = 1 + max(tp for tp, _, _ in found)
     pp = 1 + max(pp for _, pp, _ in found)
+    if any(staged for *_, staged in found):
+        pp = max(pp, 2)
+    check_ranks(directory, tp, pp)
+    return ParallelGrid(tensor_parallel=tp, pipeline_parallel=pp)
+
+
+def check_ranks(directory: Path, tp: int, pp: int) -> None:
+    """Refuse a directory that lacks the file of a rank.
+
+    Raises:
+        DamagedError: names the first one that is missing.
+    """
     for tp_rank in range(tp):
         for pp_rank in range(pp):
             name = rank_directory(tp_rank, pp_rank, pp)
@@ -64,7 +84,6 @@ def find_grid(directory: Path) -> ParallelGrid:
                     f"{directory}: {tp} x {pp} tensor x pipeline shards, {name}/{FILE} is missing; "
                     "copy it, or convert again from the source"
                 )
-    return ParallelGrid(tensor_parallel=tp, pipeline_parallel=pp)
 
 
 class LegacySource(Source):
@@ -92,6 +111,7 @@ class LegacySource(Source):
                 f"{directory}: stages hold {stages} layers, the model has {config.shape.num_layers}"
             )
         self._layer_place = [(p, i) for p, count in enumerate(stages) for i in range(count)]
+        self._check_names()
         self._check_shapes()
 
     def rank_path(self, tp_rank: int, pp_rank: int) -> Path:
@@ -101,32 +121,45 @@ class LegacySource(Source):
         path = self.rank_path(tp_rank, pp_rank)
         state = load_untrusted(path, mmap=True)
         model = state.get("model") if isinstance(state, dict) else None
-        if not isinstance(model, dict) or not model:
+        if not isinstance(model, dict) or not all(isinstance(key, str) for key in model):
             raise DamagedError(f"{path}: holds no model; copy it again, or convert it again")
         self.has_optimizer_state = "optimizer" in state
         return model
 
     def _stage_layers(self, pp_rank: int) -> int:
-        keys = (split_layer(key)[0] for key in self._file(0, pp_rank))
-        return 1 + max((layer for layer in keys if layer is not None), default=-1)
+        return 1 + max((stored_layer(key) for key in self._file(0, pp_rank)), default=-1)
 
-    def _stored(self, name: str, tp_rank: int) -> tuple[Tensor, str]:
-        """The rank's stored tensor that holds part of ``name``, and which part."""
+    def _place(self, name: str, tp_rank: int) -> tuple[int, str, str]:
+        """Where part of ``name`` is stored: the stage, the key in its file, and which part."""
         layer, rest = split_layer(name)
         if layer is None:
             pp_rank = 0 if rest.startswith("embedding") else self.grid.pipeline_parallel - 1
             local = None
         else:
             pp_rank, local = self._layer_place[layer]
-        model = self._file(tp_rank, pp_rank)
         stored, part = megatron_name(rest, te_norms=False)
         key = in_layer(local, stored)
-        if key not in model and rest in TE_NORMS:
+        if rest in TE_NORMS and key not in self._file(tp_rank, pp_rank):
             key = in_layer(local, TE_NORMS[rest])
-        x = model.get(key)
-        if not isinstance(x, Tensor):
-            raise DamagedError(f"{self.rank_path(tp_rank, pp_rank)}: {key} is missing")
-        return x, part
+        return pp_rank, key, part
+
+    def _stored(self, name: str, tp_rank: int) -> tuple[Tensor, str]:
+        """The rank's stored tensor that holds part of ``name``, and which part."""
+        pp_rank, key, part = self._place(name, tp_rank)
+        return self._file(tp_rank, pp_rank)[key], part
+
+    def _check_names(self) -> None:
+        for tp_rank in range(self.grid.tensor_parallel):
+            wanted = defaultdict(set)
+            for name in names(self.config):
+                pp_rank, key, _ = self._place(name, tp_rank)
+                wanted[pp_rank].add(key)
+            for pp_rank in range(self.grid.pipeline_parallel):
+                model = self._file(tp_rank, pp_rank)
+                held = {key for key, x in model.items() if isinstance(x, Tensor)}
+                if self.config.tied:
+                    held.discard(OUTPUT.name)  # the last stage's copy of the embedding
+                check_names(self.rank_path(tp_rank, pp_rank), wanted[pp_rank], held)
 
     def _check_shapes(self) -> None:
         for name in names(self.config):
@@ -150,9 +183,15 @@ class LegacySource(Source):
         elif part:
             sizes[0] *= 2
         elif axes[dim] == "V":
-            sizes[0] = padded_vocab_size(shape.vocab_size, tp)
+            sizes[0] = self._padded_rows(name)
         sizes[dim] //= tp
         return tuple(sizes)
+
+    def _padded_rows(self, name: str) -> int:
+        """Vocabulary rows of all ranks: as padded by whatever divisor and layout came before."""
+        parts = self.grid.tensor_parallel
+        first, wanted = self._stored(name, 0)[0], -(-self.config.shape.vocab_size // parts)
+        return parts * max(wanted, first.shape[0] if first.dim() else 0)
 
     def dtype(self, name: str) -> torch.dtype:
         return self._stored(name, 0)[0].dtype
@@ -179,7 +218,7 @@ class LegacySource(Source):
             half = x.shape[0] // 2
             x = x[:half] if part == "gate" else x[half:]
         axis = axes[dim]
-        size = padded_vocab_size(shape.vocab_size, parts) if axis == "V" else shape.size(axis)
+        size = self._padded_rows(name) if axis == "V" else shape.size(axis)
         start, stop = part_range(size, tp_rank, parts)
         return plain_piece(lambda: x, start, stop, dim=dim, rows=shape.rows(axis))
 

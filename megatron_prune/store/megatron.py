@@ -8,7 +8,8 @@ tensor.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from functools import partial
 from math import prod
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 
 from megatron_prune.axes import EMBEDDING, FINAL_NORM, OUTPUT, layer_name, layer_weights, split_dim
+from megatron_prune.errors import DamagedError
 from megatron_prune.grid import ParallelGrid, padded_vocab_size, part_range
 from megatron_prune.shape import ModelConfig
 from megatron_prune.source import Piece, Source
@@ -185,6 +187,37 @@ class _RankAtoms:
             return read(name, start, stop)
         last = read(name, vocab - 1, vocab).expand(stop - max(start, vocab), -1)
         return last if start >= vocab else torch.cat([read(name, start, vocab), last])
+
+
+_OF_THE_MODEL = ("embedding.", "decoder.", "output_layer.")
+
+
+def stored_layer(key: str) -> int:
+    """The layer in a stored key, -1 in one that has none."""
+    match = re.match(r"decoder\.layers\.([0-9]{1,6})\.", key)
+    return int(match[1]) if match else -1
+
+
+def check_names(where: object, wanted: Collection[str], held: Collection[str]) -> None:
+    """Refuse stored tensors that are too few for a configuration, or too many.
+
+    Args:
+        held: keys of tensors; those of optimizer, random state and the like do not count.
+
+    Raises:
+        DamagedError: with the names.
+    """
+    missing = sorted(set(wanted) - set(held))
+    unexpected = sorted(
+        key for key in set(held) - set(wanted)
+        if key.startswith(_OF_THE_MODEL) and "_extra_state" not in key
+    )  # fmt: skip
+    if missing or unexpected:
+        raise DamagedError(
+            f"{where}: {len(missing)} tensors missing {missing[:3]}, {len(unexpected)} unexpected "
+            f"{unexpected[:3]}; its configuration describes another model, or the copy is not "
+            "complete"
+        )
 
 
 def plain_piece(

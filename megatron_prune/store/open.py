@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import re
+from argparse import Namespace
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from megatron_prune.grid import ParallelGrid
 from megatron_prune.shape import ModelConfig
 from megatron_prune.source import Source
 from megatron_prune.store import hf, mcore_dist, mcore_legacy
-from megatron_prune.store.commit import MANIFEST
+from megatron_prune.store.commit import MANIFEST, WRITER, check_manifest, read_manifest
 from megatron_prune.store.hf_config import CONFIG, read_config
 from megatron_prune.store.megatron_args import config_from_args, warn_unverified
 from megatron_prune.store.untrusted import load_untrusted
@@ -109,10 +110,36 @@ def open_source(path: Path, *, family: str | None = None) -> Source:
     """
     facts = read_facts(path)
     if facts.format == "hf":
-        return _open_hf(facts.directory)
-    if facts.format == "torch_dist":
-        return _open_dist(facts, family)
-    return _open_legacy(facts, family)
+        source = _open_hf(facts.directory)
+    elif facts.format == "torch_dist":
+        source = _open_dist(facts, family)
+    else:
+        source = _open_legacy(facts, family)
+    _check_described(facts.directory, source.config)
+    return source
+
+
+def _check_described(directory: Path, config: ModelConfig) -> None:
+    """Refuse a checkpoint of ours that is not what its manifest says, by names, sizes and shape.
+
+    Other heads over the same tensors (12 of 4 channels for 6 of 8) only show here. Hashes are left
+    to `verify`: they cost a read of every byte.
+    """
+    try:
+        described, _ = read_manifest(directory)
+    except DamagedError:  # none, or somebody else's; `verify` insists on one it can read
+        return
+    if not str(described.get("writer")).startswith(WRITER):
+        return
+    differences = check_manifest(directory, hashes=False)
+    for name, found in (("shape", config.shape.as_dict()), ("tied", config.tied)):
+        if described.get(name, found) != found:
+            differences.append(f"its configuration says {name} {found}, not {described[name]}")
+    if differences:
+        raise DamagedError(
+            f"{directory}: not what its {MANIFEST} describes: {differences[0]}; copy it again (or "
+            f"remove {MANIFEST}, if the change was meant)"
+        )
 
 
 def companion_files(directory: Path) -> dict[str, Path]:
@@ -175,12 +202,13 @@ def _open_dist(facts: CheckpointFacts, family: str | None) -> Source:
 
 
 def _grid_of(common: Any) -> ParallelGrid:
-    """The layout a distributed checkpoint was written at; 1 x 1 where it does not say."""
-    values = vars(common["args"]) if hasattr(common.get("args"), "__dict__") else {}
+    """The layout that a checkpoint's arguments name; 1 x 1 where they do not say."""
+    args = common.get("args") if isinstance(common, dict) else None
+    values = vars(args) if isinstance(args, Namespace) else {}
 
     def size(name: str) -> int | None:
         value = values.get(name)
-        return value if isinstance(value, int) and value > 0 else None
+        return value if type(value) is int and value > 0 else None
 
     return ParallelGrid(
         tensor_parallel=size("tensor_model_parallel_size") or 1,
@@ -195,6 +223,8 @@ def _open_legacy(facts: CheckpointFacts, family: str | None) -> Source:
     grid = mcore_legacy.find_grid(directory)
     first = directory / mcore_legacy.rank_directory(0, 0, grid.pipeline_parallel)
     common = load_untrusted(first / mcore_legacy.FILE, mmap=True)
+    if (told := _grid_of(common)).world_size > grid.world_size:
+        mcore_legacy.check_ranks(directory, told.tensor_parallel, told.pipeline_parallel)
     config, companions = _megatron_config(facts, common, first / mcore_legacy.FILE, family)
     return mcore_legacy.LegacySource(
         directory,

@@ -7,7 +7,6 @@ stand-ins. Any other name is refused, and no code of the file is ever imported o
 
 from __future__ import annotations
 
-import pickle
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
@@ -51,6 +50,8 @@ def load_untrusted(path: Path, *, mmap: bool) -> Any:
         allowed: list[Any] = [Namespace, *((Opaque, name) for name in named)]
         with torch.serialization.safe_globals(allowed):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-    except (RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError) as error:
+    except DamagedError:
+        raise
+    except Exception as error:  # a damaged pickle can raise anything
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise DamagedError(f"{path}: cannot be read: {reason}; copy it again") from None
