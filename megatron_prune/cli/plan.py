@@ -23,8 +23,10 @@ from megatron_prune.digest import source_digest
 from megatron_prune.errors import ConfigError, StorageError
 from megatron_prune.plan import PRUNE_TYPES, PrunePlan
 from megatron_prune.planning import Targets, make_plan, parse_layers
+from megatron_prune.shape import ModelConfig
 from megatron_prune.source import Source
 from megatron_prune.store.commit import replace_file
+from megatron_prune.store.names import FAMILIES
 
 _REMAIN = ("hidden_size", "num_attention_heads", "ffn_hidden_size", "num_query_groups")
 
@@ -120,11 +122,25 @@ def plan_from(args: argparse.Namespace, source: Source) -> PrunePlan:
     )
 
 
+def warn_not_loadable(config: ModelConfig) -> None:
+    """Say, while it is cheap to change, that transformers will refuse this shape."""
+    hidden, heads = config.shape.hidden_size, config.shape.num_attention_heads
+    if FAMILIES[config.family].hidden_multiple_of_heads and hidden % heads:
+        near = " or ".join(
+            str(n) for n in (hidden // heads * heads, -(-hidden // heads) * heads) if n
+        )
+        options.say(
+            f"warning: hidden_size {hidden} is not a multiple of {heads} heads; transformers 5 "
+            f"does not load such a {config.family} model, though head_dim is given. Nearest: {near}"
+        )
+
+
 def show_plan(source: Source, plan: PrunePlan) -> None:
     """Source and target side by side."""
     before, after = source.config, replace(source.config, shape=plan.target)
     options.show(f"{'':<22}{'source':>10}{'target':>10}")
     options.show(options.shape_table(plan.source, plan.target))
+    warn_not_loadable(after)
     for what, cost in (("parameters (M)", count_parameters), ("bytes (MB)", weight_bytes)):
         options.show(f"{what:<22}{cost(before) / 1e6:>10.1f}{cost(after) / 1e6:>10.1f}")
 

@@ -234,11 +234,17 @@ def _from_sentencepiece(path: Path) -> TextTokenizer:
 
 
 def _from_transformers(folder: Path) -> TextTokenizer:
-    from transformers import AutoTokenizer
+    from transformers import AutoConfig, AutoTokenizer
 
     try:
+        # Only the model's type decides how its tokenizer is read. Its sizes, which transformers
+        # would check by rules of its own, are none of a tokenizer's business.
+        kind = _model_type(folder)
         tokenizer = AutoTokenizer.from_pretrained(
-            str(folder), trust_remote_code=False, local_files_only=True
+            str(folder),
+            config=None if kind is None else AutoConfig.for_model(kind),
+            trust_remote_code=False,
+            local_files_only=True,
         )
     except BaseException as error:
         raise _unreadable(folder, error) from None
@@ -250,6 +256,13 @@ def _from_transformers(folder: Path) -> TextTokenizer:
         if _do_the_same(alone, backend, [PROBE, PROBE + (tokenizer.eos_token or "") + PROBE, ""]):
             backend = alone
     return TextTokenizer(backend, name=str(folder), eod=tokenizer.eos_token_id)
+
+
+def _model_type(folder: Path) -> str | None:
+    """``model_type`` of a directory's config.json, where it has one."""
+    path = folder / "config.json"
+    kind = json.loads(path.read_text()).get("model_type") if path.is_file() else None
+    return kind if isinstance(kind, str) else None
 
 
 def _do_the_same(left: _Backend, right: _Backend, texts: Sequence[str]) -> bool:

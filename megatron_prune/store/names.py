@@ -21,17 +21,22 @@ class Family:
         model_type: Hugging Face's ``model_type``.
         architecture: Hugging Face's causal-LM class.
         qkv_bias: ``linear_qkv`` has a bias in every model of the family.
+        hidden_multiple_of_heads: transformers (5.x) refuses a config.json whose hidden_size is not
+            a multiple of its heads, though ``head_dim`` is given.
         defaults: what transformers assumes for keys that config.json leaves out.
     """
 
     model_type: str
     architecture: str
     qkv_bias: bool = False
+    hidden_multiple_of_heads: bool = False
     defaults: Mapping[str, Any] = field(default_factory=dict)
 
 
 FAMILIES = {
-    "llama": Family(model_type="llama", architecture="LlamaForCausalLM"),
+    "llama": Family(
+        model_type="llama", architecture="LlamaForCausalLM", hidden_multiple_of_heads=True
+    ),
     "mistral": Family(
         model_type="mistral",
         architecture="MistralForCausalLM",
