@@ -28,13 +28,24 @@ class Ranks:
         return self.rank == 0
 
     def gather(self, value: Any) -> list[Any]:
-        """``value`` of every rank, in rank order, on every rank. Small objects only."""
+        """``value`` of every rank, in rank order, on every rank. Small objects only.
+
+        Raises:
+            DistributedError: a rank ended, or did not answer in time.
+        """
         if self.world_size == 1:
             return [value]
         import torch.distributed as dist
 
         values: list[Any] = [None] * self.world_size
-        dist.all_gather_object(values, value)
+        try:
+            dist.all_gather_object(values, value)
+        except RuntimeError as error:  # gloo's, when a connection closes or times out
+            reason = str(error).splitlines()[0]
+            raise DistributedError(
+                f"rank {self.rank}: another rank ended or does not answer ({reason}); see what it "
+                "said"
+            ) from error
         return values
 
     def barrier(self) -> None:

@@ -175,8 +175,12 @@ def write_checkpoint(
         plan: the plan that ``source`` was pruned with just now; without one, the source's own plan
             file travels along.
         progress: given the bytes this rank will write, returns what is told of each part written.
+
+    Raises:
+        PruneError: ranks have different plans; nothing was written.
     """
     plan_bytes = plan_text(source, plan)
+    ranks.agree("the plan", str(_digest(plan_bytes)))
     writer = make_writer(source, target, plan_bytes)
     with (
         atomic_directory(target.directory, ranks=ranks, overwrite=overwrite) as temporary,

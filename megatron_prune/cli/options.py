@@ -11,6 +11,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from megatron_prune import __version__
 from megatron_prune.errors import ConfigError
 from megatron_prune.grid import ParallelGrid
 from megatron_prune.ranks import Ranks, is_first_rank
@@ -173,7 +174,8 @@ def check_save(args: argparse.Namespace) -> None:
 
 
 def agree_on_arguments(ranks: Ranks, args: argparse.Namespace) -> None:
-    """Refuse ranks that were started with different arguments."""
+    """Refuse ranks that were started with different arguments, or from different versions."""
+    ranks.agree("the version of megatron_prune", __version__)
     ranks.agree("the command line", repr(sorted(vars(args).items())))
 
 
