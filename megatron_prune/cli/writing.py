@@ -9,7 +9,9 @@ from megatron_prune.axes import count_parameters
 from megatron_prune.cli import options
 from megatron_prune.plan import PrunePlan
 from megatron_prune.ranks import joined_ranks
+from megatron_prune.shape import ModelConfig
 from megatron_prune.source import Source
+from megatron_prune.store.megatron_args import beyond_stock, stock_flags
 from megatron_prune.surgery import Target, make_writer, write_checkpoint
 
 
@@ -42,4 +44,17 @@ def write(
             progress=options.byte_bar(stage),
         )
     seconds = time.perf_counter() - began
+    if target.format != "hf":
+        _tell_about_stock(source.config)
     options.show(f"wrote {what}, {seconds:.1f} s, {writer.total_bytes / 1e6 / seconds:,.0f} MB/s")
+
+
+def _tell_about_stock(config: ModelConfig) -> None:
+    """Say what stock Megatron-LM would silently compute differently (docs/stock_megatron.md)."""
+    if flags := stock_flags(config):
+        options.say(
+            "stock Megatron-LM does not read these from a checkpoint, give them beside "
+            f"--use-checkpoint-args: {' '.join(flags)}"
+        )
+    for lost in beyond_stock(config):
+        options.say(f"warning: stock Megatron-LM has no argument for {lost}")

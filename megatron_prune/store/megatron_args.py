@@ -38,13 +38,15 @@ def megatron_args(config: ModelConfig, grid: ParallelGrid, **more: Any) -> Names
         "rotary_seq_len_interpolation_factor": (
             scaling["factor"] if scaling.get("rope_type") == "linear" else None
         ),
+        "window_size": None if config.sliding_window is None else (config.sliding_window - 1, 0),
         "add_bias_linear": config.mlp_bias,
         "add_qkv_bias": config.qkv_bias,
         "swiglu": True,
         "squared_relu": False,
         "untie_embeddings_and_output_weights": not config.tied,
         "normalization": "RMSNorm",
-        "norm_epsilon": config.norm_epsilon,
+        "norm_epsilon": config.norm_epsilon,  # to core_r0.15
+        "layernorm_epsilon": config.norm_epsilon,  # from core_r0.16
         "apply_layernorm_1p": False,
         "qk_layernorm": False,
         "apply_query_key_layer_scaling": False,
@@ -67,6 +69,40 @@ def megatron_args(config: ModelConfig, grid: ParallelGrid, **more: Any) -> Names
     return Namespace(**values)
 
 
+_STOCK_ROPE_SCALING = {  # megatron.core RotaryEmbedding; --rope-scaling-factor never reaches it
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+
+
+def stock_flags(config: ModelConfig) -> list[str]:
+    """What ``--use-checkpoint-args`` does not take from a checkpoint and this model depends on.
+
+    Without them stock Megatron-LM loads the weights and computes something else, silently.
+    """
+    flags = [] if config.norm_epsilon == 1e-5 else [f"--norm-epsilon {config.norm_epsilon:g}"]
+    if dict(config.rope_scaling or {}) == _STOCK_ROPE_SCALING:
+        flags.append("--use-rope-scaling")
+    if config.sliding_window is not None:
+        flags.append(f"--window-size {config.sliding_window - 1},0")
+    if config.dtype in ("bf16", "fp16"):
+        flags.append(f"--{config.dtype}")
+    return flags
+
+
+def beyond_stock(config: ModelConfig) -> list[str]:
+    """What of this model stock Megatron-LM's ``pretrain_gpt.py`` has no argument for."""
+    found = []
+    if config.rope_scaling is not None and dict(config.rope_scaling) != _STOCK_ROPE_SCALING:
+        found.append(f"rope scaling {dict(config.rope_scaling)}")
+    if config.rotary_base != int(config.rotary_base):
+        found.append(f"the fractional rope base {config.rotary_base}")
+    return found
+
+
 _WANTED = {
     "swiglu": (True, "only SwiGLU models"),
     "normalization": ("RMSNorm", "only RMSNorm models"),
@@ -77,6 +113,11 @@ _WANTED = {
     "qk_layernorm": (False, "no query/key norms"),
     "apply_layernorm_1p": (False, "no 1+weight norms"),
     "virtual_pipeline_model_parallel_size": (None, "no interleaved pipeline"),
+    "window_attn_skip_freq": (None, "the same attention in all layers"),
+    "no_rope_freq": (None, "the same attention in all layers"),
+    "multi_latent_attention": (False, "no latent attention"),
+    "qk_l2_norm": (False, "no query/key norms"),
+    "softmax_type": ("vanilla", "the plain softmax"),
 }
 
 
@@ -103,10 +144,16 @@ def config_from_args(args: Any, where: Path, family: str | None) -> ModelConfig:
     grouped = values.get("group_query_attention") and values.get("num_query_groups")
     qkv_bias = bool(values.get("add_qkv_bias")) or bool(values.get("add_bias_linear"))
     all_bias = bool(values.get("add_bias_linear"))
-    guess = values.get("model_family") or ("qwen2" if qkv_bias and not all_bias else "llama")
-    family = family or guess
+    window = _sliding_window(values)
+    guess = "mistral" if window else "qwen2" if qkv_bias and not all_bias else "llama"
+    family = family or values.get("model_family") or guess
     if family not in FAMILIES:
         raise CheckpointError(f"{where}: family {family!r}; wanted one of {', '.join(FAMILIES)}")
+    if window and family != "mistral":
+        raise CheckpointError(
+            f"{where}: args.window_size is {values['window_size']}; this reads windows of family "
+            f"mistral, not of {family}"
+        )
     try:
         shape = ModelShape(
             num_layers=values["num_layers"],
@@ -115,7 +162,7 @@ def config_from_args(args: Any, where: Path, family: str | None) -> ModelConfig:
             num_attention_heads=heads,
             num_query_groups=values["num_query_groups"] if grouped else heads,
             kv_channels=values.get("kv_channels") or values["hidden_size"] // heads,
-            vocab_size=values.get("vocab_size") or values["padded_vocab_size"],
+            vocab_size=_vocab_size(values),
         )
     except PruneError as error:
         raise CheckpointError(f"{where}: its arguments: {error}") from None
@@ -126,26 +173,45 @@ def config_from_args(args: Any, where: Path, family: str | None) -> ModelConfig:
         qkv_bias=qkv_bias,
         proj_bias=all_bias,
         mlp_bias=all_bias,
-        norm_epsilon=float(values.get("norm_epsilon", 1e-5)),
+        norm_epsilon=float(values.get("layernorm_epsilon", values.get("norm_epsilon", 1e-5))),
         rotary_base=float(values.get("rotary_base", 10000)),
         rope_scaling=_rope_scaling(values),
         max_position_embeddings=int(values.get("max_position_embeddings") or 2048),
+        sliding_window=window,
         init_method_std=float(values.get("init_method_std", 0.02)),
         dtype="bf16" if values.get("bf16") else "fp16" if values.get("fp16") else "fp32",
         hf_config={},
     )
 
 
+def _vocab_size(values: dict[str, Any]) -> int:
+    """The true vocabulary where the arguments tell it, else all stored rows.
+
+    Stock's ``vocab_size`` is "before EOD or padding" and most tokenizers ignore it: trusting it
+    could cut off trained rows.
+    """
+    padded: int = values.get("padded_vocab_size") or values["vocab_size"]
+    if "model_family" in values:  # ours
+        return values.get("vocab_size") or padded
+    if values.get("tokenizer_type") == "NullTokenizer" and values.get("vocab_size"):
+        return int(values["vocab_size"]) + 1  # its end-of-document id comes after the vocabulary
+    return padded
+
+
+def _sliding_window(values: dict[str, Any]) -> int | None:
+    """Tokens that attention reaches, itself among them; Megatron counts those to the left."""
+    window = values.get("window_size")
+    if not isinstance(window, (tuple, list)) or not window or type(window[0]) is not int:
+        return None
+    return None if window[0] < 0 else window[0] + 1  # -1: no limit
+
+
 def _rope_scaling(values: dict[str, Any]) -> dict[str, Any] | None:
-    if values.get("use_rope_scaling"):  # Megatron's constants, megatron.core RotaryEmbedding
-        return {
-            "rope_type": "llama3",
-            "factor": float(values.get("rope_scaling_factor", 8.0)),
-            "low_freq_factor": 1.0,
-            "high_freq_factor": 4.0,
-            "original_max_position_embeddings": 8192,
-        }
-    if values.get("rotary_seq_len_interpolation_factor"):
+    ours = "model_family" in values
+    if values.get("use_rope_scaling"):
+        factor = float(values.get("rope_scaling_factor", 8.0)) if ours else 8.0
+        return {**_STOCK_ROPE_SCALING, "factor": factor}
+    if ours and values.get("rotary_seq_len_interpolation_factor"):  # stock never passes it on
         return {
             "rope_type": "linear",
             "factor": float(values["rotary_seq_len_interpolation_factor"]),
