@@ -103,7 +103,8 @@ def _checked(index: Any) -> Index:
     places, ends = {}, dict[str, int]()
     for place, info in index.storage_data.items():
         file, (start, length) = info.relative_path, _sizes((info.offset, info.length))
-        if not isinstance(file, str) or Path(file).name != file or "\0" in file or "\\" in file:
+        plain = isinstance(file, str) and Path(file).name == file and file not in ("", "..")
+        if not plain or any(c in file for c in "\0\\"):
             raise ValueError(f"points to {file!r}, outside its directory")
         places[place.fqn, None if place.offset is None else _sizes(place.offset)] = info
         ends[file] = max(ends.get(file, 0), start + length)

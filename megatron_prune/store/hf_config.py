@@ -43,7 +43,7 @@ def read_config(path: Path) -> ModelConfig:
         return _interpret(family, values)
     except PruneError as error:
         raise CheckpointError(f"{path}: {error}") from None
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise CheckpointError(f"{path}: {type(error).__name__}: {error}") from None
 
 

@@ -35,7 +35,14 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from megatron_prune.axes import axes_of, names, split_dim, split_layer, tensor_shape
+from megatron_prune.axes import (
+    LAYER_PREFIX,
+    axes_of,
+    names,
+    split_dim,
+    split_layer,
+    tensor_shape,
+)
 from megatron_prune.errors import CheckpointError, DamagedError
 from megatron_prune.grid import ParallelGrid
 from megatron_prune.shape import ModelConfig
@@ -50,6 +57,7 @@ from megatron_prune.store.megatron import (
     check_names,
     plain_piece,
     qkv_piece,
+    stored_layer,
 )
 from megatron_prune.store.names import LINEARS, TE_ATTENTION, in_layer, megatron_name
 from megatron_prune.store.writer import Progress, Writer, Written
@@ -86,6 +94,7 @@ class DistSource(Source):
         self.iteration = iteration
         self.has_optimizer_state, self._chunks = index.has_optimizer_state, index.tensors
         self._map, self._locate = cache(self._open), cache(self._find)
+        self._stacks = any(k.startswith(LAYER_PREFIX) and stored_layer(k) < 0 for k in self._chunks)
         wanted = {self._place(name)[0] for name in names(config)}
         check_names(directory / INDEX, wanted, self._chunks)
         self._check_files(index.ends)
@@ -129,10 +138,10 @@ class DistSource(Source):
         """The key of a stored tensor, whether it is stacked over layers, and the part of it."""
         layer, rest = split_layer(name)
         stored, part = megatron_name(rest, te_norms=True)
-        stacked = f"decoder.layers.{stored}"
-        if layer is not None and stacked in self._chunks:
-            return stacked, True, part
-        return in_layer(layer, stored), False, part
+        stacked, alone = f"decoder.layers.{stored}", in_layer(layer, stored)
+        if layer is None or alone in self._chunks or not self._stacks:
+            return alone, False, part
+        return stacked, True, part
 
     def _stored(self, name: str) -> tuple[list[Chunk], int | None, str, tuple[int, ...]]:
         """Chunks of the stored tensor, the layer within it (stacked keys), the part, its shape."""
