@@ -103,7 +103,7 @@ class Training:
         self.iteration, self.consumed = 0, 0
         self.validated_at, self.saved_at = 0, None if start.state is None else start.iteration
         self._losses: list[float] = []  # since the last logged iteration
-        self._skipped = 0
+        self._skipped, self._at = 0, 0  # the iteration under way
         batches.init_num_microbatches_calculator(
             rank=-1,  # keeps it quiet
             rampup_batch_size=None
@@ -219,6 +219,7 @@ class Training:
         Raises:
             DamagedError: loss or gradient is not a number; nothing has been saved since.
         """
+        self._at = self.iteration + 1
         self.ddp.train()
         batches.update_num_microbatches(self.consumed, consistency_check=False)
         count = batches.get_num_microbatches()
@@ -244,16 +245,16 @@ class Training:
     def _count_skipped(self, succeeded: bool) -> None:
         self._skipped = 0 if succeeded else self._skipped + 1
         if self._skipped > _SKIPPED_STEPS_MAX:
-            self._stop_for("gradient", "infinite on every one of the last steps")
+            self._stop_for("gradient is infinite, on every one of the last steps")
 
     def _refuse_nonfinite(self, what: str, value: float) -> None:
         if not math.isfinite(value):
-            self._stop_for(what, str(value))
+            self._stop_for(f"{what} is {value}")
 
-    def _stop_for(self, what: str, found: str) -> None:
+    def _stop_for(self, what: str) -> None:
         kept = "nothing is saved" if self.saved_at is None else f"iteration {self.saved_at} is kept"
         raise DamagedError(
-            f"iteration {self.iteration + 1}: {what} is {found}; stopped, {kept}. Look for values "
+            f"iteration {self._at}: {what}; stopped, {kept}. Look for values "
             "that are not finite in the starting weights, lower --lr, or raise --lr-warmup-iters"
         )
 
@@ -288,6 +289,10 @@ class Training:
         if self.saved_at == self.iteration:
             return
         began = time.monotonic()
+        wrong = sum(not bool(p.isfinite().all()) for p in self.model.parameters())
+        (wrong_everywhere,) = self._sum_over_ranks(float(wrong))
+        if wrong_everywhere:
+            self._stop_for(f"{wrong_everywhere:.0f} parameters hold values that are not finite")
         log.sync()
         path = save_checkpoint(
             self.options,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import socket
 import subprocess
 import sys
@@ -23,7 +24,7 @@ import torch
 from torch import Tensor
 
 HERE = Path(__file__).resolve()
-TIMEOUT_SECONDS = 400
+TIMEOUT_SECONDS = 240
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,9 +51,15 @@ def made_once(factory: Any, name: str) -> Iterator[tuple[Path, bool]]:
 
 
 def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
+    """A port that nothing listens on, below those the system gives to outgoing connections."""
+    while True:
+        port = random.SystemRandom().randrange(12_000, 32_000)
+        with socket.socket() as tried:
+            try:
+                tried.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return port
 
 
 def environment(**more: str) -> dict[str, str]:
@@ -94,6 +101,23 @@ def _result(path: Path, folder: Path) -> Any:
     if path.exists():
         return torch.load(path)
     return f"no result {path.name}: {(folder / 'said.txt').read_text()[-2000:]}"
+
+
+def start(words: list[str], ranks: int, said: Path) -> list[subprocess.Popen[bytes]]:
+    """A command as torchrun would start it, to be disturbed while it runs."""
+    port = str(free_port())
+    processes = []
+    with open(said, "ab") as file:
+        for rank in range(ranks):
+            place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
+            processes.append(
+                subprocess.Popen(
+                    [sys.executable, "-m", "megatron_prune", *words],
+                    env=environment(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, **place),
+                    stdout=file, stderr=file, stdin=subprocess.DEVNULL,
+                )
+            )  # fmt: skip
+    return processes
 
 
 # ---- on the ranks --------------------------------------------------------------------------------
@@ -192,40 +216,16 @@ def gradients(
         return {"share": share, "norm": float(norm), "far": far}
 
 
-def random_weights(load: str, layout: dict[str, int], save: str) -> None:
-    """Draw the weights of a shape and save them as a run's first checkpoint would be."""
+def command(words: list[str], **by_rank: str) -> int:
+    """A command line, on every rank; its exit code. ``by_rank`` adds words on one rank only."""
     from megatron_prune.cli import main
 
-    words = ["train", "--load", load, "--save", save, "--init-random", "--seed", "7", "--lr", "0"]
-    assert main([*words, *_short_run(), *_layout_flags(layout)]) == 0
-
-
-def _short_run() -> list[str]:
-    data = os.environ["PICO_CORPUS"]
-    return (
-        f"--data-path {data} --train-iters 1 --micro-batch-size 1 --seq-length 16 --split 100,0,0 "
-        "--eval-iters 0 --weight-decay 0"
-    ).split()
-
-
-def _layout_flags(layout: dict[str, int]) -> list[str]:
-    return [
-        f"--{key.replace('_', '-').replace('parallel', 'model-parallel-size')}={value}"
-        for key, value in layout.items()
-    ]
-
-
-def command(words: list[str]) -> int:
-    """A command line, on every rank; its exit code."""
-    from megatron_prune.cli import main
-
-    return main(words)
+    return main([*words, *by_rank.get(f"rank{os.environ['RANK']}", "").split()])
 
 
 CHECKS = {
     "logits": logits,
     "gradients": gradients,
-    "random_weights": random_weights,
     "command": command,
 }
 

@@ -1,0 +1,153 @@
+"""``train`` on process groups: the same run at every layout, resumed at any other.
+
+One launch of four processes runs all commands; what they left is looked at here.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.engine.on_ranks import Job, launch, made_once
+from tests.engine.runs import losses, told, weights, words
+
+TP3 = ("--tensor-model-parallel-size", 3)
+PP2 = ("--pipeline-model-parallel-size", 2)
+TP2_PP2 = ("--tensor-model-parallel-size", 2, *PP2)
+SPLIT = ("--use-distributed-optimizer",)
+HALF = ("--exit-interval", 2)
+QUICK = (
+    *("--train-iters", 4, "--global-batch-size", 2, "--save-interval", 2, "--eval-interval", 2),
+    *("--distributed-timeout-minutes", 1),
+)
+# name -> kind or run to load, ranks, flags; in this order
+RUNS: dict[str, tuple[str, int, tuple[object, ...]]] = {
+    "alone": ("gqa", 1, ()),
+    "tp3": ("gqa", 3, TP3),
+    "alone-33": ("gqa", 1, ("--seq-length", 33)),
+    "tp3-sp-33": ("gqa", 3, (*TP3, "--sequence-parallel", "--seq-length", 33)),
+    "pp2": ("gqa", 2, PP2),
+    "dp2": ("gqa", 2, ()),
+    "dp2-split": ("gqa", 2, SPLIT),
+    "pp2-dp2-split": ("gqa", 4, (*PP2, *SPLIT)),
+    "half-alone": ("gqa", 1, HALF),
+    "half-tp3": ("gqa", 3, (*TP3, *HALF)),
+    "half-dp2-split": ("gqa", 2, (*SPLIT, *HALF)),
+    "tp3-from-alone": ("half-alone", 3, TP3),
+    "pp2-from-tp3": ("half-tp3", 2, PP2),
+    "alone-from-tp3": ("half-tp3", 1, ()),
+    "dp2-from-alone": ("half-alone", 2, ()),
+    "tp3-split-from-dp2": ("half-dp2-split", 3, (*TP3, *SPLIT)),
+    "pp2-dp2-from-dp2-split": ("half-dp2-split", 4, (*PP2, *SPLIT)),
+    "bf16-alone": ("gqa", 1, ("--bf16",)),
+    "bf16-half": ("gqa", 3, (*TP3, "--bf16", *HALF)),
+    "bf16-from-tp3": ("bf16-half", 2, ("--bf16", *PP2)),
+    "four-alone": ("qwen_tied", 1, ()),
+    "four-half": ("qwen_tied", 4, (*TP2_PP2, *HALF)),
+    "four-tp4-from-tp2-pp2": ("four-half", 4, ("--tensor-model-parallel-size", 4)),
+    "random-alone": ("tied", 1, ("--init-random",)),
+    "random-tp3": ("tied", 3, ("--init-random", *TP3)),
+    "random-pp2": ("tied", 2, ("--init-random", *PP2)),
+}
+AGAIN = {  # broken off once, then the same command again
+    "again-tp3": ("gqa", 3, (*TP3,)),
+    "again-dp2-split": ("gqa", 2, (*SPLIT,)),
+    "again-pp2-dp2-split": ("gqa", 4, (*PP2, *SPLIT)),
+}
+UNBROKEN = {"again-tp3": "tp3", "again-dp2-split": "dp2-split"}
+UNBROKEN["again-pp2-dp2-split"] = "pp2-dp2-split"
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory, reference: Path, corpus: Path) -> Path:
+    """The directory of every run, under its name; ``codes.pt`` has the exit codes."""
+    with made_once(tmp_path_factory, "train-on-ranks") as (folder, fresh):
+        if fresh:
+            jobs = _jobs(folder, reference, corpus)
+            codes = dict(zip([name for name, _ in jobs], launch([j for _, j in jobs], folder)))
+            torch.save(codes, folder / "codes.pt")
+    return folder
+
+
+def _jobs(folder: Path, reference: Path, corpus: Path) -> list[tuple[str, Job]]:
+    def job(save: str, load: str, ranks: int, flags: tuple[object, ...], **more: str) -> Job:
+        start = folder / load if load in RUNS else reference / load
+        flags = (
+            *QUICK,
+            *flags,
+            "--tokenizer-model",
+            reference / "gqa",
+        )  # the corpus is of this one
+        given: dict[str, Any] = {"words": words(start, folder / save, corpus, *flags), **more}
+        return Job(check="command", world=ranks, given=given)
+
+    jobs = [(name, job(name, *what)) for name, what in RUNS.items()]
+    for name, (load, ranks, flags) in AGAIN.items():
+        jobs.append((f"{name}-1", job(name, load, ranks, (*flags, *HALF))))
+        jobs.append((f"{name}-2", job(name, load, ranks, flags)))
+    jobs.append(("disagree", job("disagree", "gqa", 2, (), rank1="--seed 6")))
+    return jobs
+
+
+def _norms(save: Path) -> list[float]:
+    return [row["grad-norm"] for row in told(save) if "grad-norm" in row]
+
+
+def test_every_command_ends_well(runs: Path) -> None:
+    codes = torch.load(runs / "codes.pt")
+    bad = {name: found for name, found in codes.items() if set(found) != {0}}
+    assert list(bad) == ["disagree"], bad
+
+
+@pytest.mark.parametrize("name", ["tp3", "tp3-sp-33", "pp2", "dp2", "dp2-split", "pp2-dp2-split"])
+def test_every_layout_trains_alike(runs: Path, name: str) -> None:
+    alone = runs / ("alone-33" if name.endswith("33") else "alone")
+    assert losses(runs / name) == pytest.approx(losses(alone), abs=1e-4)
+    norms = [_norms(run) for run in (runs / name, alone)]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-3)
+    ours, theirs = weights(alone), weights(runs / name)
+    assert all((ours[key] - theirs[key]).abs().max() < 1e-3 for key in ours)
+
+
+@pytest.mark.parametrize(
+    ("name", "unbroken", "tolerance"),
+    [
+        ("tp3-from-alone", "alone", 1e-4),
+        ("pp2-from-tp3", "alone", 1e-4),
+        ("alone-from-tp3", "alone", 1e-4),
+        ("dp2-from-alone", "alone", 1e-4),
+        ("tp3-split-from-dp2", "alone", 1e-4),
+        ("pp2-dp2-from-dp2-split", "alone", 1e-4),
+        ("bf16-from-tp3", "bf16-alone", 2e-2),
+        ("four-tp4-from-tp2-pp2", "four-alone", 1e-4),
+    ],
+)
+def test_a_run_continues_at_another_layout(
+    runs: Path, name: str, unbroken: str, tolerance: float
+) -> None:
+    wanted = {n: x for n, x in losses(runs / unbroken).items() if n > 2}
+    assert losses(runs / name) == pytest.approx(wanted, abs=tolerance)
+
+
+@pytest.mark.parametrize("name", UNBROKEN)
+def test_resume_is_bitwise_on_ranks(runs: Path, name: str) -> None:
+    assert told(runs / name) == told(runs / UNBROKEN[name])
+    ours, theirs = weights(runs / name), weights(runs / UNBROKEN[name])
+    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+@pytest.mark.parametrize("name", ["random-tp3", "random-pp2"])
+def test_random_weights_do_not_depend_on_the_layout(runs: Path, name: str) -> None:
+    wanted, found = losses(runs / "random-alone"), losses(runs / name)
+    assert found[1] == pytest.approx(wanted[1], abs=1e-6)
+    assert found == pytest.approx(wanted, abs=1e-4)
+    assert found[1] != pytest.approx(losses(runs / "four-alone")[1], abs=1e-2)
+
+
+def test_ranks_with_other_arguments_all_refuse(runs: Path) -> None:
+    codes = torch.load(runs / "codes.pt")["disagree"]
+    assert codes == [2, 2]
+    assert not (runs / "disagree").exists()
