@@ -6,7 +6,7 @@ import argparse
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from tqdm import tqdm
@@ -201,27 +201,23 @@ def show(text: str) -> None:
         print(text, flush=True)
 
 
-def byte_bar(what: str) -> Callable[[int], Callable[[int], object]]:
-    """A progress bar over bytes with rate and time left, on rank 0."""
+@contextmanager
+def byte_bar(what: str) -> Iterator[Callable[[int], Callable[[int], object]]]:
+    """A progress bar over bytes with rate and time left, on rank 0; ended whatever happens."""
+    with ExitStack() as bars:
 
-    def start(total: int) -> Callable[[int], object]:
-        bar = tqdm(
-            total=total,
-            desc=what,
-            unit="B",
-            unit_scale=True,
-            disable=not is_first_rank(),
-            mininterval=0.5,
-        )
+        def start(total: int) -> Callable[[int], object]:
+            bar = tqdm(
+                total=total,
+                desc=what,
+                unit="B",
+                unit_scale=True,
+                disable=not is_first_rank(),
+                mininterval=0.5,
+            )
+            return bars.enter_context(bar).update
 
-        def tell(done: int) -> None:
-            bar.update(done)
-            if bar.n >= total:
-                bar.close()
-
-        return tell
-
-    return start
+        yield start
 
 
 def shape_table(source: ModelShape, target: ModelShape | None = None) -> str:

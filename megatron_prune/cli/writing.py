@@ -33,7 +33,7 @@ def write(
         options.show(f"would write {what}")
         return
     began = time.perf_counter()
-    with joined_ranks() as ranks:
+    with joined_ranks() as ranks, options.byte_bar(stage) as progress:
         options.agree_on_arguments(ranks, args)
         write_checkpoint(
             source,
@@ -41,7 +41,7 @@ def write(
             ranks=ranks,
             plan=plan,
             overwrite=args.overwrite,
-            progress=options.byte_bar(stage),
+            progress=progress,
         )
     seconds = time.perf_counter() - began
     if target.format != "hf":

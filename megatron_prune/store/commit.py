@@ -8,6 +8,7 @@ the new one is complete; a kill between the two renames is undone by the next ru
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -40,7 +41,13 @@ class FileRecord:
 
 
 class HashedFile:
-    """A new file that hashes what it is given while it is being written, on a second thread."""
+    """A new file that hashes what it is given while it is being written, on a second thread.
+
+    Attributes:
+        failure: the error of a write that failed; ``torch.save`` raises another in its place.
+    """
+
+    failure: OSError | None = None
 
     def __init__(self, path: Path, pool: ThreadPoolExecutor) -> None:
         self._file = open(path, "xb", buffering=0)  # noqa: SIM115 - closed by close()
@@ -52,8 +59,12 @@ class HashedFile:
         self.position += len(data)
         hashed = self._pool.submit(self._hash.update, data) if len(data) > _WORTH_A_THREAD else None
         left = data
-        while left:
-            left = left[self._file.write(left) :]
+        try:
+            while left:
+                left = left[self._file.write(left) :]
+        except OSError as error:
+            self.failure = error
+            raise
         if hashed is None:
             self._hash.update(data)
         else:
@@ -68,6 +79,20 @@ class HashedFile:
         os.fsync(self._file.fileno())
         self._file.close()
         return FileRecord(self.position, self._hash.hexdigest())
+
+
+def reserve(path: Path) -> None:
+    """Have the disk set aside every byte of a file that was laid out with holes.
+
+    A file is filled through a map only after this: a full disk is an error here, and a signal that
+    kills the process there.
+    """
+    with open(path, "r+b") as file:
+        try:
+            os.posix_fallocate(file.fileno(), 0, os.fstat(file.fileno()).st_size)
+        except OSError as error:
+            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):  # a file system without it
+                raise
 
 
 def hash_file(path: Path) -> FileRecord:
@@ -219,6 +244,8 @@ def _sweep(target: Path) -> None:
 
 
 def _publish(temporary: Path, target: Path) -> None:
+    for directory, _, _ in os.walk(temporary):  # its files are flushed, their names not yet
+        _sync_directory(Path(directory))
     old = None
     if target.exists():
         if _is_used(target):

@@ -281,6 +281,10 @@ class DistWriter(Writer):
                 progress(atom.bytes)
             if self._ranks[file] == (0, 0):
                 entries += self._extra_states(out)
+        except RuntimeError as error:
+            if out.failure is None:
+                raise
+            raise out.failure from error  # what torch.save found when the disk was full
         finally:
             torch.serialization.set_crc32_options(True)
         return Written(out.close(), entries)

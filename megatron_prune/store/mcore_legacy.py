@@ -23,11 +23,11 @@ import torch
 from torch import Tensor
 
 from megatron_prune.axes import OUTPUT, axes_of, names, split_dim, split_layer, tensor_shape
-from megatron_prune.errors import CheckpointError, DamagedError
+from megatron_prune.errors import CheckpointError, DamagedError, StorageError
 from megatron_prune.grid import ParallelGrid, part_range
 from megatron_prune.shape import ModelConfig
 from megatron_prune.source import Piece, Source, assemble
-from megatron_prune.store.commit import hash_file
+from megatron_prune.store.commit import hash_file, reserve
 from megatron_prune.store.megatron import (
     ITERATION,
     atoms,
@@ -269,8 +269,12 @@ class LegacyWriter(Writer):
         tp_rank, pp_rank = self._ranks[file]
         path = directory / file
         path.parent.mkdir(parents=True)
-        with torch.serialization.skip_data():
-            torch.save({**self._common, "model": self._layout(tp_rank, pp_rank)}, path)
+        try:
+            with torch.serialization.skip_data():
+                torch.save({**self._common, "model": self._layout(tp_rank, pp_rank)}, path)
+        except RuntimeError as error:  # torch's own writer has no errno
+            raise StorageError(f"{path}: cannot be written ({error}); is the disk full?") from error
+        reserve(path)
         with (
             torch.serialization.safe_globals([Namespace]),
             torch.serialization.set_default_mmap_options(mmap.MAP_SHARED),
