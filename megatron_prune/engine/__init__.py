@@ -11,5 +11,6 @@ import warnings
 warnings.filterwarnings("ignore", message=r".*(Apex|Transformer Engine).*")
 for _module in (r"megatron\..*", r"torch\.distributed\..*"):
     warnings.filterwarnings("ignore", module=_module)
+warnings.filterwarnings("ignore", category=FutureWarning, module=r"megatron_prune\.engine\.cpu")
 for _name in ("megatron", "torch.distributed"):
     logging.getLogger(_name).setLevel(logging.ERROR)

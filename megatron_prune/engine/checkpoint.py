@@ -186,17 +186,46 @@ def _metadata() -> dict[str, Any]:
     return {"distrib_optim_sharding_type": "fully_reshardable"}
 
 
-def _write_companions(source: Source, config: ModelConfig, directory: Path) -> None:
-    target = directory / COMPANIONS
-    target.mkdir()
-    for name, path in source.companion_files.items():
-        write_file(target / name, path.read_bytes())
-    write_file(target / CONFIG, (json.dumps(hf_config(config), indent=2) + "\n").encode())
-    if source.plan_path is not None:
-        write_file(directory / PLAN, source.plan_path.read_bytes())
+@dataclass(frozen=True, kw_only=True)
+class Passenger:
+    """What travels with the weights through training, in memory: a run may drop the checkpoint that
+    it came from (``--keep-last``).
+
+    Attributes:
+        files: of the model's Hugging Face directory, by name; config.json apart.
+        plan: the plan the model was pruned with, None when it was not.
+    """
+
+    config: ModelConfig
+    files: Mapping[str, bytes]
+    plan: bytes | None
+
+    @property
+    def plan_digest(self) -> str | None:
+        return None if self.plan is None else hashlib.sha256(self.plan).hexdigest()
+
+    @classmethod
+    def of(cls, source: Source, dtype: str) -> Passenger:
+        """Read from a source, for weights that will be of ``dtype``."""
+        return cls(
+            config=replace(source.config, dtype=dtype),
+            files={name: path.read_bytes() for name, path in source.companion_files.items()},
+            plan=None if source.plan_path is None else source.plan_path.read_bytes(),
+        )
+
+    def write(self, directory: Path) -> None:
+        target = directory / COMPANIONS
+        target.mkdir()
+        for name, data in self.files.items():
+            write_file(target / name, data)
+        config = json.dumps(hf_config(self.config), indent=2) + "\n"
+        write_file(target / CONFIG, config.encode())
+        if self.plan is not None:
+            write_file(directory / PLAN, self.plan)
 
 
-def _facts(config: ModelConfig, groups: Groups, iteration: int, plan: str | None) -> dict[str, Any]:
+def _facts(passenger: Passenger, groups: Groups, iteration: int) -> dict[str, Any]:
+    config = passenger.config
     return {
         "format": "torch_dist",
         "family": config.family,
@@ -206,7 +235,7 @@ def _facts(config: ModelConfig, groups: Groups, iteration: int, plan: str | None
         "dtype": config.dtype,
         "tensor_model_parallel_size": groups.grid.tensor_parallel,
         "pipeline_model_parallel_size": groups.grid.pipeline_parallel,
-        "plan_digest": plan,
+        "plan_digest": passenger.plan_digest,
         "iteration": iteration,
     }
 
@@ -214,7 +243,7 @@ def _facts(config: ModelConfig, groups: Groups, iteration: int, plan: str | None
 def save_checkpoint(
     options: TrainOptions,
     groups: Groups,
-    source: Source,
+    passenger: Passenger,
     *,
     model: Any,
     optimizer: Any,
@@ -229,10 +258,9 @@ def save_checkpoint(
     """
     iteration = state["iteration"]
     target = iteration_path(options.save, iteration)
-    config = replace(source.config, dtype=options.dtype)
-    weights, plan = model.sharded_state_dict(metadata=None), source.plan_path
+    weights = model.sharded_state_dict(metadata=None)
     arguments = megatron_args(
-        config,
+        passenger.config,
         groups.grid,
         iteration=iteration,
         consumed_train_samples=state["consumed_samples"],
@@ -241,7 +269,7 @@ def save_checkpoint(
         global_batch_size=options.batch_size(groups.data_parallel),
         use_distributed_optimizer=options.use_distributed_optimizer,
         ckpt_format="torch_dist",
-        prune_plan_digest=None if plan is None else hashlib.sha256(plan.read_bytes()).hexdigest(),
+        prune_plan_digest=passenger.plan_digest,
     )
     whole = {
         "args": arguments,
@@ -257,9 +285,8 @@ def save_checkpoint(
         with atomic_directory(target, ranks=groups.ranks, overwrite=True) as directory:
             records = save_sharded(whole, directory, groups)
             if groups.ranks.is_first:
-                _write_companions(source, config, directory)
-                facts = _facts(config, groups, iteration, arguments.prune_plan_digest)
-                write_manifest(directory, facts, records)
+                passenger.write(directory)
+                write_manifest(directory, _facts(passenger, groups, iteration), records)
     except CheckpointException as error:  # a BaseException
         raise StorageError(f"{target}: not saved: {error}") from None
     together(groups.ranks, lambda: _publish(options, groups.ranks, iteration))

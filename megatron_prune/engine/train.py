@@ -21,6 +21,7 @@ from torch import Tensor
 
 from megatron_prune.data.sidecar import CorpusFacts
 from megatron_prune.engine.checkpoint import (
+    Passenger,
     Start,
     find_start,
     load_checkpoint,
@@ -99,7 +100,8 @@ class Training:
         source: Source,
         facts: Sequence[CorpusFacts],
     ) -> None:
-        self.options, self.groups, self.source = options, groups, source
+        self.options, self.groups, self.config = options, groups, source.config
+        self.passenger = Passenger.of(source, options.dtype)
         self.iteration, self.consumed = 0, 0
         self.validated_at, self.saved_at = 0, None if start.state is None else start.iteration
         self._losses: list[float] = []  # since the last logged iteration
@@ -114,23 +116,24 @@ class Training:
             data_parallel_size=groups.data_parallel,
         )
         self._build_data(facts)
-        self._build_model(start)
+        self._build_model(start, source)
+        source.close()
 
     def _build_data(self, facts: Sequence[CorpusFacts]) -> None:
         options = self.options
         batch = options.batch_size(self.groups.data_parallel)
         samples = (options.train_iters * batch, options.eval_iters * batch)
         self.train_data, self.valid_data = build_datasets(
-            options, facts, samples, self.source.config.shape.vocab_size
+            options, facts, samples, self.config.shape.vocab_size
         )
 
-    def _build_model(self, start: Start) -> None:
+    def _build_model(self, start: Start, source: Source) -> None:
         options, groups = self.options, self.groups
-        self.model = build_model(self.source.config, groups, model_options(options))
+        self.model = build_model(self.config, groups, model_options(options))
         if start.state is None and options.init_random:
-            draw_weights(self.model, self.source.config, groups, options.seed)
+            draw_weights(self.model, self.config, groups, options.seed)
         elif start.state is None:
-            load_weights(self.model, self.source, groups)
+            load_weights(self.model, source, groups)
         self.ddp = wrap_model(self.model, options)
         self.optimizer = build_optimizer(self.ddp, options)
         self.scheduler = build_scheduler(self.optimizer, options, groups.data_parallel)
@@ -297,7 +300,7 @@ class Training:
         path = save_checkpoint(
             self.options,
             self.groups,
-            self.source,
+            self.passenger,
             model=self.model,
             optimizer=self.optimizer,
             scheduler=self.scheduler,

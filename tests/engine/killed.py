@@ -1,0 +1,56 @@
+"""kill -9 of a training run at random moments, many times over.
+
+A process that has Megatron imported forks one run after the other, so a kill costs half a second
+and not seven. Between two kills it looks at every checkpoint in the directory.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import sys
+import time
+from pathlib import Path
+
+from megatron_prune.cli import main
+from megatron_prune.store.commit import check_manifest
+
+
+def _newest(save: Path) -> int:
+    return max((int(path.name[5:]) for path in save.glob("iter_*")), default=0)
+
+
+def _run_and_kill(words: list[str], save: Path, rng: random.Random) -> None:
+    """Start a run and kill it some time after it has begun to save."""
+    child = os.fork()
+    if child == 0:
+        os.setsid()
+        os._exit(main(words))
+    before, since = _newest(save), time.monotonic()
+    while _newest(save) == before and time.monotonic() - since < 60:
+        time.sleep(0.002)
+    time.sleep(rng.uniform(0, 0.3))
+    os.killpg(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+
+
+def kill_many(words: list[str], save: Path, times: int) -> list[dict[str, object]]:
+    """What lay there after each kill."""
+    import megatron_prune.engine.train  # noqa: F401 (imported once, for all runs)
+
+    rng, seen = random.Random(4), []
+    for _ in range(times):
+        _run_and_kill(words, save, rng)
+        found = sorted(save.glob("iter_*"))
+        damage = [difference for path in found for difference in check_manifest(path)]
+        left = [path.name for path in save.glob(".iter_*")]
+        seen.append({"newest": _newest(save), "damage": damage, "left": left})
+    return seen
+
+
+if __name__ == "__main__":
+    given = json.loads(sys.argv[1])
+    result = kill_many(given["words"], Path(given["save"]), given["times"])
+    Path(given["out"]).write_text(json.dumps(result))

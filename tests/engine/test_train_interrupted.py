@@ -1,0 +1,117 @@
+"""Signals, kills and lost ranks: nothing is lost, and the same command continues."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.engine import killed
+from tests.engine.on_ranks import environment, start
+from tests.engine.runs import losses, told, words
+from tests.pico import ok
+
+STEPS = ("--train-iters", 60, "--eval-interval", 20, "--save-interval", 1000)
+
+
+def _wait_for(save: Path, iterations: int, process: subprocess.Popen[bytes]) -> None:
+    metrics, since = save / "metrics.jsonl", time.monotonic()
+    while not metrics.exists() or len(metrics.read_text().splitlines()) < iterations:
+        assert process.poll() is None, "ended before it could be disturbed"
+        assert time.monotonic() - since < 120
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1"])
+def test_a_signal_saves_and_the_same_command_continues_to_the_bit(
+    tmp_path: Path, reference: Path, corpus: Path, name: str
+) -> None:
+    save = tmp_path / "run"
+    command = words(reference / "gqa", save, corpus, *STEPS)
+    (process,) = start(command, 1, tmp_path / "said.txt")
+    _wait_for(save, 4, process)
+    process.send_signal(getattr(signal, name))
+    assert process.wait(60) == 75
+    said = (tmp_path / "said.txt").read_text()
+    assert f"stopped by {name} after iteration" in said and "Traceback" not in said
+    (kept,) = save.glob("iter_*")
+    assert len(losses(save)) == int(kept.name[5:]) < 60
+    ok(*command)
+    ok(*words(reference / "gqa", tmp_path / "whole", corpus, *STEPS))
+    assert told(save) == told(tmp_path / "whole")
+
+
+def test_a_second_signal_ends_the_process_at_once() -> None:
+    program = (
+        "import os, signal, time\n"
+        "from megatron_prune.engine.signals import StopSignals\n"
+        "with StopSignals() as stop:\n"
+        "    os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    os.kill(os.getpid(), signal.SIGTERM)\n"  # torchrun's echo of the first
+        "    print(stop.received, flush=True)\n"
+        "    time.sleep(0.6)\n"
+        "    os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    print('still there')\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=environment(), capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout) == (128 + 15, "SIGTERM\n"), done.stderr
+
+
+def test_a_signal_to_one_rank_stops_all_after_the_same_step(
+    tmp_path: Path, reference: Path, corpus: Path
+) -> None:
+    save = tmp_path / "run"
+    processes = start(words(reference / "gqa", save, corpus, *STEPS), 2, tmp_path / "said.txt")
+    _wait_for(save, 3, processes[0])
+    processes[1].send_signal(signal.SIGTERM)
+    assert [process.wait(60) for process in processes] == [75, 75]
+    (kept,) = save.glob("iter_*")
+    assert len(losses(save)) == int(kept.name[5:])
+
+
+def test_a_lost_rank_ends_the_others_and_the_checkpoint_before_it_loads(
+    tmp_path: Path, reference: Path, corpus: Path
+) -> None:
+    save = tmp_path / "run"
+    flags = ("--train-iters", 40, "--save-interval", 3, "--eval-iters", 0)
+    command = words(reference / "gqa", save, corpus, *flags)
+    processes = start(command, 2, tmp_path / "said.txt")
+    _wait_for(save, 5, processes[0])
+    processes[1].kill()
+    since = time.monotonic()
+    assert processes[0].wait(60) == 5
+    assert time.monotonic() - since < 15
+    assert "rank 0 of 2 lost another rank" in (tmp_path / "said.txt").read_text()
+    ok(*command)  # alone, where two had started
+    ok(*words(reference / "gqa", tmp_path / "whole", corpus, *flags))
+    assert losses(save) == pytest.approx(losses(tmp_path / "whole"), abs=1e-4)
+
+
+@pytest.mark.parametrize("times", [8, pytest.param(40, marks=pytest.mark.slow)])
+def test_kills_at_random_moments_leave_whole_checkpoints(
+    tmp_path: Path, reference: Path, corpus: Path, times: int
+) -> None:
+    save, out = tmp_path / "run", tmp_path / "seen.json"
+    flags = ("--train-iters", 10 * times, "--save-interval", 1, "--keep-last", 2)
+    command = words(reference / "gqa", save, corpus, *flags)
+    given = {"words": command, "save": str(save), "times": times, "out": str(out)}
+    subprocess.run(
+        [sys.executable, killed.__file__, json.dumps(given)], env=environment(), check=True,
+        capture_output=True, timeout=60 + 15 * times,
+    )  # fmt: skip
+    seen = json.loads(out.read_text())
+    assert [one["damage"] for one in seen] == [[]] * times
+    newest = [one["newest"] for one in seen]
+    assert newest == sorted(set(newest)), "a finished checkpoint was lost"
+    assert any(one["left"] for one in seen), "no kill came while a checkpoint was being written"
+    ok(*command)
+    assert not list(save.glob(".iter_*"))
+    ok(*words(reference / "gqa", tmp_path / "whole", corpus, *flags))
+    assert told(save) == told(tmp_path / "whole")
