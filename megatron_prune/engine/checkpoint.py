@@ -35,8 +35,8 @@ from megatron_prune.ranks import Ranks
 from megatron_prune.shape import ModelConfig
 from megatron_prune.source import Source
 from megatron_prune.store.commit import (
-    MANIFEST,
     atomic_directory,
+    check_manifest,
     replace_file,
     write_file,
     write_manifest,
@@ -84,11 +84,8 @@ def iteration_path(save: Path, iteration: int) -> Path:
 def is_complete(directory: Path) -> bool:
     """Whether every file of the manifest is there with its size. Reads no weights."""
     try:
-        files = json.loads((directory / MANIFEST).read_bytes())["files"]
-        return all(
-            (directory / name).stat().st_size == record["bytes"] for name, record in files.items()
-        )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return not check_manifest(directory, hashes=False)
+    except DamagedError:
         return False
 
 
