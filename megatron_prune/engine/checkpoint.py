@@ -34,6 +34,7 @@ from megatron_prune.errors import ConfigError, DamagedError, StorageError
 from megatron_prune.ranks import Ranks
 from megatron_prune.shape import ModelConfig
 from megatron_prune.source import Source
+from megatron_prune.store.commit import _sweep as sweep_beside
 from megatron_prune.store.commit import (
     atomic_directory,
     check_manifest,
@@ -41,7 +42,6 @@ from megatron_prune.store.commit import (
     write_file,
     write_manifest,
 )
-from megatron_prune.store.commit import _sweep as sweep_beside
 from megatron_prune.store.hf_config import CONFIG, hf_config
 from megatron_prune.store.mcore_dist import COMMON, read_index
 from megatron_prune.store.megatron_args import megatron_args

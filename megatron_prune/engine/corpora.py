@@ -8,6 +8,7 @@ cached in a directory of our own, never beside the corpora.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +29,7 @@ from megatron_prune.data.sidecar import CorpusFacts, check_corpus
 from megatron_prune.data.tokenizers import load_tokenizer
 from megatron_prune.engine.groups import Groups
 from megatron_prune.engine.options import TrainOptions
-from megatron_prune.errors import ConfigError, DamagedError
+from megatron_prune.errors import ConfigError
 
 _SPLITS = ("training", "validation")
 
@@ -151,7 +152,6 @@ def build_datasets(
     weights = blend.weights
     if weights is None and len(facts) > 1:  # in proportion to their size, over as many epochs
         weights = tuple(fact.tokens / sum(f.tokens for f in facts) for fact in facts)
-    _check_cache(options.cache_path)
     config = GPTDatasetConfig(
         random_seed=options.seed,
         sequence_length=options.seq_length,
@@ -178,15 +178,17 @@ def build_datasets(
     return train, validation
 
 
-def _check_cache(path: Path) -> None:
-    """Megatron opens cached indices with pickle allowed: refuse one that would need it."""
-    for file in sorted(path.glob("*.npy")):
+def clean_cache(path: Path) -> None:
+    """Remove cached indices that a kill has cut short, or that would need pickle to be opened.
+
+    Megatron takes an index for good when its files exist, and opens them with pickle allowed.
+    """
+    for file in sorted(path.glob("*_index.npy")):
         try:
             np.load(file, mmap_mode="r", allow_pickle=False)
         except (ValueError, OSError, EOFError) as error:
-            raise DamagedError(
-                f"{file}: not an index of samples ({error}); remove it, it is built again"
-            ) from None
+            print(f"{file}: not an index ({error}); built again", file=sys.stderr)
+            file.unlink()
 
 
 def microbatches(

@@ -80,22 +80,24 @@ def build_scheduler(
     optimizer: Any, options: TrainOptions, data_parallel: int
 ) -> OptimizerParamScheduler:
     """Megatron's schedule, counted in samples."""
-    batch = options.batch_size(data_parallel)
-    decay = (options.lr_decay_iters or options.train_iters) * batch
-    wsd = options.lr_wsd_decay_iters
+
+    def samples(iterations: int) -> int:
+        return options.samples_after(iterations, data_parallel)
+
+    decay, wsd = options.lr_decay_iters or options.train_iters, options.lr_wsd_decay_iters
     return OptimizerParamScheduler(
         optimizer,
         init_lr=options.lr_warmup_init,
         max_lr=options.lr,
         min_lr=options.min_lr,
-        lr_warmup_steps=warmup_iters(options) * batch,
-        lr_decay_steps=decay,
+        lr_warmup_steps=samples(warmup_iters(options)),
+        lr_decay_steps=samples(decay),
         lr_decay_style=options.lr_decay_style,
         start_wd=options.weight_decay,
         end_wd=options.weight_decay,
-        wd_incr_steps=options.train_iters * batch,
+        wd_incr_steps=samples(options.train_iters),
         wd_incr_style="constant",
-        wsd_decay_steps=None if wsd is None else wsd * batch,
+        wsd_decay_steps=None if wsd is None else samples(decay) - samples(decay - wsd),
         lr_wsd_decay_style=options.lr_wsd_decay_style,
         use_checkpoint_opt_param_scheduler=not options.override_opt_param_scheduler,
         override_opt_param_scheduler=options.override_opt_param_scheduler,

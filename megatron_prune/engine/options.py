@@ -92,6 +92,24 @@ class TrainOptions:
         """Samples a step once the ramp-up is over."""
         return self.global_batch_size or self.micro_batch_size * data_parallel
 
+    def batch_size_after(self, consumed: int, data_parallel: int) -> int:
+        """Samples of the step after ``consumed`` samples, as Megatron ramps it up."""
+        full = self.batch_size(data_parallel)
+        if self.rampup_batch_size is None or consumed > self.rampup_batch_size[2]:
+            return full
+        start, increment, samples = self.rampup_batch_size
+        steps = (full - start) // increment
+        return min(full, start + increment * (consumed * steps // max(samples, 1)))
+
+    def samples_after(self, iterations: int, data_parallel: int) -> int:
+        """Samples that the first ``iterations`` steps take."""
+        if self.rampup_batch_size is None:
+            return iterations * self.batch_size(data_parallel)
+        consumed = 0
+        for _ in range(iterations):
+            consumed += self.batch_size_after(consumed, data_parallel)
+        return consumed
+
 
 def _at_least(options: TrainOptions, least: float, *names: str) -> None:
     for name in names:

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import num_microbatches_calculator as batches
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
@@ -27,7 +26,7 @@ from megatron_prune.engine.checkpoint import (
     load_checkpoint,
     save_checkpoint,
 )
-from megatron_prune.engine.corpora import build_datasets, check_corpora, microbatches
+from megatron_prune.engine.corpora import build_datasets, check_corpora, clean_cache, microbatches
 from megatron_prune.engine.failures import on_first_rank, together
 from megatron_prune.engine.groups import Groups
 from megatron_prune.engine.metrics import MetricsLog
@@ -105,24 +104,21 @@ class Training:
         self.iteration, self.consumed = 0, 0
         self.validated_at, self.saved_at = 0, None if start.state is None else start.iteration
         self._losses: list[float] = []  # since the last logged iteration
-        self._skipped, self._at = 0, 0  # the iteration under way
-        batches.init_num_microbatches_calculator(
-            rank=-1,  # keeps it quiet
-            rampup_batch_size=None
-            if options.rampup_batch_size is None
-            else list(options.rampup_batch_size),
-            global_batch_size=options.batch_size(groups.data_parallel),
-            micro_batch_size=options.micro_batch_size,
-            data_parallel_size=groups.data_parallel,
-        )
+        self._skipped = 0
+        self._at = self._batch = 0  # of the step under way: its iteration and its samples
         self._build_data(facts)
         self._build_model(start, source)
         source.close()
 
     def _build_data(self, facts: Sequence[CorpusFacts]) -> None:
         options = self.options
-        batch = options.batch_size(self.groups.data_parallel)
-        samples = (options.train_iters * batch, options.eval_iters * batch)
+        copies = self.groups.data_parallel
+        samples = (
+            options.samples_after(options.train_iters, copies),
+            options.eval_iters * options.batch_size(copies),
+        )
+        # rank 0 clears what a kill has cut short before any rank looks into the cache
+        on_first_rank(self.groups.ranks, lambda: clean_cache(options.cache_path))
         self.train_data, self.valid_data = build_datasets(
             options, facts, samples, self.config.shape.vocab_size
         )
@@ -224,8 +220,10 @@ class Training:
         """
         self._at = self.iteration + 1
         self.ddp.train()
-        batches.update_num_microbatches(self.consumed, consistency_check=False)
-        count = batches.get_num_microbatches()
+        batch = self._batch = self.options.batch_size_after(
+            self.consumed, self.groups.data_parallel
+        )
+        count = batch // (self.options.micro_batch_size * self.groups.data_parallel)
         data = microbatches(
             self.train_data, self.consumed, count, self.options.micro_batch_size, self.groups
         )
@@ -237,7 +235,6 @@ class Training:
         succeeded, norm, _ = self.optimizer.step()
         if succeeded and norm is not None:
             self._refuse_nonfinite("gradient norm", float(norm))
-        batch = count * self.options.micro_batch_size * self.groups.data_parallel
         if succeeded:
             self.scheduler.step(batch)
         self._count_skipped(bool(succeeded))
@@ -372,7 +369,7 @@ class Training:
                 "learning-rate": rate,
                 "grad-norm": norm,
                 "loss-scale": float(self.optimizer.get_loss_scale()),
-                "batch-size": batches.get_current_global_batch_size(),
+                "batch-size": self._batch,
                 "consumed-samples": self.consumed,
                 "consumed-tokens": self.consumed * self.options.seq_length,
                 "seconds": seconds / len(steps),
@@ -405,7 +402,4 @@ def train(options: TrainOptions, groups: Groups) -> None:
         Interrupted: after a signal, everything saved.
     """
     start, source, facts = open_start(options, groups)
-    try:
-        Training(options, groups, start, source, facts).run()
-    finally:
-        batches.unset_num_microbatches_calculator()
+    Training(options, groups, start, source, facts).run()

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -147,6 +148,27 @@ def test_leftovers_of_a_killed_save_are_swept(train: Train) -> None:
     assert sorted(p.name for p in save.iterdir() if p.name.startswith(".")) == [".cache"]
     assert list(losses(save)) == [1, 2, 3, 4, 5, 6]
     assert losses(save)[4] != 1.0
+
+
+def test_an_index_that_a_kill_has_cut_short_is_built_again(
+    train: Train, reference: Path, corpus: Path
+) -> None:
+    whole, save = train("whole"), train("run", "--exit-interval", 3)
+    indices = sorted((save / ".cache").glob("*_index.npy"))
+    indices[0].write_bytes(indices[0].read_bytes()[:-3])
+    indices[1].write_bytes(b"")
+    np.save(indices[2], np.array([{}], dtype=object))  # would be opened by pickle
+    done = ok(*words(reference / "gqa", save, corpus))
+    assert done.err.count("built again") == 3
+    assert losses(save) == losses(whole)
+
+
+def test_a_ramp_takes_the_samples_it_says(train: Train) -> None:
+    save = train("run", "--rampup-batch-size", 1, 1, 9)
+    found = [(row["batch-size"], row["consumed-samples"]) for row in rows(save) if "lm loss" in row]
+    assert found == [(1, 1), (1, 2), (1, 3), (2, 5), (2, 7), (3, 10)]
+    # cosine from 1e-3 to 1e-4 over samples 2 to 10, at sample 7
+    assert rows(save)[-2]["learning-rate"] == pytest.approx(3.778e-4, abs=1e-7)
 
 
 def test_blends_follow_the_weights(tmp_path: Path, reference: Path) -> None:
