@@ -8,11 +8,18 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import socket
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from filelock import FileLock
 
 _SCRIPT = """
 import json, os, sys
@@ -36,10 +43,48 @@ class RankDone:
     err: str
 
 
+@contextmanager
+def made_once(factory: pytest.TempPathFactory, name: str) -> Iterator[tuple[Path, bool]]:
+    """A folder that all of xdist's workers share, and whether this one has to fill it."""
+    shared = factory.getbasetemp()
+    shared = shared.parent if shared.name.startswith("popen-") else shared
+    with FileLock(f"{shared / name}.lock"):
+        fresh = not (shared / name).exists()
+        (shared / name).mkdir(exist_ok=True)
+        yield shared / name, fresh
+
+
 def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
+    """A port that nothing listens on, below those the system gives to outgoing connections."""
+    while True:
+        port = random.SystemRandom().randrange(12_000, 32_000)
+        with socket.socket() as tried:
+            if tried.connect_ex(("127.0.0.1", port)):
+                return port
+
+
+def start(commands: Sequence[Sequence[str]], timeout: float, **environment: str) -> list[RankDone]:
+    """Run one command a rank, as torchrun would start them, and wait for all."""
+    running = []
+    for rank, command in enumerate(commands):
+        place = {
+            "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(len(commands)),
+            "MASTER_ADDR": "127.0.0.1",
+        }  # fmt: skip
+        pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        environ = {**os.environ, **place, **environment}
+        running.append(subprocess.Popen(command, env=environ, **pipes))
+    done = []
+    try:
+        for process in running:
+            out, err = process.communicate(timeout=timeout)
+            last = out.strip().splitlines()[-1:] or [""]
+            codes = json.loads(last[0][6:]) if last[0].startswith("codes ") else []
+            done.append(RankDone(codes, out, err))
+    finally:
+        for process in running:
+            process.kill()
+    return done
 
 
 def launch(
@@ -56,25 +101,9 @@ def launch(
         instead: rank -> a stage that it runs in place of all ``stages``.
     """
     ports = [free_port() for _ in stages]
-    running = []
+    commands = []
     for rank in range(processes):
         mine = [(instead or {}).get(rank, argv) for argv in stages]
         texts = [[port, [str(word) for word in argv]] for port, argv in zip(ports, mine)]
-        place = {
-            "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes),
-            "MASTER_ADDR": "127.0.0.1",
-        }  # fmt: skip
-        argv = [sys.executable, "-c", _SCRIPT, json.dumps([prelude, texts])]
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        running.append(subprocess.Popen(argv, env={**os.environ, **place}, **pipes))
-    done = []
-    try:
-        for process in running:
-            out, err = process.communicate(timeout=timeout)
-            last = out.strip().splitlines()[-1:] or [""]
-            codes = json.loads(last[0][6:]) if last[0].startswith("codes ") else []
-            done.append(RankDone(codes, out, err))
-    finally:
-        for process in running:
-            process.kill()
-    return done
+        commands.append([sys.executable, "-c", _SCRIPT, json.dumps([prelude, texts])])
+    return start(commands, timeout)

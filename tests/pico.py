@@ -21,6 +21,7 @@ from megatron_prune.cli import main
 
 VOCAB = 379  # a prime: every tensor-parallel size pads it
 TEXT = "The quick brown fox jumps over the lazy dog while 12 engineers prune a model, by shard. "
+IDS = (torch.arange(48) * 7 % 96)[None]  # tokens that every vocabulary here has
 BASE: dict[str, Any] = {
     "hidden_size": 48,
     "intermediate_size": 96,

@@ -14,9 +14,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.pico import ok
+from tests.pico import IDS, ok
 
-IDS = (torch.arange(40) * 7 % 96)[None]
 HEADS = ("--num-attention-heads-remain", 3)
 FFN = ("--ffn-hidden-size-remain", 33, "--prune-type", "unbalance")
 LAYERS = ("--drop-layers", "1-2")
