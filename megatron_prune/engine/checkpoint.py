@@ -27,7 +27,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_prune.axes import count_parameters
 from megatron_prune.engine.dist_writer import save_sharded
-from megatron_prune.engine.failures import together
+from megatron_prune.engine.failures import is_lost_rank, together
 from megatron_prune.engine.groups import Groups
 from megatron_prune.engine.options import TrainOptions
 from megatron_prune.errors import ConfigError, DamagedError, StorageError
@@ -284,8 +284,10 @@ def save_checkpoint(
             if groups.ranks.is_first:
                 passenger.write(directory)
                 write_manifest(directory, _facts(passenger, groups, iteration), records)
-    except CheckpointException as error:  # a BaseException
-        raise StorageError(f"{target}: not saved: {error}") from None
+    except (CheckpointException, RuntimeError) as error:  # the first is a BaseException
+        if is_lost_rank(error):
+            raise
+        raise StorageError(f"{target}: not saved: {error}") from error
     together(groups.ranks, lambda: _publish(options, groups.ranks, iteration))
     return target
 

@@ -34,7 +34,19 @@ _FILES_PER_RANK = 1
 
 
 class _Stream(HashedFile):
-    """A hashed file that tells where it is, as DCP's writer asks."""
+    """A hashed file that tells where it is, as DCP's writer asks.
+
+    It keeps the error of the disk, in place of which `torch.save` raises one of its own.
+    """
+
+    failure: OSError | None = None
+
+    def write(self, data: bytes | memoryview) -> int:
+        try:
+            return super().write(data)
+        except OSError as error:
+            self.failure = error
+            raise
 
     def tell(self) -> int:
         return self.position
@@ -59,12 +71,17 @@ class _InProcessWriter(filesystem_async.FileSystemWriterAsync):
         with ThreadPoolExecutor(1) as pool:
             for index, (path, name, (bytes_data, tensor_data)) in enumerate(write_buckets):
                 stream = _Stream(Path(path), pool)
-                found[index] = [
-                    write_item(
-                        *transforms, stream, data, item, name, SerializationFormat.TORCH_SAVE
-                    )
-                    for item, data in (*bytes_data, *tensor_data)
-                ]
+                try:
+                    found[index] = [
+                        write_item(
+                            *transforms, stream, data, item, name, SerializationFormat.TORCH_SAVE
+                        )
+                        for item, data in (*bytes_data, *tensor_data)
+                    ]
+                except RuntimeError:
+                    if stream.failure is not None:
+                        raise stream.failure from None
+                    raise
                 _InProcessWriter.records[name] = stream.close()
         results.put(found)
 

@@ -20,6 +20,11 @@ T = TypeVar("T")
 _PEER_WORDS = ("peer", "Timed out", "timed out", "timeout", "NCCL", "Connection", "Broken pipe")
 
 
+def is_lost_rank(error: BaseException) -> bool:
+    """Whether what torch raised tells of another rank, and not of this one."""
+    return any(word in str(error) for word in _PEER_WORDS)
+
+
 @contextmanager
 def named_failures() -> Iterator[None]:
     """Turn what torch raises when a peer is gone into a `DistributedError` with this rank's name.
@@ -33,7 +38,7 @@ def named_failures() -> Iterator[None]:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         if world == 1:
             raise
-        if any(word in str(error) for word in _PEER_WORDS):
+        if is_lost_rank(error):
             raise DistributedError(
                 f"rank {rank} of {world} lost another rank ({first[:200]}); look for the rank that "
                 "failed first, and start the same command again"

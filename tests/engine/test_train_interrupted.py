@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import signal
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import pytest
 from tests.engine import killed
 from tests.engine.on_ranks import environment, start
 from tests.engine.runs import losses, told, words
-from tests.pico import ok
+from tests.pico import directory_bytes, ok
 
 STEPS = ("--train-iters", 60, "--eval-interval", 20, "--save-interval", 1000)
 
@@ -92,6 +93,30 @@ def test_a_lost_rank_ends_the_others_and_the_checkpoint_before_it_loads(
     ok(*command)  # alone, where two had started
     ok(*words(reference / "gqa", tmp_path / "whole", corpus, *flags))
     assert losses(save) == pytest.approx(losses(tmp_path / "whole"), abs=1e-4)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_full_disk_is_exit_4_and_leaves_what_was_there(
+    tmp_path: Path, reference: Path, corpus: Path, ranks: int
+) -> None:
+    save = tmp_path / "run"
+    command = words(reference / "gqa", save, corpus, "--exit-interval", 3)
+    ok(*command)
+    before = directory_bytes(save / "iter_0000003")
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, limit[1]))  # a checkpoint takes 1.4 MB
+    try:
+        processes = start(command, ranks, tmp_path / "said.txt")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    codes = {process.wait(90) for process in processes}
+    said = (tmp_path / "said.txt").read_text()
+    assert codes <= {4, 5} and 4 in codes, said
+    assert "File too large" in said and "Traceback" not in said
+    assert [path.name for path in save.glob("*iter_*")] == ["iter_0000003"]
+    assert directory_bytes(save / "iter_0000003") == before
+    ok(*command)
+    assert list(losses(save)) == [1, 2, 3, 4, 5, 6]
 
 
 @pytest.mark.parametrize("times", [8, pytest.param(40, marks=pytest.mark.slow)])
