@@ -65,13 +65,22 @@ def test_round_trip_through_the_local_specs_names_is_bitwise(
 
 @pytest.mark.parametrize("ckpt_format", ["torch_dist", "torch"])
 @pytest.mark.parametrize(
-    "stages", [(PP, 2, FIRST, 1), (PP, 2, LAST, 1), (PP, 3, FIRST, 1, LAST, 2)]
+    ("stages", "layers"),
+    [
+        ((PP, 2, FIRST, 1), [1, 3]),
+        ((PP, 2, LAST, 1), [3, 1]),
+        ((PP, 3, FIRST, 1, LAST, 2), [1, 1, 2]),
+    ],
 )
 def test_uneven_stages_round_trip(
-    stages: tuple, ckpt_format: str, models: Models, tmp_path: Path
+    stages: tuple, layers: list[int], ckpt_format: str, models: Models, tmp_path: Path
 ) -> None:
     to = ("--to", "megatron", "--ckpt-format", ckpt_format, TP, 3, *stages)
     ok("convert", "--load", models("gqa"), "--save", tmp_path / "m", *to)
+    if ckpt_format == "torch":
+        files = sorted((tmp_path / "m").rglob("mp_rank_00_*/model_optim_rng.pt"))
+        keys = [torch.load(file, weights_only=False)["model"] for file in files]
+        assert [sum("fc2.weight" in key for key in stage) for stage in keys] == layers
     ok("reshard", "--load", tmp_path / "m", "--save", tmp_path / "r", PP, 4)
     ok("convert", "--load", tmp_path / "r", "--save", tmp_path / "b", "--to", "hf")
     assert_same(tensors(tmp_path / "b"), tensors(models("gqa")))
