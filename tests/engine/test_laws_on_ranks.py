@@ -44,6 +44,7 @@ GRADIENTS: list[tuple[str, dict[str, int], int, dict[str, Any]]] = [
     *((kind, TP4, 4, {}) for kind in ("four", "qwen_tied")),
     *((kind, PP2, 2, {}) for kind in ("gqa", "tied")),
     ("tied", UNEVEN, 2, {}),
+    ("tied", PP4, 4, {}),
     ("qwen_tied", TP2_PP2, 4, {}),
     ("gqa", {}, 2, {}),
     ("four", TP2, 4, {}),
