@@ -41,7 +41,7 @@
 # How it is trained, with Megatron's names
 #   TRAIN_ITERS  SEQ_LENGTH  MICRO_BATCH_SIZE  GLOBAL_BATCH_SIZE  LR  MIN_LR  LR_WARMUP_ITERS
 #   WEIGHT_DECAY  CLIP_GRAD  LOG_INTERVAL  EVAL_INTERVAL  EVAL_ITERS  SAVE_INTERVAL  SPLIT
-#   PRECISION=fp32    or bf16 (the default with a GPU, and on CPUs with AMX)
+#   PRECISION=fp32    or bf16 (the default with a GPU, and on CPUs that have it)
 #   BASELINE=1        0 leaves out the random model, which costs as much as the recovery
 #   TRAIN_FLAGS       more flags of `megatron-prune train`
 #
@@ -73,7 +73,7 @@ fi
 : "${BASELINE:=1}" "${EVAL_SEQ_LENGTH:=512}" "${EVAL_WINDOWS:=16}"
 if nvidia-smi -L >/dev/null 2>&1; then
     : "${PRECISION:=bf16}" "${EVAL_RANKS:=$TP}"
-elif grep -qsw amx_bf16 /proc/cpuinfo; then # bf16 trains twice as fast there; elsewhere it is emulated
+elif grep -qswE 'amx_bf16|avx512_bf16' /proc/cpuinfo; then # trains twice as fast; else emulated
     : "${PRECISION:=bf16}" "${EVAL_RANKS:=1}"
 else
     : "${PRECISION:=fp32}" "${EVAL_RANKS:=1}"
