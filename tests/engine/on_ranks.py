@@ -10,9 +10,11 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import socket
 import subprocess
 import sys
+import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,7 +26,7 @@ import torch
 from torch import Tensor
 
 HERE = Path(__file__).resolve()
-TIMEOUT_SECONDS = 240
+TIMEOUT_SECONDS = 500
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,9 +47,11 @@ def made_once(factory: Any, name: str) -> Iterator[tuple[Path, bool]]:
     shared = shared.parent if shared.name.startswith("popen-") else shared
     folder = shared / name
     with FileLock(str(folder) + ".lock"):
-        if fresh := not folder.exists():
+        if fresh := not (folder / "made").exists():
+            shutil.rmtree(folder, ignore_errors=True)  # of a worker that failed to
             folder.mkdir()
         yield folder, fresh
+        (folder / "made").touch()
 
 
 def free_port() -> int:
@@ -231,7 +235,12 @@ CHECKS = {
 
 
 def _work(rank: int, folder: Path) -> None:
+    before: list[Path] = []
     for number, job in enumerate(json.loads((folder / "jobs.json").read_text())):
+        # a rank with nothing to do must not wait for the others at a rendezvous that times out
+        while not all(path.exists() for path in before):
+            time.sleep(0.005)
+        before = [folder / f"{number}_{other}.pt" for other in range(job["world"])]
         if rank >= job["world"]:
             continue
         os.environ.update(
@@ -242,7 +251,8 @@ def _work(rank: int, folder: Path) -> None:
             found = CHECKS[job["check"]](**job["given"])
         except Exception:
             found = f"rank {rank}, {job}: {traceback.format_exc()}"
-        torch.save(found, folder / f"{number}_{rank}.pt")
+        torch.save(found, folder / f"{number}_{rank}.pt.part")
+        os.rename(folder / f"{number}_{rank}.pt.part", folder / f"{number}_{rank}.pt")
 
 
 if __name__ == "__main__":
