@@ -83,8 +83,10 @@ def _blocks(
     rows = torch.tensor(_rows(plan, axes[0], old))
     columns = torch.tensor(_rows(plan, axes[1], old)) if len(axes) > 1 else None
     for at in range(0, len(rows), _BLOCK_ROWS):
-        wanted = whole[rows[at : at + _BLOCK_ROWS]]
-        yield at, found[at : at + _BLOCK_ROWS], wanted if columns is None else wanted[:, columns]
+        wanted = whole.index_select(0, rows[at : at + _BLOCK_ROWS])
+        if columns is not None:
+            wanted = wanted.index_select(1, columns)
+        yield at, found[at : at + _BLOCK_ROWS], wanted
 
 
 def _compare(pruned: Source, name: str, at: int, found: Tensor, wanted: Tensor) -> None:

@@ -34,11 +34,11 @@ from megatron_prune.errors import ConfigError, DamagedError, StorageError
 from megatron_prune.ranks import Ranks
 from megatron_prune.shape import ModelConfig
 from megatron_prune.source import Source
-from megatron_prune.store.commit import _sweep as sweep_beside
 from megatron_prune.store.commit import (
     atomic_directory,
     check_manifest,
     replace_file,
+    sweep_beside,
     write_file,
     write_manifest,
 )

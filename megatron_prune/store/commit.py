@@ -230,7 +230,7 @@ def check_target(target: Path, *, overwrite: bool) -> None:
         raise StorageError(f"--save {target}: {parent} cannot be written; choose another place")
 
 
-def _sweep(target: Path) -> None:
+def sweep_beside(target: Path) -> None:
     """Remove what dead writers left beside the target, and put back what they had set aside."""
     for old in target.parent.glob(f".{escape(target.name)}.old.*"):
         if target.exists():
@@ -294,7 +294,7 @@ def atomic_directory(target: Path, *, ranks: Ranks, overwrite: bool = False) -> 
 
 
 def _start(target: Path, overwrite: bool) -> tuple[Path, int]:
-    _sweep(target)
+    sweep_beside(target)
     check_target(target, overwrite=overwrite)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
