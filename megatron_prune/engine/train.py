@@ -186,10 +186,8 @@ class Training:
 
             return losses, loss
 
-        def forward_inside(
-            _: Any, model: Any
-        ) -> tuple[Tensor, Any]:  # neither first nor last stage
-            return model(None, None, None), None
+        def forward_inside(_: Any, model: Any) -> tuple[Tensor, Any]:
+            return model(None, None, None), None  # a stage that sees no tokens
 
         is_inside = not (groups.is_first_stage or groups.is_last_stage)
         found = get_forward_backward_func()(
