@@ -26,7 +26,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_prune.axes import tensor_shape
+from megatron_prune.axes import axes_of, split_dim, tensor_shape
 from megatron_prune.ranks import Ranks
 from megatron_prune.shape import ModelConfig, ModelShape
 from megatron_prune.source import DTYPES, Source
@@ -61,7 +61,11 @@ class SyntheticSource(Source):
         shape = torch.Size(tensor_shape(name, self.config.shape))
         copies = -(-shape.numel() // self._noise.numel())
         whole = self._noise.repeat(copies)[: shape.numel()].view(shape)
-        return whole if stop is None else whole[start:stop]
+        dim = split_dim(axes_of(name))
+        if dim is None or stop is None:
+            return whole
+        rows = self.config.shape.rows(axes_of(name)[dim])
+        return whole.narrow(dim, start * rows, (stop - start) * rows)
 
 
 def private_bytes(pid: int) -> int:
