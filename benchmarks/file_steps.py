@@ -5,9 +5,11 @@
 
 Every step runs as a user's command, in its own process; the time of ``inspect`` (start-up) is taken
 off, and the outputs are flushed to disk before the clock stops. The baseline, ``cp`` and a flush of
-what a step *wrote*, runs right after the step, so both meet the same machine. RssAnon is the peak
-over samples of /proc every 20 ms. Prints a Markdown table of medians. Works in a temporary
-directory below ``--work`` and removes it.
+what a step *wrote*, runs right after the step, so both meet the same machine. With ``--cold`` (the
+default for a synthetic model, which the page cache does not hold) what a step or ``cp`` reads is
+dropped from the page cache first, so both read it from the disk. RssAnon is the peak over samples
+of /proc every 20 ms. Prints a Markdown table of medians. Works in a temporary directory below
+``--work`` and removes it.
 """
 
 from __future__ import annotations
@@ -96,6 +98,16 @@ def measure(*words: object) -> tuple[float, int]:
     return seconds, peak
 
 
+def evict(directory: Path) -> None:
+    """Drop a directory's files from the page cache."""
+    for path in directory.rglob("*"):
+        if path.is_file():
+            handle = os.open(path, os.O_RDONLY)
+            os.fsync(handle)
+            os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
+            os.close(handle)
+
+
 def copy_seconds(source: Path, target: Path) -> float:
     """``cp -r`` and a flush of every file."""
     began = time.perf_counter()
@@ -137,20 +149,24 @@ def steps(model: Path, work: Path, shape: ModelShape, tp: int) -> list[tuple[str
     ]  # fmt: skip
 
 
-def run(model: Path, work: Path, shape: ModelShape, tp: int, repeats: int) -> None:
+def run(model: Path, work: Path, shape: ModelShape, tp: int, repeats: int, cold: bool) -> None:
     startup = statistics.median(measure("inspect", model)[0] for _ in range(max(3, repeats)))
     idle = measure("inspect", model)[1]
     print(f"start-up (inspect): {startup:.2f} s, {idle / 2**20:.0f} MiB private\n")
     print("| step | MB written | cp s | step s | x cp | private MiB above start-up |")
     print("|---|---|---|---|---|---|")
     for name, words in steps(model, work, shape, tp):
-        target = Path(str(words[words.index("--save") + 1]))
+        source, target = (Path(str(words[words.index(w) + 1])) for w in ("--load", "--save"))
         taken, copies, peaks, written = [], [], [], 0
         for _ in range(repeats):
             shutil.rmtree(target, ignore_errors=True)
+            if cold:
+                evict(source)
             seconds, peak = measure(*words)
             written = sum(p.stat().st_size for p in target.rglob("*") if p.is_file())
             taken.append(max(seconds - startup, 0.0))
+            if cold:
+                evict(target)
             copies.append(copy_seconds(target, work / "copy"))
             peaks.append(peak)
         if target.name in ("hf", "out"):
@@ -169,6 +185,7 @@ def main() -> None:
     parser.add_argument("--synthetic", choices=["llama2-7b"], help="make one of this shape, bf16")
     parser.add_argument("--layers", type=int, help="of the synthetic model")
     parser.add_argument("--tensor-model-parallel-size", type=int, help="of the Megatron side")
+    parser.add_argument("--cold", action="store_true", help="read everything from the disk")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--work", type=Path, default=Path.cwd(), help="where to work")
     args = parser.parse_args()
@@ -188,7 +205,8 @@ def main() -> None:
         shape = open_source(model).config.shape
         tp = args.tensor_model_parallel_size or (3 if shape.num_query_groups % 8 else 8)
         shape.check_tensor_parallel(tp)
-        run(model, work, shape, tp, args.repeats)
+        cold = args.cold or args.synthetic is not None
+        run(model, work, shape, tp, args.repeats, cold)
     finally:
         shutil.rmtree(work)
 

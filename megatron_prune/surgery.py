@@ -10,19 +10,16 @@ correction of the norm weights belongs in `PrunedSource.read`, where the norms p
 
 from __future__ import annotations
 
-import hashlib
-import json
 import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from megatron_prune.axes import axes_of, count_parameters, layer_name, split_dim, split_layer
+from megatron_prune.axes import axes_of, layer_name, split_dim, split_layer
 from megatron_prune.digest import source_digest
 from megatron_prune.errors import PlanError, StorageError
 from megatron_prune.grid import ParallelGrid
@@ -31,13 +28,14 @@ from megatron_prune.ranks import Ranks
 from megatron_prune.source import Source
 from megatron_prune.store.commit import atomic_directory, write_file, write_manifest
 from megatron_prune.store.hf import DEFAULT_SHARD_BYTES, HuggingFaceWriter
-from megatron_prune.store.hf_config import CONFIG, hf_config
+from megatron_prune.store.hf_config import hf_config
 from megatron_prune.store.mcore_dist import DistWriter
 from megatron_prune.store.mcore_legacy import LegacyWriter
 from megatron_prune.store.megatron import ITERATION
 from megatron_prune.store.megatron_args import check_expressible, megatron_args
-from megatron_prune.store.open import COMPANIONS, PLAN, TRACKER
-from megatron_prune.store.writer import Progress, Writer, Written
+from megatron_prune.store.open import TRACKER
+from megatron_prune.store.passenger import Passenger
+from megatron_prune.store.writer import Progress, Writer
 from megatron_prune.tensors import take
 
 
@@ -123,18 +121,7 @@ class Target:
         return "." if self.format == "hf" else f"iter_{ITERATION:07d}"
 
 
-def plan_text(source: Source, plan: PrunePlan | None) -> bytes | None:
-    """The plan file that goes with a model: the one it is pruned with, else the one it carries."""
-    if plan is not None:
-        return plan.to_json().encode()
-    return None if source.plan_path is None else source.plan_path.read_bytes()
-
-
-def _digest(plan_bytes: bytes | None) -> str | None:
-    return None if plan_bytes is None else hashlib.sha256(plan_bytes).hexdigest()
-
-
-def make_writer(source: Source, target: Target, plan_bytes: bytes | None = None) -> Writer:
+def make_writer(source: Source, target: Target, plan_digest: str | None = None) -> Writer:
     """The writer of a target, with everything about it checked.
 
     Raises:
@@ -151,7 +138,7 @@ def make_writer(source: Source, target: Target, plan_bytes: bytes | None = None)
         iteration=ITERATION,
         ckpt_format=target.format,
         transformer_impl="transformer_engine" if target.te_norms else "local",
-        prune_plan_digest=_digest(plan_bytes),
+        prune_plan_digest=plan_digest,
     )
     if target.format == "torch":
         return LegacyWriter(source, target.grid, args, te_norms=target.te_norms)
@@ -179,9 +166,9 @@ def write_checkpoint(
     Raises:
         PruneError: ranks have different plans; nothing was written.
     """
-    plan_bytes = plan_text(source, plan)
-    ranks.agree("the plan", str(_digest(plan_bytes)))
-    writer = make_writer(source, target, plan_bytes)
+    passenger = Passenger.of(source, None if plan is None else plan.to_json().encode())
+    ranks.agree("the plan", str(passenger.plan_digest))
+    writer = make_writer(source, target, passenger.plan_digest)
     with (
         atomic_directory(target.directory, ranks=ranks, overwrite=overwrite) as temporary,
         ThreadPoolExecutor(max_workers=1) as pool,
@@ -200,8 +187,11 @@ def write_checkpoint(
         everything = {k: v for part in ranks.gather(written) for k, v in part.items()}
         if ranks.is_first:
             writer.finish(directory, everything)
-            _write_companions(source, directory, target, plan_bytes)
-            _describe(source, directory, target, plan_bytes, everything)
+            passenger.write(directory, target.format)
+            facts = passenger.facts(target.format, target.grid)
+            write_manifest(directory, facts, {file: w.record for file, w in everything.items()})
+            if target.format != "hf":
+                write_file(directory.parent / TRACKER, f"{ITERATION}\n".encode())
 
 
 def _check_space(directory: Path, wanted: int) -> None:
@@ -211,41 +201,3 @@ def _check_space(directory: Path, wanted: int) -> None:
             f"{directory.parent}: {free / 1e9:.1f} GB free, {wanted / 1e9:.1f} GB wanted; "
             "make room or choose another place"
         )
-
-
-def _write_companions(
-    source: Source, directory: Path, target: Target, plan_bytes: bytes | None
-) -> None:
-    """Config, tokenizer and plan beside the weights."""
-    companions = directory if target.format == "hf" else directory / COMPANIONS
-    companions.mkdir(exist_ok=True)
-    for name, path in source.companion_files.items():
-        write_file(companions / name, path.read_bytes())
-    config = json.dumps(hf_config(source.config), indent=2) + "\n"
-    write_file(companions / CONFIG, config.encode())
-    if plan_bytes is not None:
-        write_file(directory / PLAN, plan_bytes)
-
-
-def _describe(
-    source: Source,
-    directory: Path,
-    target: Target,
-    plan_bytes: bytes | None,
-    written: dict[str, Written],
-) -> None:
-    config = source.config
-    facts: dict[str, Any] = {
-        "format": target.format,
-        "family": config.family,
-        "shape": config.shape.as_dict(),
-        "parameters": count_parameters(config),
-        "tied": config.tied,
-        "dtype": config.dtype,
-        "tensor_model_parallel_size": target.grid.tensor_parallel,
-        "pipeline_model_parallel_size": target.grid.pipeline_parallel,
-        "plan_digest": _digest(plan_bytes),
-    }
-    write_manifest(directory, facts, {file: w.record for file, w in written.items()})
-    if target.format != "hf":
-        write_file(directory.parent / TRACKER, f"{ITERATION}\n".encode())

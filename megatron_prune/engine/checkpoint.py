@@ -8,15 +8,13 @@ newest complete one can always be found again.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import pickle
 import re
 import shutil
 import sys
 from argparse import Namespace
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,27 +23,23 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron_prune.axes import count_parameters
 from megatron_prune.engine.dist_writer import save_sharded
 from megatron_prune.engine.failures import is_lost_rank, together
 from megatron_prune.engine.groups import Groups
 from megatron_prune.engine.options import TrainOptions
 from megatron_prune.errors import ConfigError, DamagedError, StorageError
 from megatron_prune.ranks import Ranks
-from megatron_prune.shape import ModelConfig
-from megatron_prune.source import Source
 from megatron_prune.store.commit import (
     atomic_directory,
     check_manifest,
     replace_file,
     sweep_beside,
-    write_file,
     write_manifest,
 )
-from megatron_prune.store.hf_config import CONFIG, hf_config
 from megatron_prune.store.mcore_dist import COMMON, read_index
 from megatron_prune.store.megatron_args import megatron_args
-from megatron_prune.store.open import COMPANIONS, PLAN, TRACKER, read_facts
+from megatron_prune.store.open import TRACKER, read_facts
+from megatron_prune.store.passenger import Passenger
 from megatron_prune.store.untrusted import load_untrusted
 
 STATE = "training"  # our key in common.pt: what a run continues with
@@ -57,6 +51,7 @@ _LOAD_ERRORS = (
     RuntimeError,
     OSError,
 )
+_NUMBER = re.compile("[0-9]{1,18}")
 _OURS = re.compile(r"metrics\.jsonl|tensorboard|\.cache|\.iter_\d+\.(tmp|old)\..*|\.metrics\..*")
 
 
@@ -89,6 +84,12 @@ def is_complete(directory: Path) -> bool:
         return False
 
 
+def _iterations(save: Path) -> dict[int, Path]:
+    """The checkpoints in ``save``, whole or not, by iteration."""
+    paths = (path for path in save.glob("iter_*") if path.is_dir())
+    return {int(p.name[5:]): p for p in paths if _NUMBER.fullmatch(p.name[5:])}
+
+
 def newest_checkpoint(save: Path, *, mend: bool = True) -> Path | None:
     """The checkpoint a run in ``save`` continues from.
 
@@ -102,10 +103,10 @@ def newest_checkpoint(save: Path, *, mend: bool = True) -> Path | None:
     """
     if mend:
         sweep(save)
-    found = {int(p.name[5:]): p for p in save.glob("iter_*") if p.name[5:].isdigit() and p.is_dir()}
+    found = _iterations(save)
     tracker = save / TRACKER
     word = tracker.read_text(errors="replace").strip() if tracker.is_file() else None
-    pointed = found.get(int(word)) if word and word.isdigit() else None
+    pointed = found.get(int(word)) if word and _NUMBER.fullmatch(word) else None
     if pointed is not None and is_complete(pointed):
         return pointed
     newest = next((found[n] for n in sorted(found, reverse=True) if is_complete(found[n])), None)
@@ -183,60 +184,6 @@ def _metadata() -> dict[str, Any]:
     return {"distrib_optim_sharding_type": "fully_reshardable"}
 
 
-@dataclass(frozen=True, kw_only=True)
-class Passenger:
-    """What travels with the weights through training, in memory: a run may drop the checkpoint that
-    it came from (``--keep-last``).
-
-    Attributes:
-        files: of the model's Hugging Face directory, by name; config.json apart.
-        plan: the plan the model was pruned with, None when it was not.
-    """
-
-    config: ModelConfig
-    files: Mapping[str, bytes]
-    plan: bytes | None
-
-    @property
-    def plan_digest(self) -> str | None:
-        return None if self.plan is None else hashlib.sha256(self.plan).hexdigest()
-
-    @classmethod
-    def of(cls, source: Source, dtype: str) -> Passenger:
-        """Read from a source, for weights that will be of ``dtype``."""
-        return cls(
-            config=replace(source.config, dtype=dtype),
-            files={name: path.read_bytes() for name, path in source.companion_files.items()},
-            plan=None if source.plan_path is None else source.plan_path.read_bytes(),
-        )
-
-    def write(self, directory: Path) -> None:
-        target = directory / COMPANIONS
-        target.mkdir()
-        for name, data in self.files.items():
-            write_file(target / name, data)
-        config = json.dumps(hf_config(self.config), indent=2) + "\n"
-        write_file(target / CONFIG, config.encode())
-        if self.plan is not None:
-            write_file(directory / PLAN, self.plan)
-
-
-def _facts(passenger: Passenger, groups: Groups, iteration: int) -> dict[str, Any]:
-    config = passenger.config
-    return {
-        "format": "torch_dist",
-        "family": config.family,
-        "shape": config.shape.as_dict(),
-        "parameters": count_parameters(config),
-        "tied": config.tied,
-        "dtype": config.dtype,
-        "tensor_model_parallel_size": groups.grid.tensor_parallel,
-        "pipeline_model_parallel_size": groups.grid.pipeline_parallel,
-        "plan_digest": passenger.plan_digest,
-        "iteration": iteration,
-    }
-
-
 def save_checkpoint(
     options: TrainOptions,
     groups: Groups,
@@ -282,8 +229,9 @@ def save_checkpoint(
         with atomic_directory(target, ranks=groups.ranks, overwrite=True) as directory:
             records = save_sharded(whole, directory, groups)
             if groups.ranks.is_first:
-                passenger.write(directory)
-                write_manifest(directory, _facts(passenger, groups, iteration), records)
+                passenger.write(directory, "torch_dist")
+                facts = passenger.facts("torch_dist", groups.grid)
+                write_manifest(directory, {**facts, "iteration": iteration}, records)
     except (CheckpointException, RuntimeError) as error:  # the first is a BaseException
         if is_lost_rank(error):
             raise
@@ -299,7 +247,7 @@ def _publish(options: TrainOptions, ranks: Ranks, iteration: int) -> None:
     replace_file(options.save / TRACKER, str(iteration).encode())
     if options.keep_last is None:
         return
-    kept = sorted(p for p in options.save.glob("iter_*") if p.name[5:].isdigit() and p.is_dir())
+    kept = [path for _, path in sorted(_iterations(options.save).items())]
     for old in kept[: -options.keep_last]:
         if old == iteration_path(options.save, iteration):
             continue

@@ -20,7 +20,6 @@ from torch import Tensor
 
 from megatron_prune.data.sidecar import CorpusFacts
 from megatron_prune.engine.checkpoint import (
-    Passenger,
     Start,
     find_start,
     load_checkpoint,
@@ -44,8 +43,9 @@ from megatron_prune.engine.options import TrainOptions
 from megatron_prune.engine.signals import StopSignals
 from megatron_prune.engine.weights import draw_weights, load_weights
 from megatron_prune.errors import DamagedError, Interrupted
-from megatron_prune.source import Source
+from megatron_prune.source import CastSource, Source
 from megatron_prune.store import open_source
+from megatron_prune.store.passenger import Passenger
 
 _SKIPPED_STEPS_MAX = 50  # fp16: halving the loss scale from 2**32 to 1 takes 33 steps
 
@@ -100,7 +100,7 @@ class Training:
         facts: Sequence[CorpusFacts],
     ) -> None:
         self.options, self.groups, self.config = options, groups, source.config
-        self.passenger = Passenger.of(source, options.dtype)
+        self.passenger = Passenger.of(CastSource(source, options.dtype))
         self.iteration, self.consumed = 0, 0
         self.validated_at, self.saved_at = 0, None if start.state is None else start.iteration
         self._losses: list[float] = []  # since the last logged iteration

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -21,11 +20,9 @@ from megatron_prune.engine.groups import Groups
 from megatron_prune.grid import part_range
 from megatron_prune.shape import ModelConfig
 from megatron_prune.source import Source
+from megatron_prune.store.megatron import Read, padded_rows
 from megatron_prune.store.names import TE_NORMS
 from megatron_prune.tensors import fuse_qkv
-
-Read = Callable[[str, int, "int | None"], Tensor]
-"""Indices ``[start, stop)`` of a canonical tensor's split axis, as `Source.read` gives them."""
 
 _NORM_OF = {fused: norm for norm, fused in TE_NORMS.items()}
 
@@ -39,14 +36,8 @@ def _local_slice(name: str, config: ModelConfig, groups: Groups, rows: int, read
     size = config.shape.size(axis)
     if axis != "V":
         return read(name, *part_range(size, groups.tp_rank, groups.grid.tensor_parallel))
-    start = min(groups.tp_rank * rows, size)
-    stop = min(start + rows, size)
-    if stop - start == rows:
-        return read(name, start, stop)
-    # padding is copies of the last row, as Megatron's converters pad: it disturbs the softmax of a
-    # reader that does not mask it less than zeros do
-    padding = read(name, size - 1, size).expand(rows - (stop - start), -1)
-    return padding if start == stop else torch.cat([read(name, start, stop), padding])
+    start = groups.tp_rank * rows
+    return padded_rows(read, name, size, start, start + rows)
 
 
 def _local_parameter(

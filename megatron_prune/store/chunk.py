@@ -1,4 +1,4 @@
-"""Where the values of a ``torch.save`` archive inside a ``.distcp`` file lie.
+"""Where the values of a ``torch.save`` archive lie: a chunk inside a ``.distcp`` file, or a file.
 
 A chunk is a small zip: ``*/data.pkl`` describes one tensor, ``*/data/0`` holds its bytes, neither
 of them compressed. Reading the two headers gives a position to map; ``torch.load`` would copy the
@@ -13,6 +13,7 @@ import mmap
 import pickle
 import zipfile
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -84,11 +85,11 @@ class _Range(io.RawIOBase):
         return self._at
 
 
-def read_header(data: mmap.mmap, start: int, stop: int) -> ChunkHeader:
-    """The header of the archive in bytes ``[start, stop)`` of a map.
+def record_places(data: mmap.mmap, start: int, stop: int) -> Callable[[str], tuple[int, int]]:
+    """Name of a record, without the archive's own -> the bytes of ``data`` that it takes.
 
     Raises:
-        ValueError, KeyError, zipfile.BadZipFile, pickle.UnpicklingError: not such an archive.
+        ValueError, KeyError, zipfile.BadZipFile: not such an archive; also from the function.
     """
     with zipfile.ZipFile(_Range(data, start, stop)) as archive:
         records = {info.filename.partition("/")[2]: info for info in archive.infolist()}
@@ -105,6 +106,16 @@ def read_header(data: mmap.mmap, start: int, stop: int) -> ChunkHeader:
             raise ValueError(f"{name} ends behind the chunk")
         return begin, begin + info.file_size
 
+    return place
+
+
+def read_header(data: mmap.mmap, start: int, stop: int) -> ChunkHeader:
+    """The header of the archive in bytes ``[start, stop)`` of a map.
+
+    Raises:
+        ValueError, KeyError, zipfile.BadZipFile, pickle.UnpicklingError: not such an archive.
+    """
+    place = record_places(data, start, stop)
     first, last = place("data.pkl")
     try:
         storage, offset, sizes, stride, *_ = _Description(io.BytesIO(data[first:last])).load()

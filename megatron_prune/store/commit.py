@@ -8,7 +8,6 @@ the new one is complete; a kill between the two renames is undone by the next ru
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import hashlib
 import json
@@ -79,20 +78,6 @@ class HashedFile:
         os.fsync(self._file.fileno())
         self._file.close()
         return FileRecord(self.position, self._hash.hexdigest())
-
-
-def reserve(path: Path) -> None:
-    """Have the disk set aside every byte of a file that was laid out with holes.
-
-    A file is filled through a map only after this: a full disk is an error here, and a signal that
-    kills the process there.
-    """
-    with open(path, "r+b") as file:
-        try:
-            os.posix_fallocate(file.fileno(), 0, os.fstat(file.fileno()).st_size)
-        except OSError as error:
-            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):  # a file system without it
-                raise
 
 
 def hash_file(path: Path) -> FileRecord:

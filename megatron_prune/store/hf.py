@@ -26,7 +26,7 @@ from megatron_prune.source import Source
 from megatron_prune.store.commit import HashedFile, write_file
 from megatron_prune.store.names import HF_IGNORED_SUFFIXES, hf_name
 from megatron_prune.store.untrusted import load_untrusted
-from megatron_prune.store.writer import Progress, Writer, Written, row_blocks
+from megatron_prune.store.writer import Progress, Writer, Written, row_blocks, value_bytes
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 BIN_SINGLE, BIN_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
@@ -217,7 +217,7 @@ class HuggingFaceWriter(Writer):
         out.write(self._header(file))
         for name in self._shards[file]:
             for x in row_blocks(self._source, name, self._shape):
-                out.write(x.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+                out.write(value_bytes(x))
                 progress(x.nbytes)
         return Written(out.close())
 

@@ -1,15 +1,14 @@
 """Megatron's legacy format (``--ckpt-format torch``): ``mp_rank_TT[_PPP]/model_optim_rng.pt``.
 
-Reading maps the files into memory; a tensor is read when it is used. Writing lays out each file
-first (`torch.serialization.skip_data`), then fills its tensors through a shared map, block by
-block: private memory stays at a few blocks whatever the file's size. Each rank's file costs one
-pass over its bytes and one more to hash them.
+Reading maps the files into memory; a tensor is read when it is used. Writing has torch lay out each
+file without its values first (`torch.serialization.skip_data`: holes, no bytes on disk), then
+streams that layout with the values in their places: one pass, and private memory stays at a few
+blocks whatever the file's size.
 """
 
 from __future__ import annotations
 
 import mmap
-import os
 import re
 from argparse import Namespace
 from collections import defaultdict
@@ -27,7 +26,8 @@ from megatron_prune.errors import CheckpointError, DamagedError, StorageError
 from megatron_prune.grid import ParallelGrid, part_range
 from megatron_prune.shape import ModelConfig
 from megatron_prune.source import Piece, Source, assemble
-from megatron_prune.store.commit import hash_file, reserve
+from megatron_prune.store.chunk import record_places
+from megatron_prune.store.commit import HashedFile
 from megatron_prune.store.megatron import (
     ITERATION,
     atoms,
@@ -38,7 +38,7 @@ from megatron_prune.store.megatron import (
 )
 from megatron_prune.store.names import LINEARS, TE_ATTENTION, TE_NORMS, in_layer, megatron_name
 from megatron_prune.store.untrusted import load_untrusted
-from megatron_prune.store.writer import Progress, Writer, Written
+from megatron_prune.store.writer import Progress, Writer, Written, value_bytes
 
 FILE = "model_optim_rng.pt"
 
@@ -269,31 +269,28 @@ class LegacyWriter(Writer):
         tp_rank, pp_rank = self._ranks[file]
         path = directory / file
         path.parent.mkdir(parents=True)
+        layout = path.with_suffix(".layout")
+        model = self._layout(tp_rank, pp_rank)
         try:
             with torch.serialization.skip_data():
-                torch.save({**self._common, "model": self._layout(tp_rank, pp_rank)}, path)
+                torch.save({**self._common, "model": model}, layout)
         except RuntimeError as error:  # torch's own writer has no errno
             raise StorageError(f"{path}: cannot be written ({error}); is the disk full?") from error
-        reserve(path)
-        with (
-            torch.serialization.safe_globals([Namespace]),
-            torch.serialization.set_default_mmap_options(mmap.MAP_SHARED),
-        ):
-            model = torch.load(path, mmap=True, weights_only=True)["model"]
+        with open(layout, "rb") as file_of_holes:
+            holes = mmap.mmap(file_of_holes.fileno(), 0, access=mmap.ACCESS_READ)
+        layout.unlink()
+        place = record_places(holes, 0, len(holes))
+        stored = (key for key, x in model.items() if x is not None)
+        begin = {key: place(f"data/{number}")[0] for number, key in enumerate(stored)}
         first = self._grid.stage_layers(self._source.config.shape.num_layers, pp_rank).start
+        out = HashedFile(path, pool)
         for atom in self._atoms(tp_rank, pp_rank):
             layer = None if atom.layer is None else atom.layer - first
-            target = model[in_layer(layer, atom.name)]
-            if atom.dim is not None:
-                target = target.narrow(atom.dim, atom.local_start, atom.shape[atom.dim])
-            target.copy_(atom.pull())
+            out.write(holes[out.position : begin[in_layer(layer, atom.name)]])  # headers, padding
+            out.write(value_bytes(atom.pull()))
             progress(atom.bytes)
-        del model, target
-        hashed = pool.submit(hash_file, path)  # while the disk takes the pages
-        handle = os.open(path, os.O_RDONLY)
-        os.fsync(handle)
-        os.close(handle)
-        return Written(hashed.result())
+        out.write(holes[out.position :])
+        return Written(out.close())
 
     def finish(self, directory: Path, written: Mapping[str, Written]) -> None:
         """Every file stands alone."""

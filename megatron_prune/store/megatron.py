@@ -26,6 +26,9 @@ from megatron_prune.store.names import megatron_name
 from megatron_prune.store.writer import BLOCK_BYTES
 from megatron_prune.tensors import fuse_qkv, unfuse_qkv
 
+Read = Callable[[str, int, "int | None"], Tensor]
+"""Indices ``[start, stop)`` of a canonical tensor's split axis, as `Source.read` gives them."""
+
 ITERATION = 1  # of everything written file to file; training counts its own
 
 
@@ -166,8 +169,7 @@ class _RankAtoms:
         )  # fmt: skip
 
     def vocabulary(self, stored: str, name: str) -> Iterator[Atom]:
-        """Embedding rows of this rank in blocks, padded as Megatron's own converters pad them:
-        with copies of the last row, which disturb a softmax less than zeros."""
+        """Embedding rows of this rank in blocks, padded."""
         shape, dtype = self.shape, self.source.dtype(name)
         padded = padded_vocab_size(shape.vocab_size, self.parts)
         start, stop = part_range(padded, self.part, self.parts)
@@ -178,15 +180,20 @@ class _RankAtoms:
                 name=stored, layer=None, shape=(upto - at, shape.hidden_size), dtype=dtype, dim=0,
                 local_start=at - start, local_size=stop - start,
                 global_start=at, global_size=padded,
-                pull=partial(self._padded_rows, name, at, upto),
+                pull=partial(padded_rows, self.source.read, name, shape.vocab_size, at, upto),
             )  # fmt: skip
 
-    def _padded_rows(self, name: str, start: int, stop: int) -> Tensor:
-        vocab, read = self.shape.vocab_size, self.source.read
-        if stop <= vocab:
-            return read(name, start, stop)
-        last = read(name, vocab - 1, vocab).expand(stop - max(start, vocab), -1)
-        return last if start >= vocab else torch.cat([read(name, start, vocab), last])
+
+def padded_rows(read: Read, name: str, vocab_size: int, start: int, stop: int) -> Tensor:
+    """Rows ``[start, stop)`` of a vocabulary tensor as Megatron pads it.
+
+    Its own converters pad with copies of the last row: they disturb the softmax of a reader that
+    does not mask them less than zeros do.
+    """
+    if stop <= vocab_size:
+        return read(name, start, stop)
+    last = read(name, vocab_size - 1, vocab_size).expand(stop - max(start, vocab_size), -1)
+    return last if start >= vocab_size else torch.cat([read(name, start, vocab_size), last])
 
 
 _OF_THE_MODEL = ("embedding.", "decoder.", "output_layer.")

@@ -23,10 +23,10 @@ from megatron_prune.store import hf, mcore_dist, mcore_legacy
 from megatron_prune.store.commit import MANIFEST, WRITER, check_manifest, read_manifest
 from megatron_prune.store.hf_config import CONFIG, read_config
 from megatron_prune.store.megatron_args import config_from_args, warn_unverified
+from megatron_prune.store.passenger import COMPANIONS, PLAN
 from megatron_prune.store.untrusted import load_untrusted
 
 TRACKER = "latest_checkpointed_iteration.txt"
-COMPANIONS, PLAN = "hf", "plan.json"
 _NOT_COMPANIONS = (
     ".safetensors",
     ".bin",

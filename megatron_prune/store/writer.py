@@ -14,6 +14,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from megatron_prune.axes import axes_of, split_dim, tensor_shape
@@ -72,3 +73,8 @@ def row_blocks(
     step = max(1, BLOCK_BYTES // per_index)
     for at in range(start, stop, step):
         yield source.read(name, at, min(at + step, stop))
+
+
+def value_bytes(x: Tensor) -> memoryview:
+    """A tensor's values as they lie on disk: row by row, in their own dtype."""
+    return x.contiguous().reshape(-1).view(torch.uint8).numpy().data

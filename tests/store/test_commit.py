@@ -16,9 +16,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_prune import surgery
 from megatron_prune.errors import StorageError
-from megatron_prune.store import commit
+from megatron_prune.store import commit, passenger
 from tests.launch import launch
 from tests.pico import directory_bytes, ok, refused, run
 
@@ -200,7 +199,7 @@ def test_an_error_while_writing_leaves_no_trace(
                 raise OSError(5, "Input/output error")
             write(path, data)
 
-        for module in (commit, surgery):
+        for module in (commit, passenger):
             monkeypatch.setattr(module, "write_file", fail)
         refused(*given, "--load", models("gqa"), "--overwrite", says="Input/output error", code=4)
         assert names(tmp_path) == ["out"] and directory_bytes(tmp_path / "out") == before

@@ -1,0 +1,79 @@
+"""What travels with a model's weights from format to format: config, tokenizer files, plan, facts.
+
+A Hugging Face directory holds them beside the weights. A Megatron iteration directory holds the
+Hugging Face files in ``hf/`` and the plan in ``plan.json``, so that it is one whole checkpoint.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_prune.axes import count_parameters
+from megatron_prune.grid import ParallelGrid
+from megatron_prune.shape import ModelConfig
+from megatron_prune.source import Source
+from megatron_prune.store.commit import write_file
+from megatron_prune.store.hf_config import CONFIG, hf_config
+
+COMPANIONS, PLAN = "hf", "plan.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Passenger:
+    """Held in memory: a training run may drop the checkpoint it came from (``--keep-last``).
+
+    Attributes:
+        config: of the model as it will be written.
+        files: of the model's Hugging Face directory, by name; config.json apart.
+        plan: the plan the model was pruned with, None when it was not.
+    """
+
+    config: ModelConfig
+    files: Mapping[str, bytes]
+    plan: bytes | None
+
+    @classmethod
+    def of(cls, source: Source, plan: bytes | None = None) -> Passenger:
+        """Read from a source.
+
+        Args:
+            plan: the file of the plan it is pruned with just now; else the one it carries.
+        """
+        if plan is None and source.plan_path is not None:
+            plan = source.plan_path.read_bytes()
+        files = {name: path.read_bytes() for name, path in source.companion_files.items()}
+        return cls(config=source.config, files=files, plan=plan)
+
+    @property
+    def plan_digest(self) -> str | None:
+        return None if self.plan is None else hashlib.sha256(self.plan).hexdigest()
+
+    def write(self, directory: Path, format: str) -> None:
+        """Write it beside the weights in ``directory``."""
+        target = directory if format == "hf" else directory / COMPANIONS
+        target.mkdir(exist_ok=True)
+        for name, data in self.files.items():
+            write_file(target / name, data)
+        config = json.dumps(hf_config(self.config), indent=2) + "\n"
+        write_file(target / CONFIG, config.encode())
+        if self.plan is not None:
+            write_file(directory / PLAN, self.plan)
+
+    def facts(self, format: str, grid: ParallelGrid) -> dict[str, Any]:
+        """What the manifest says of the model."""
+        return {
+            "format": format,
+            "family": self.config.family,
+            "shape": self.config.shape.as_dict(),
+            "parameters": count_parameters(self.config),
+            "tied": self.config.tied,
+            "dtype": self.config.dtype,
+            "tensor_model_parallel_size": grid.tensor_parallel,
+            "pipeline_model_parallel_size": grid.pipeline_parallel,
+            "plan_digest": self.plan_digest,
+        }
