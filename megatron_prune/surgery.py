@@ -171,7 +171,7 @@ def write_checkpoint(
     writer = make_writer(source, target, passenger.plan_digest)
     with (
         atomic_directory(target.directory, ranks=ranks, overwrite=overwrite) as temporary,
-        ThreadPoolExecutor(max_workers=1) as pool,
+        ThreadPoolExecutor(max_workers=4) as pool,  # reading ahead, hashing, flushing
     ):
         directory = temporary / target.weights_directory
         mine = writer.files[ranks.rank :: ranks.world_size]
@@ -180,7 +180,7 @@ def write_checkpoint(
             _check_space(temporary, writer.total_bytes)
             directory.mkdir(parents=True, exist_ok=True)
             tell = progress(writer.total_bytes * len(mine) // len(writer.files))
-            written = {file: writer.write(directory, file, pool, tell) for file in mine}
+            written = writer.write_files(directory, mine, pool, tell)
         except Exception as caught:  # handed to every rank by fail_together
             error = caught
         ranks.fail_together(error)

@@ -28,6 +28,7 @@ from megatron_prune.ranks import Ranks
 
 MANIFEST = "manifest.json"
 WRITER = "megatron_prune"  # how our manifests are told from other files of that name
+_FLUSH_BYTES = 256 << 20  # of one file; what is smaller stays in the page cache
 _WORTH_A_THREAD = 1 << 16  # bytes; hashing fewer takes less time than handing them over
 
 
@@ -51,6 +52,7 @@ class HashedFile:
     def __init__(self, path: Path, pool: ThreadPoolExecutor) -> None:
         self._file = open(path, "xb", buffering=0)  # noqa: SIM115 - closed by close()
         self._hash, self._pool, self.position = hashlib.sha256(), pool, 0
+        self._flushed, self._flushing = 0, pool.submit(lambda: None)
 
     def write(self, data: bytes | memoryview) -> int:
         """Append ``data``; returns when it is both written and hashed."""
@@ -68,16 +70,31 @@ class HashedFile:
             self._hash.update(data)
         else:
             hashed.result()
+        if self.position - self._flushed >= _FLUSH_BYTES:
+            self._flush_behind()
         return len(data)
+
+    def _flush_behind(self) -> None:
+        """Have the disk take what was written and the page cache forget it, while more is written:
+        a model larger than memory would push its own source out, page by page."""
+        self._flushing.result()
+        self._flushed = self.position
+        self._flushing = self._pool.submit(_flush, self._file.fileno(), self.position)
 
     def flush(self) -> None:
         """Nothing is buffered."""
 
     def close(self) -> FileRecord:
         """Flush to disk and close."""
+        self._flushing.result()
         os.fsync(self._file.fileno())
         self._file.close()
         return FileRecord(self.position, self._hash.hexdigest())
+
+
+def _flush(handle: int, stop: int) -> None:
+    os.fdatasync(handle)
+    os.posix_fadvise(handle, 0, stop, os.POSIX_FADV_DONTNEED)
 
 
 def hash_file(path: Path) -> FileRecord:

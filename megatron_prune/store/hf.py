@@ -8,7 +8,7 @@ then the tensors' bytes; the library's own writer wants a whole file's tensors a
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from math import prod
@@ -26,7 +26,7 @@ from megatron_prune.source import Source
 from megatron_prune.store.commit import HashedFile, write_file
 from megatron_prune.store.names import HF_IGNORED_SUFFIXES, hf_name
 from megatron_prune.store.untrusted import load_untrusted
-from megatron_prune.store.writer import Progress, Writer, Written, row_blocks, value_bytes
+from megatron_prune.store.writer import Progress, Writer, Written, ahead, row_blocks
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 BIN_SINGLE, BIN_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
@@ -204,7 +204,7 @@ class HuggingFaceWriter(Writer):
             SINGLE if count == 1 else f"model-{i:05d}-of-{count:05d}.safetensors": shard
             for i, shard in enumerate(shards, 1)
         }
-        self.files = list(self._shards)
+        self.stages = [[file] for file in self._shards]
         self.total_bytes = sum(self._bytes(name) for name in names(source.config))
 
     def _bytes(self, name: str) -> int:
@@ -212,13 +212,15 @@ class HuggingFaceWriter(Writer):
 
     def write(
         self, directory: Path, file: str, pool: ThreadPoolExecutor, progress: Progress
-    ) -> Written:
+    ) -> Generator[None, None, Written]:
         out = HashedFile(directory / file, pool)
         out.write(self._header(file))
-        for name in self._shards[file]:
-            for x in row_blocks(self._source, name, self._shape):
-                out.write(value_bytes(x))
-                progress(x.nbytes)
+        names = self._shards[file]
+        reads = (read for name in names for read in row_blocks(self._source, name, self._shape))
+        for values in ahead(reads, pool):
+            out.write(values)
+            progress(values.nbytes)
+        yield
         return Written(out.close())
 
     def _header(self, file: str) -> bytes:

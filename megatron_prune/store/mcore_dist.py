@@ -16,7 +16,7 @@ import sys
 import zipfile
 from argparse import Namespace
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
@@ -54,13 +54,14 @@ from megatron_prune.store.megatron import (
     ITERATION,
     Atom,
     atoms,
+    by_stage,
     check_names,
     plain_piece,
     qkv_piece,
     stored_layer,
 )
 from megatron_prune.store.names import LINEARS, TE_ATTENTION, in_layer, megatron_name
-from megatron_prune.store.writer import Progress, Writer, Written
+from megatron_prune.store.writer import Progress, Writer, Written, ahead
 
 __all__ = ["COMMON", "FORMAT", "INDEX", "DistSource", "DistWriter", "read_index"]
 
@@ -259,7 +260,7 @@ class DistWriter(Writer):
     def __init__(self, source: Source, grid: ParallelGrid, args: Namespace) -> None:
         self._source, self._grid, self._args = source, grid, args
         self._ranks = {f"__{number}_0.distcp": rank for number, rank in enumerate(grid.ranks())}
-        self.files = list(self._ranks)
+        self.stages = by_stage(self._ranks)
         self.total_bytes = sum(a.bytes for rank in self._ranks.values() for a in self._atoms(*rank))
 
     def _atoms(self, tp_rank: int, pp_rank: int) -> Any:
@@ -267,26 +268,22 @@ class DistWriter(Writer):
 
     def write(
         self, directory: Path, file: str, pool: ThreadPoolExecutor, progress: Progress
-    ) -> Written:
+    ) -> Generator[None, None, Written]:
         directory.mkdir(parents=True, exist_ok=True)
         out = HashedFile(directory / file, pool)
         entries = []
-        torch.serialization.set_crc32_options(False)  # the manifest's SHA-256 covers every byte
-        try:
-            for atom in self._atoms(*self._ranks[file]):
-                offset = out.position
-                lead = () if atom.layer is None else (1,)
-                torch.save(_alone(atom.pull().reshape(*lead, *atom.shape)), cast(Any, out))
-                entries.append((atom_key(atom), _stacked(atom, self._layers), offset, out.position))
-                progress(atom.bytes)
-            if self._ranks[file] == (0, 0):
-                entries += self._extra_states(out)
-        except RuntimeError as error:
-            if out.failure is None:
-                raise
-            raise out.failure from error  # what torch.save found when the disk was full
-        finally:
-            torch.serialization.set_crc32_options(True)
+        parts, last = list(self._atoms(*self._ranks[file])), None
+        for atom, data in zip(parts, ahead((atom.pull for atom in parts), pool), strict=True):
+            if atom.layer != last:
+                yield
+                last = atom.layer
+            offset = out.position
+            shape = atom.shape if atom.layer is None else (1, *atom.shape)
+            _save(torch.frombuffer(data, dtype=atom.dtype).view(shape), out)
+            entries.append((atom_key(atom), _stacked(atom, self._layers), offset, out.position))
+            progress(atom.bytes)
+        if self._ranks[file] == (0, 0):
+            entries += self._extra_states(out)
         return Written(out.close(), entries)
 
     @property
@@ -341,6 +338,19 @@ class DistWriter(Writer):
         write_file(directory / FORMAT, json.dumps(_FORMAT_FACTS).encode())
 
 
+def _save(x: Tensor, out: HashedFile) -> None:
+    """``torch.save`` without its CRC-32: the manifest's SHA-256 covers every byte."""
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save(x, cast(Any, out))
+    except RuntimeError as error:
+        if out.failure is None:
+            raise
+        raise out.failure from error  # what torch.save found when the disk was full
+    finally:
+        torch.serialization.set_crc32_options(True)
+
+
 def atom_key(atom: Atom) -> str:
     """The stacked key of an atom."""
     return atom.name if atom.layer is None else f"decoder.layers.{atom.name}"
@@ -356,9 +366,3 @@ def _stacked(atom: Atom, layers: int) -> tuple[torch.dtype, tuple[int, ...], Any
         (atom.layer, *atom.global_offset),
         (1, *atom.shape),
     )
-
-
-def _alone(x: Tensor) -> Tensor:
-    """The same values on a storage of just their size, which is what ``torch.save`` writes."""
-    values = x.contiguous().reshape(-1).view(torch.uint8).numpy()
-    return torch.from_numpy(values).view(x.dtype).view(x.shape)

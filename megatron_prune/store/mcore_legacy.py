@@ -12,7 +12,7 @@ import mmap
 import re
 from argparse import Namespace
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
@@ -31,6 +31,7 @@ from megatron_prune.store.commit import HashedFile
 from megatron_prune.store.megatron import (
     ITERATION,
     atoms,
+    by_stage,
     check_names,
     plain_piece,
     qkv_piece,
@@ -38,7 +39,7 @@ from megatron_prune.store.megatron import (
 )
 from megatron_prune.store.names import LINEARS, TE_ATTENTION, TE_NORMS, in_layer, megatron_name
 from megatron_prune.store.untrusted import load_untrusted
-from megatron_prune.store.writer import Progress, Writer, Written, value_bytes
+from megatron_prune.store.writer import Progress, Writer, Written, ahead
 
 FILE = "model_optim_rng.pt"
 
@@ -238,7 +239,7 @@ class LegacyWriter(Writer):
             f"{rank_directory(tp, pp, grid.pipeline_parallel)}/{FILE}": (tp, pp)
             for tp, pp in grid.ranks()
         }
-        self.files = list(self._ranks)
+        self.stages = by_stage(self._ranks)
         self.total_bytes = sum(a.bytes for rank in self._ranks.values() for a in self._atoms(*rank))
 
     def _atoms(self, tp_rank: int, pp_rank: int) -> Any:
@@ -265,7 +266,7 @@ class LegacyWriter(Writer):
 
     def write(
         self, directory: Path, file: str, pool: ThreadPoolExecutor, progress: Progress
-    ) -> Written:
+    ) -> Generator[None, None, Written]:
         tp_rank, pp_rank = self._ranks[file]
         path = directory / file
         path.parent.mkdir(parents=True)
@@ -284,10 +285,14 @@ class LegacyWriter(Writer):
         begin = {key: place(f"data/{number}")[0] for number, key in enumerate(stored)}
         first = self._grid.stage_layers(self._source.config.shape.num_layers, pp_rank).start
         out = HashedFile(path, pool)
-        for atom in self._atoms(tp_rank, pp_rank):
+        parts, last = list(self._atoms(tp_rank, pp_rank)), None
+        for atom, data in zip(parts, ahead((atom.pull for atom in parts), pool), strict=True):
+            if atom.layer != last:
+                yield
+                last = atom.layer
             layer = None if atom.layer is None else atom.layer - first
             out.write(holes[out.position : begin[in_layer(layer, atom.name)]])  # headers, padding
-            out.write(value_bytes(atom.pull()))
+            out.write(data)
             progress(atom.bytes)
         out.write(holes[out.position :])
         return Written(out.close())

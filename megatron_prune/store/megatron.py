@@ -9,7 +9,7 @@ tensor.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from math import prod
@@ -100,6 +100,14 @@ def atoms(
         yield from rank.vocabulary(OUTPUT.name, OUTPUT.name)
     elif grid.pipeline_parallel > 1 and not shared:
         yield from rank.vocabulary(OUTPUT.name, EMBEDDING.name)
+
+
+def by_stage(ranks: Mapping[str, tuple[int, int]]) -> list[list[str]]:
+    """Files of ``(tp_rank, pp_rank)``, those of one pipeline stage together."""
+    stages: dict[int, list[str]] = {}
+    for file, (_, pp_rank) in ranks.items():
+        stages.setdefault(pp_rank, []).append(file)
+    return list(stages.values())
 
 
 class _RankAtoms:
