@@ -3,11 +3,11 @@
   python benchmarks/file_steps.py --model runs/models/SmolLM2-135M-Instruct
   python benchmarks/file_steps.py --synthetic llama2-7b --repeats 1
 
-Every step runs as a user's command, in its own process; the time of ``inspect`` (start-up) is taken
-off, and the outputs are flushed to disk before the clock stops. The baseline, ``cp`` and a flush of
-what a step *wrote*, runs right after the step, so both meet the same machine. With ``--cold`` (the
-default for a synthetic model, which the page cache does not hold) what a step or ``cp`` reads is
-dropped from the page cache first, so both read it from the disk. RssAnon is the peak over samples
+Every step runs as a user's command, in its own process; the time of an ``inspect`` just before it
+(start-up) is taken off, and the outputs are flushed to disk before the clock stops. The baseline,
+``cp`` and a flush of what a step *wrote*, runs right after the step, so both meet the same machine.
+Both read from the page cache; with ``--cold`` (the default for a synthetic model, which the cache
+does not hold) both read from the disk. RssAnon is the peak over samples
 of /proc every 20 ms. Prints a Markdown table of medians. Works in a temporary directory below
 ``--work`` and removes it.
 """
@@ -15,6 +15,7 @@ of /proc every 20 ms. Prints a Markdown table of medians. Works in a temporary d
 from __future__ import annotations
 
 import argparse
+import hashlib
 import os
 import shutil
 import statistics
@@ -98,14 +99,16 @@ def measure(*words: object) -> tuple[float, int]:
     return seconds, peak
 
 
-def evict(directory: Path) -> None:
-    """Drop a directory's files from the page cache."""
+def prepare(directory: Path, cold: bool) -> None:
+    """Drop a directory's files from the page cache, or bring them there."""
     for path in directory.rglob("*"):
         if path.is_file():
-            handle = os.open(path, os.O_RDONLY)
-            os.fsync(handle)
-            os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
-            os.close(handle)
+            with open(path, "rb", buffering=0) as file:
+                if cold:
+                    os.fsync(file.fileno())
+                    os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+                else:
+                    hashlib.file_digest(file, "md5")
 
 
 def copy_seconds(source: Path, target: Path) -> float:
@@ -150,9 +153,8 @@ def steps(model: Path, work: Path, shape: ModelShape, tp: int) -> list[tuple[str
 
 
 def run(model: Path, work: Path, shape: ModelShape, tp: int, repeats: int, cold: bool) -> None:
-    startup = statistics.median(measure("inspect", model)[0] for _ in range(max(3, repeats)))
     idle = measure("inspect", model)[1]
-    print(f"start-up (inspect): {startup:.2f} s, {idle / 2**20:.0f} MiB private\n")
+    print(f"private memory at start-up (inspect): {idle / 2**20:.0f} MiB\n")
     print("| step | MB written | cp s | step s | x cp | private MiB above start-up |")
     print("|---|---|---|---|---|---|")
     for name, words in steps(model, work, shape, tp):
@@ -160,13 +162,12 @@ def run(model: Path, work: Path, shape: ModelShape, tp: int, repeats: int, cold:
         taken, copies, peaks, written = [], [], [], 0
         for _ in range(repeats):
             shutil.rmtree(target, ignore_errors=True)
-            if cold:
-                evict(source)
+            prepare(source, cold)
+            startup = measure("inspect", model)[0]
             seconds, peak = measure(*words)
             written = sum(p.stat().st_size for p in target.rglob("*") if p.is_file())
             taken.append(max(seconds - startup, 0.0))
-            if cold:
-                evict(target)
+            prepare(target, cold)
             copies.append(copy_seconds(target, work / "copy"))
             peaks.append(peak)
         if target.name in ("hf", "out"):

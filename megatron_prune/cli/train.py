@@ -37,7 +37,9 @@ def _add_start(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--no-load-optim", action="store_true", help="continue without the optimizer's state"
     )
-    parser.add_argument("--seed", type=int, default=1234, metavar="N")
+    parser.add_argument(
+        "--seed", type=int, default=1234, metavar="N", help="of weights and samples (default 1234)"
+    )
     parser.add_argument(
         "--dry-run", action="store_true", help="check everything, say what would happen, stop"
     )
@@ -63,8 +65,16 @@ def _add_start(parser: argparse.ArgumentParser) -> None:
 
 def _add_batches(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("batches")
-    group.add_argument("--train-iters", type=positive, required=True, metavar="N")
-    group.add_argument("--micro-batch-size", type=positive, required=True, metavar="N")
+    group.add_argument(
+        "--train-iters", type=positive, required=True, metavar="N", help="steps of the whole run"
+    )
+    group.add_argument(
+        "--micro-batch-size",
+        type=positive,
+        required=True,
+        metavar="N",
+        help="sequences of one forward pass on one data-parallel rank",
+    )
     group.add_argument(
         "--global-batch-size",
         type=positive,
@@ -72,18 +82,26 @@ def _add_batches(parser: argparse.ArgumentParser) -> None:
         help="default: micro batch x data parallel",
     )
     group.add_argument(
-        "--rampup-batch-size", type=int, nargs=3, metavar=("START", "INCREMENT", "SAMPLES")
+        "--rampup-batch-size",
+        type=int,
+        nargs=3,
+        metavar=("START", "INCREMENT", "SAMPLES"),
+        help="grow the global batch from START by INCREMENT over SAMPLES",
     )
-    group.add_argument("--seq-length", type=positive, required=True, metavar="N")
+    group.add_argument(
+        "--seq-length", type=positive, required=True, metavar="N", help="tokens of a sequence"
+    )
     group.add_argument("--recompute-granularity", metavar="WHAT", help="full or selective")
     group.add_argument("--recompute-method", metavar="HOW", help="uniform or block")
-    group.add_argument("--recompute-num-layers", type=positive, metavar="N")
+    group.add_argument(
+        "--recompute-num-layers", type=positive, metavar="N", help="of a stage, for that method"
+    )
 
 
 def _add_learning_rate(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("learning rate")
-    group.add_argument("--lr", type=float, required=True)
-    group.add_argument("--min-lr", type=float, default=0.0)
+    group.add_argument("--lr", type=float, required=True, help="peak learning rate")
+    group.add_argument("--min-lr", type=float, default=0.0, help="where the decay ends (default 0)")
     group.add_argument(
         "--lr-decay-style",
         default="linear",
@@ -91,11 +109,24 @@ def _add_learning_rate(parser: argparse.ArgumentParser) -> None:
         help="constant, linear (default), cosine, inverse-square-root or WSD",
     )
     group.add_argument("--lr-decay-iters", type=positive, metavar="N", help="default --train-iters")
-    group.add_argument("--lr-warmup-iters", type=int, default=0, metavar="N")
-    group.add_argument("--lr-warmup-fraction", type=float, metavar="SHARE")
-    group.add_argument("--lr-warmup-init", type=float, default=0.0)
-    group.add_argument("--lr-wsd-decay-style", default="exponential", metavar="STYLE")
-    group.add_argument("--lr-wsd-decay-iters", type=positive, metavar="N")
+    group.add_argument(
+        "--lr-warmup-iters", type=int, default=0, metavar="N", help="steps up to --lr (default 0)"
+    )
+    group.add_argument(
+        "--lr-warmup-fraction", type=float, metavar="SHARE", help="of --lr-decay-iters, instead"
+    )
+    group.add_argument(
+        "--lr-warmup-init", type=float, default=0.0, help="where the warm-up begins (default 0)"
+    )
+    group.add_argument(
+        "--lr-wsd-decay-style",
+        default="exponential",
+        metavar="STYLE",
+        help="of WSD's last part: exponential (default), linear, cosine or minus_sqrt",
+    )
+    group.add_argument(
+        "--lr-wsd-decay-iters", type=positive, metavar="N", help="length of WSD's last part"
+    )
     group.add_argument(
         "--override-opt-param-scheduler", action="store_true", help="flags win over the checkpoint"
     )
@@ -108,16 +139,34 @@ def _add_learning_rate(parser: argparse.ArgumentParser) -> None:
 
 def _add_optimizer(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("optimizer")
-    group.add_argument("--weight-decay", type=float, default=0.01)
-    group.add_argument("--clip-grad", type=float, default=1.0)
-    group.add_argument("--adam-beta1", type=float, default=0.9)
-    group.add_argument("--adam-beta2", type=float, default=0.999)
-    group.add_argument("--adam-eps", type=float, default=1e-8)
+    group.add_argument(
+        "--weight-decay", type=float, default=0.01, help="of matrices (default 0.01)"
+    )
+    group.add_argument(
+        "--clip-grad", type=float, default=1.0, help="largest gradient norm (default 1), 0: any"
+    )
+    group.add_argument("--adam-beta1", type=float, default=0.9, help="default 0.9")
+    group.add_argument("--adam-beta2", type=float, default=0.999, help="default 0.999")
+    group.add_argument("--adam-eps", type=float, default=1e-8, help="default 1e-8")
     group.add_argument("--loss-scale", type=float, help="fp16: fixed instead of dynamic")
-    group.add_argument("--initial-loss-scale", type=float, default=2.0**32)
-    group.add_argument("--min-loss-scale", type=float, default=1.0)
-    group.add_argument("--loss-scale-window", type=positive, default=1000)
-    group.add_argument("--hysteresis", type=positive, default=2)
+    group.add_argument(
+        "--initial-loss-scale", type=float, default=2.0**32, help="fp16 (default 2**32)"
+    )
+    group.add_argument("--min-loss-scale", type=float, default=1.0, help="fp16 (default 1)")
+    group.add_argument(
+        "--loss-scale-window",
+        type=positive,
+        default=1000,
+        metavar="N",
+        help="fp16: good steps until the scale doubles (default 1000)",
+    )
+    group.add_argument(
+        "--hysteresis",
+        type=positive,
+        default=2,
+        metavar="N",
+        help="fp16: bad steps until the scale halves (default 2)",
+    )
     group.add_argument(
         "--use-distributed-optimizer",
         action="store_true",
@@ -127,9 +176,19 @@ def _add_optimizer(parser: argparse.ArgumentParser) -> None:
 
 def _add_intervals(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("telling and saving")
-    group.add_argument("--log-interval", type=positive, default=100, metavar="N")
-    group.add_argument("--eval-interval", type=positive, default=1000, metavar="N")
-    group.add_argument("--eval-iters", type=int, default=100, metavar="N", help="0: no validation")
+    group.add_argument(
+        "--log-interval", type=positive, default=100, metavar="N", help="steps (default 100)"
+    )
+    group.add_argument(
+        "--eval-interval", type=positive, default=1000, metavar="N", help="steps (default 1000)"
+    )
+    group.add_argument(
+        "--eval-iters",
+        type=int,
+        default=100,
+        metavar="N",
+        help="batches of a validation (default 100), 0: none",
+    )
     group.add_argument(
         "--save-interval", type=positive, metavar="N", help="default: at the end only"
     )
