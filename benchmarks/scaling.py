@@ -66,13 +66,14 @@ MODELS = {
 
 
 def step_bytes(config: ModelConfig) -> int:
-    """The most a file-to-file step holds: a row-parallel tensor and its cut copy, or blocks."""
+    """The most a file-to-file step holds: three parts in flight, each of them a row-parallel tensor
+    joined from its shards and its cut copy, or blocks."""
     largest = max(
         2 * tensor_shape(name, config.shape)[0] * tensor_shape(name, config.shape)[1]
         for name in names(config)
         if axes_of(name) in ("DQ", "DF")
     )
-    return 2 * max(largest, BLOCK_BYTES)
+    return 3 * 2 * max(largest, BLOCK_BYTES)
 
 
 def main() -> None:
