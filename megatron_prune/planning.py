@@ -31,6 +31,7 @@ class Targets:
     ffn_hidden_size: int | None = None
     num_attention_heads: int | None = None
     num_query_groups: int | None = None
+    num_layers: int | None = None
     drop_layers: tuple[int, ...] = ()
 
 
@@ -71,7 +72,11 @@ def make_plan(
     """
     ranks = balance_for if prune_type == "balance" else 1
     targets = _checked(shape, targets, ranks)
-    dropped = set(targets.drop_layers)
+    if targets.num_layers is not None:
+        kept_layers = keep_top(criterion("L", shape.num_layers, None, seed), targets.num_layers)
+        dropped = set(range(shape.num_layers)) - set(kept_layers)
+    else:
+        dropped = set(targets.drop_layers)
     layers = tuple(layer for layer in range(shape.num_layers) if layer not in dropped)
 
     def best(axis: str, keep: int, layer: int | None, blocks: int) -> tuple[int, ...]:
@@ -137,7 +142,10 @@ def keep_in_groups(
 def _checked(shape: ModelShape, targets: Targets, ranks: int) -> Targets:
     """The targets with what follows from them filled in; axes kept whole become None."""
     _check_layers(shape, targets.drop_layers)
+    if targets.num_layers is not None and targets.drop_layers:
+        raise PlanError("--num-layers-remain and --drop-layers: give one of the two")
     for flag, found, size in (
+        ("num-layers-remain", targets.num_layers, shape.num_layers),
         ("hidden-size-remain", targets.hidden_size, shape.hidden_size),
         ("ffn-hidden-size-remain", targets.ffn_hidden_size, shape.ffn_hidden_size),
         ("num-attention-heads-remain", targets.num_attention_heads, shape.num_attention_heads),
@@ -166,6 +174,7 @@ def _checked(shape: ModelShape, targets: Targets, ranks: int) -> Targets:
         ffn_hidden_size=changed(targets.ffn_hidden_size, shape.ffn_hidden_size),
         num_attention_heads=changed(heads, shape.num_attention_heads),
         num_query_groups=changed(groups, shape.num_query_groups),
+        num_layers=changed(targets.num_layers, shape.num_layers),
         drop_layers=targets.drop_layers,
     )
 

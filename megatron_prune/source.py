@@ -21,6 +21,7 @@ from megatron_prune.grid import ParallelGrid
 from megatron_prune.shape import ModelConfig
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+REPAIR = "repair.json"  # beside the plan
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -46,6 +47,12 @@ class Source(ABC):
     plan_path: Path | None = None
     iteration: int = 0
     has_optimizer_state: bool = False
+
+    @property
+    def repair_path(self) -> Path | None:
+        """The record of the model's repair, which lies beside its plan; None when there is none."""
+        path = None if self.plan_path is None else self.plan_path.with_name(REPAIR)
+        return path if path is not None and path.is_file() else None
 
     @abstractmethod
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:

@@ -4,8 +4,8 @@
 and layout. Convert, prune and reshard are calls of these two. One step holds a block of rows or one
 tensor, never the model. Under torchrun the ranks take the target's files in turn.
 
-Pruning here is pure slicing. Removing hidden channels changes the denominator of RMSNorm; a
-correction of the norm weights belongs in `PrunedSource.read`, where the norms pass by.
+Pruning here is pure slicing. What repairs it (`repair.RepairedSource`: norms rescaled for the
+smaller denominator of RMSNorm, projections fitted anew) is a source around a `PrunedSource`.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from megatron_prune.errors import PlanError, StorageError
 from megatron_prune.grid import ParallelGrid
 from megatron_prune.plan import PrunePlan
 from megatron_prune.ranks import Ranks
+from megatron_prune.repair import Repair
 from megatron_prune.source import Source
 from megatron_prune.store.commit import atomic_directory, write_file, write_manifest
 from megatron_prune.store.hf import DEFAULT_SHARD_BYTES, HuggingFaceWriter
@@ -151,6 +152,7 @@ def write_checkpoint(
     *,
     ranks: Ranks,
     plan: PrunePlan | None = None,
+    repair: Repair | None = None,
     overwrite: bool = False,
     progress: Callable[[int], Progress] = lambda total: lambda done: None,
 ) -> None:
@@ -161,12 +163,17 @@ def write_checkpoint(
     Args:
         plan: the plan that ``source`` was pruned with just now; without one, the source's own plan
             file travels along.
+        repair: the record of what else than slicing was done to it.
         progress: given the bytes this rank will write, returns what is told of each part written.
 
     Raises:
         PruneError: ranks have different plans; nothing was written.
     """
-    passenger = Passenger.of(source, None if plan is None else plan.to_json().encode())
+    passenger = Passenger.of(
+        source,
+        None if plan is None else plan.to_json().encode(),
+        None if repair is None else repair.to_json().encode(),
+    )
     ranks.agree("the plan", str(passenger.plan_digest))
     writer = make_writer(source, target, passenger.plan_digest)
     with (

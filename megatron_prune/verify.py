@@ -2,6 +2,7 @@
 
 Shares no slicing code with `surgery`: it reads whole tensors of the source, expands the plan's
 indices itself, and compares every value. Holds a few blocks of rows; reads both checkpoints once.
+Tensors that a repair replaced are held to the SHA-256 in its record, which is in the manifest.
 """
 
 from __future__ import annotations
@@ -12,10 +13,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_prune.axes import axes_of, layer_name, names, split_layer
+from megatron_prune.axes import axes_of, layer_name, names, split_layer, tensor_shape
 from megatron_prune.errors import DamagedError
 from megatron_prune.plan import PrunePlan, load_plan
-from megatron_prune.source import Source
+from megatron_prune.repair import Replaced, digest, load_repair
+from megatron_prune.source import DTYPE_NAMES, Source
 from megatron_prune.store.commit import MANIFEST, check_manifest
 
 _BLOCK_ROWS = 4096
@@ -27,6 +29,7 @@ class Verdict:
 
     tensors: int
     values: int
+    repaired: int
     files: int | None  # None: there was no manifest
 
 
@@ -49,21 +52,25 @@ def verify(
         )
     if pruned.plan_path is not None and load_plan(pruned.plan_path).digest != plan.digest:
         raise DamagedError(f"{pruned.plan_path}: was pruned with another plan than the one given")
+    path = pruned.repair_path
+    repaired = {} if path is None else load_repair(path, plan).tensors
     tensors = values = 0
     for name in names(pruned.config):
         compared = 0
-        for at, found, wanted in _blocks(pruned, source, plan, name):
+        if name in repaired:
+            compared = _check_repaired(pruned, name, repaired[name], plan)
+        for at, found, wanted in () if name in repaired else _blocks(pruned, source, plan, name):
             _compare(pruned, name, at, found, wanted)
             compared += found.numel()
         tensors, values = tensors + 1, values + compared
         progress(compared)
     if not (pruned.path / MANIFEST).is_file():
-        return Verdict(tensors=tensors, values=values, files=None)
+        return Verdict(tensors=tensors, values=values, repaired=len(repaired), files=None)
     differences = check_manifest(pruned.path)
     if differences:
         raise DamagedError("; ".join(differences))
     files = sum(1 for path in pruned.path.rglob("*") if path.is_file()) - 1
-    return Verdict(tensors=tensors, values=values, files=files)
+    return Verdict(tensors=tensors, values=values, repaired=len(repaired), files=files)
 
 
 def _rows(plan: PrunePlan, axis: str, layer: int | None) -> list[int]:
@@ -89,15 +96,35 @@ def _blocks(
         yield at, found[at : at + _BLOCK_ROWS], wanted
 
 
+def _check_repaired(pruned: Source, name: str, replaced: Replaced, plan: PrunePlan) -> int:
+    """Returns the values of the tensor."""
+    found, stored = pruned.read(name), pruned.stored_name(name)
+    if tuple(found.shape) != (wanted := tensor_shape(name, plan.target)):
+        raise DamagedError(
+            f"{pruned.path}: {stored}: is {tuple(found.shape)}, the plan makes {wanted}"
+        )
+    _check_finite(pruned, stored, found)
+    if digest(found) != replaced.sha256.get(DTYPE_NAMES[found.dtype]):
+        raise DamagedError(
+            f"{pruned.path}: {stored}: its SHA-256 is not the one {pruned.repair_path} has for "
+            f"this tensor, replaced by {replaced.how}"
+        )
+    return found.numel()
+
+
+def _check_finite(pruned: Source, stored: str, found: Tensor) -> None:
+    if not torch.isfinite(found).all():
+        count = int((~torch.isfinite(found)).sum())
+        raise DamagedError(f"{pruned.path}: {stored}: {count} values are not finite")
+
+
 def _compare(pruned: Source, name: str, at: int, found: Tensor, wanted: Tensor) -> None:
     name = pruned.stored_name(name)
     if found.shape != wanted.shape:
         raise DamagedError(
             f"{pruned.path}: {name}: is {tuple(found.shape)}, the plan makes {tuple(wanted.shape)}"
         )
-    if not torch.isfinite(found).all():
-        count = int((~torch.isfinite(found)).sum())
-        raise DamagedError(f"{pruned.path}: {name}: {count} values are not finite")
+    _check_finite(pruned, name, found)
     wanted = wanted.to(found.dtype)  # a checkpoint written with --dtype is compared in it
     if not torch.equal(found, wanted):
         place = (found != wanted).nonzero()[0].tolist()

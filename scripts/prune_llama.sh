@@ -7,6 +7,7 @@
 #
 #   MODEL=/models/Llama-2-7b-hf TP=8 HIDDEN_SIZE_REMAIN=3072 FFN_HIDDEN_SIZE_REMAIN=8256 \
 #   NUM_ATTENTION_HEADS_REMAIN=24 NUM_QUERY_GROUPS_REMAIN=24 DROP_LAYERS=7,13,18,24 \
+#   CALIBRATION_DATA=/data/web.jsonl CALIBRATION_SAMPLES=256 CALIBRATION_SEQ_LENGTH=4096 \
 #   DATA_PATH="0.7 /data/web_text_document 0.3 /data/code_text_document" \
 #   SEQ_LENGTH=4096 MICRO_BATCH_SIZE=4 GLOBAL_BATCH_SIZE=1024 LR=2.5e-5 MIN_LR=1e-5 \
 #   LR_WARMUP_ITERS=50 TRAIN_ITERS=2000 SAVE_INTERVAL=100 BASELINE=0 \
@@ -21,11 +22,16 @@
 #   DATA_PATH         Megatron's --data-path: PREFIX, or "WEIGHT PREFIX WEIGHT PREFIX ...", of
 #                     .bin/.idx files (default: Python's manual and standard library)
 #   EVAL_DATA=FILE    held-out text, .txt or .jsonl (default: a part of the default corpus)
+#   CALIBRATION_DATA=FILE       text to score and repair on (default: of the default corpus)
 #   RUN_DIR=DIR       where everything goes (default: runs/MODEL-tpN-CHECKSUM OF ALL SETTINGS)
 #
 # What is kept; an empty one is not pruned
 #   HIDDEN_SIZE_REMAIN  FFN_HIDDEN_SIZE_REMAIN  NUM_ATTENTION_HEADS_REMAIN  NUM_QUERY_GROUPS_REMAIN
-#   DROP_LAYERS=7,13,18-20      layers that go, counted from 0
+#   NUM_LAYERS_REMAIN           those with the lowest scores go; or DROP_LAYERS=7,13,18-20, from 0
+#   CRITERION=hidden=residual-energy,heads=wanda,ffn=wanda,query-groups=wanda,layers=activation
+#                               what decides (this is the default); random needs no calibration
+#   REPAIR=1                    0: cut only. 1: refit what reads the dropped units, rescale the norms
+#   CALIBRATION_SAMPLES=16 CALIBRATION_SEQ_LENGTH=512     how much text scores and repair see
 #   PRUNE_TYPE=balance          or unbalance
 #   SEED=1234                   of the plan and of the training
 #   PLAN_FLAGS                  more flags of `megatron-prune plan`
@@ -62,8 +68,11 @@ if [[ -z "${MODEL:-}" ]]; then
     # SmolLM2-135M: 30 layers, hidden 576, 9 heads in 3 groups, ffn 1536. Two thirds of it stay; a
     # random choice of hidden channels hurts most, so few of them go.
     : "${HIDDEN_SIZE_REMAIN=540}" "${FFN_HIDDEN_SIZE_REMAIN=1248}"
-    : "${NUM_ATTENTION_HEADS_REMAIN=6}" "${DROP_LAYERS=9,13,17,21}"
+    : "${NUM_ATTENTION_HEADS_REMAIN=6}"
+    [[ -n "${DROP_LAYERS:-}" ]] || : "${NUM_LAYERS_REMAIN=26}"
 fi
+: "${CRITERION:=hidden=residual-energy,heads=wanda,ffn=wanda,query-groups=wanda,layers=activation}"
+: "${REPAIR:=1}" "${CALIBRATION_SAMPLES:=16}" "${CALIBRATION_SEQ_LENGTH:=512}"
 : "${TP:=3}" "${PP:=1}" "${DP:=1}" "${EXPORT_TP:=1}" "${CKPT_FORMAT:=torch_dist}"
 : "${PRUNE_TYPE:=balance}" "${SEED:=1234}"
 
@@ -96,8 +105,21 @@ target --hidden-size-remain "${HIDDEN_SIZE_REMAIN:-}"
 target --ffn-hidden-size-remain "${FFN_HIDDEN_SIZE_REMAIN:-}"
 target --num-attention-heads-remain "${NUM_ATTENTION_HEADS_REMAIN:-}"
 target --num-query-groups-remain "${NUM_QUERY_GROUPS_REMAIN:-}"
+target --num-layers-remain "${NUM_LAYERS_REMAIN:-}"
 target --drop-layers "${DROP_LAYERS:-}"
-((${#targets[@]})) || die "nothing to prune: set HIDDEN_SIZE_REMAIN, FFN_HIDDEN_SIZE_REMAIN, NUM_ATTENTION_HEADS_REMAIN, NUM_QUERY_GROUPS_REMAIN or DROP_LAYERS"
+((${#targets[@]})) || die "nothing to prune: set HIDDEN_SIZE_REMAIN, FFN_HIDDEN_SIZE_REMAIN, NUM_ATTENTION_HEADS_REMAIN, NUM_QUERY_GROUPS_REMAIN, NUM_LAYERS_REMAIN or DROP_LAYERS"
+
+case "$REPAIR" in
+    0) repair=() ;;
+    1)
+        repair=()
+        [[ -z "${HIDDEN_SIZE_REMAIN:-}" ]] || repair+=(--norm-rescale)
+        [[ -z "${FFN_HIDDEN_SIZE_REMAIN:-}${NUM_ATTENTION_HEADS_REMAIN:-}${NUM_QUERY_GROUPS_REMAIN:-}" ]] || repair+=(--repair)
+        ;;
+    *) die "REPAIR=$REPAIR: wanted 0 or 1" ;;
+esac
+calibrates=0
+[[ "$CRITERION" == random && ${#repair[@]} == 0 ]] || calibrates=1
 
 # Flags given as one string of words.
 read -ra plan_flags <<<"${PLAN_FLAGS:-}"
@@ -128,17 +150,23 @@ MODEL=${MODEL:-$(python "$REPO/tools/get_default_model.py")}
 [[ -d "$MODEL" ]] || die "MODEL=$MODEL: no such directory"
 MODEL=$(absolute "$MODEL")
 corpus=""
-if [[ -z "${DATA_PATH:-}" || -z "${EVAL_DATA:-}" ]]; then
+if [[ -z "${DATA_PATH:-}" || -z "${EVAL_DATA:-}" || ("$calibrates" == 1 && -z "${CALIBRATION_DATA:-}") ]]; then
     corpus=$REPO/runs/corpus
-    [[ -f "$corpus/eval.txt" ]] || python "$REPO/tools/make_default_corpus.py" --save "$corpus" >/dev/null
+    [[ -f "$corpus/eval.txt" && -f "$corpus/calibration.jsonl" ]] || python "$REPO/tools/make_default_corpus.py" --save "$corpus" >/dev/null
 fi
 EVAL_DATA=$(absolute "${EVAL_DATA:-$corpus/eval.txt}")
 [[ -f "$EVAL_DATA" ]] || die "EVAL_DATA=$EVAL_DATA: no such file"
+calibration=() # what a stage that looks at text is given
+if [[ "$calibrates" == 1 ]]; then
+    CALIBRATION_DATA=$(absolute "${CALIBRATION_DATA:-$corpus/calibration.jsonl}")
+    [[ -f "$CALIBRATION_DATA" ]] || die "CALIBRATION_DATA=$CALIBRATION_DATA: no such file"
+    calibration=(--data "$CALIBRATION_DATA" --num-samples "$CALIBRATION_SAMPLES" --seq-length "$CALIBRATION_SEQ_LENGTH")
+fi
 for word in "${!data_path[@]}"; do # weights stay as they are
     [[ ! -e "${data_path[word]}.idx" ]] || data_path[word]=$(absolute "${data_path[word]}")
 done
 
-settings="$MODEL ${targets[*]} $PRUNE_TYPE $SEED ${plan_flags[*]} $CKPT_FORMAT $EXPORT_TP ${data_path[*]}
+settings="$MODEL ${targets[*]} $CRITERION ${repair[*]} ${calibration[*]} $PRUNE_TYPE $SEED ${plan_flags[*]} $CKPT_FORMAT $EXPORT_TP ${data_path[*]}
 $EVAL_DATA ${judging[*]} ${training[*]}"
 RUN_DIR=${RUN_DIR:-$REPO/runs/$(basename "$MODEL")-tp$TP-$(cksum <<<"$settings" | cut -d' ' -f1)}
 mkdir -p "$RUN_DIR"
@@ -177,15 +205,31 @@ step convert source model \
     --ckpt-format "$CKPT_FORMAT" "${layout[@]}"
 judge source model "$MODEL"
 
-# 2. Decide what stays. The plan is a file: read it, compare it, keep it.
-step plan plan.json convert \
+# 2. Decide what stays. Scores serve many plans; a plan is a file: read it, compare it, keep it.
+needs=convert
+[[ "$calibrates" == 0 ]] || given calibration-data "$CALIBRATION_DATA"
+if [[ "$CRITERION" != random ]]; then
+    # every criterion that the expression names, once
+    names=$(tr ',+' '\n\n' <<<"$CRITERION" | sed 's/.*=//; s/.*\*//' | sort -u | paste -sd,)
+    step score scores.safetensors "convert calibration-data" \
+        on_ranks "$ranks" score --load source --save scores.safetensors --criterion "$names" \
+        "${calibration[@]}" "${precision_flags[@]}" "${layout[@]}"
+    needs="convert score" plan_flags+=(--scores scores.safetensors)
+fi
+step plan plan.json "$needs" \
     megatron-prune plan --load source --save plan.json "${targets[@]}" \
-    --prune-type "$PRUNE_TYPE" --balance-for "$TP" --criterion random --seed "$SEED" "${plan_flags[@]}"
+    --prune-type "$PRUNE_TYPE" --balance-for "$TP" --criterion "$CRITERION" --seed "$SEED" "${plan_flags[@]}"
 
-# 3. Cut, on the shards, one process a shard.
-step prune pruned "convert plan" \
+# 3. Cut, on the shards, one process a shard; refit what read the units that went.
+needs="convert plan"
+if ((${#repair[@]})); then
+    needs+=" calibration-data"
+    repair+=("${calibration[@]}")
+    [[ "$PRECISION" != bf16 ]] || repair+=(--bf16)
+fi
+step prune pruned "$needs" \
     on_ranks "$ranks" prune --load source --save pruned --plan plan.json --to megatron \
-    --ckpt-format "$CKPT_FORMAT" "${layout[@]}"
+    --ckpt-format "$CKPT_FORMAT" "${layout[@]}" "${repair[@]}"
 step verify report/verify.txt prune \
     into report/verify.txt megatron-prune verify --load pruned --source source --plan plan.json
 judge pruned prune pruned
@@ -207,7 +251,9 @@ step generate report/generated.txt export \
     into report/generated.txt python "$REPO/tools/generate.py" hf
 
 # 6. What the inherited weights are worth: the same shape and training, from random weights.
-rows=(source:convert pruned:plan+prune recovered:recover)
+made_by=plan+prune
+[[ "$CRITERION" == random ]] || made_by=score+$made_by
+rows=(source:convert "pruned:$made_by" recovered:recover)
 curves=("recovered=recovered/metrics.jsonl")
 if [[ "$BASELINE" == 1 ]]; then
     resumable_step baseline random "$needs" \

@@ -6,9 +6,19 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from megatron_prune.budget import flops_per_token, kv_cache_bytes_per_token, training_memory
+from megatron_prune.axes import count_parameters
+from megatron_prune.budget import (
+    flops_at,
+    flops_per_token,
+    kv_cache_bytes_per_token,
+    parameters_at,
+    serving_bytes,
+    sizes_of,
+    training_memory,
+)
 from megatron_prune.grid import ParallelGrid
 from megatron_prune.store.hf_config import read_config
 from tests import pico
@@ -41,3 +51,33 @@ def test_the_heaviest_stage_of_uneven_ones_counts(models: Models) -> None:
     even = training_memory(config, ParallelGrid(pipeline_parallel=2))
     uneven = training_memory(config, ParallelGrid(pipeline_parallel=2, first_stage_layers=1))
     assert uneven.parameters > even.parameters
+
+
+@pytest.mark.parametrize("kind", ["gqa", "tied", "all_bias", "qwen"])
+def test_costs_of_many_shapes_at_once_are_those_of_each(kind: str, models: Models) -> None:
+    config = read_config(models(kind) / "config.json")
+    shapes = [
+        config.shape,
+        replace(config.shape, num_layers=2, hidden_size=40, num_attention_heads=3),
+        replace(config.shape, ffn_hidden_size=7, num_attention_heads=4, num_query_groups=2),
+    ]
+    sizes = {axis: np.array([shape.size(axis) for shape in shapes]) for axis in "VDQKFL"}
+    each = [replace(config, shape=shape) for shape in shapes]
+    assert parameters_at(config, sizes).tolist() == [count_parameters(one) for one in each]
+    assert flops_at(config, sizes, 64).tolist() == [flops_per_token(one, 64) for one in each]
+
+
+def test_serving_takes_weights_cache_activations_and_logits(models: Models) -> None:
+    config = read_config(models("gqa") / "config.json")  # D 48, Q 6, K 3 of 8, F 96, L 4, V 379
+    weights = sum(x.numel() for x in pico.tensors(models("gqa")).values())
+    cache = 2 * 4 * 3 * 8 * 5 * 1000
+    activations = (2 * 48 + 3 * 96) * 5000
+    wanted = 2 * (weights + cache + activations) + 4 * 379 * 5
+    how = {"batch_size": 5, "dtype": "bf16"}
+    assert serving_bytes(config, sizes_of(config.shape), seq_length=1000, **how) == wanted
+    narrow = {**sizes_of(config.shape), "F": 12}  # attention is the wider one
+    wanted = 2 * (weights - 4 * 3 * 84 * 48 + cache + (2 * 48 + 2 * 9 * 8) * 5000) + 4 * 379 * 5
+    assert serving_bytes(config, narrow, seq_length=1000, **how) == wanted
+    longer = serving_bytes(config, sizes_of(config.shape), seq_length=2000, **how)
+    cut = (2 * 48 + 3 * 96) * 8192  # a prompt goes through in parts
+    assert longer == 2 * (weights + 2 * cache + cut) + 4 * 379 * 5

@@ -8,8 +8,9 @@
            selection of modules of about that size (0: all, about 12 MB)
 
 For each domain: ``NAME.train.jsonl`` (``{"text": ...}`` a line) for ``megatron-prune preprocess``
-and ``NAME.eval.txt`` for ``megatron-prune evaluate``; and ``eval.txt``, equal parts of both
-held-out texts.
+and ``NAME.eval.txt`` for ``megatron-prune evaluate``; ``eval.txt``, equal parts of both held-out
+texts; and ``calibration.jsonl``, training documents of both by turns, for ``megatron-prune score``
+and ``prune --repair``.
 
 Every tenth document is held out, so that the held-out text is like the rest (the manual is in
 alphabetical order, the last tenth is about types). The manual repeats whole paragraphs in several
@@ -30,6 +31,7 @@ from pathlib import Path
 REPO = Path(__file__).resolve().parent.parent
 DEFAULT = REPO / "runs" / "corpus"
 EVERY = 10  # one document in ten is held out
+CALIBRATION = 4000  # characters of a document: a thousand tokens, so that a few see many documents
 NOT_CORPUS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 
 
@@ -94,11 +96,12 @@ def main() -> None:
         parser.error(f"--code-bytes {args.code_bytes}: wanted 0 (all) or a number of bytes")
 
     args.save.mkdir(parents=True, exist_ok=True)
-    all_held_out = []
+    all_held_out, all_training = [], []
     for name, documents in {"prose": prose(), "code": code(args.code_bytes)}.items():
         training, held_out = split(documents)
         text = "\n\n".join(held_out) + "\n"
         all_held_out.append(text)
+        all_training.append(training)
         write(args.save / f"{name}.train.jsonl", (json.dumps({"text": t}) + "\n" for t in training))
         write(args.save / f"{name}.eval.txt", [text])
         print(
@@ -106,6 +109,8 @@ def main() -> None:
             f"on; {len(held_out)} documents, {len(text):,} characters held out",
             file=sys.stderr,
         )
+    by_turns = (text[:CALIBRATION] for pair in zip(*all_training) for text in pair)
+    write(args.save / "calibration.jsonl", (json.dumps({"text": t}) + "\n" for t in by_turns))
     shortest = min(map(len, all_held_out))
     write(
         args.save / "eval.txt",

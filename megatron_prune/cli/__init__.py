@@ -23,6 +23,8 @@ from megatron_prune.ranks import is_first_rank
 STAGES = {
     "inspect": "what a checkpoint is: format, family, shape, layout",
     "convert": "Hugging Face <-> Megatron, any TP and PP, without loss",
+    "score": "what each head, channel and layer is worth",
+    "profile": "how long a layer takes on this machine",
     "plan": "decide what is kept, and write it down",
     "prune": "cut the checkpoint as the plan says",
     "reshard": "change TP, PP or the format of a Megatron checkpoint",
@@ -30,6 +32,7 @@ STAGES = {
     "preprocess": "text to Megatron's .bin/.idx",
     "train": "continued pretraining, from any checkpoint",
     "evaluate": "loss, perplexity, bits per byte",
+    "report": "scores, plans and what a search tried, as one page",
 }
 
 

@@ -4,8 +4,14 @@
       --num-attention-heads-remain 24 --ffn-hidden-size-remain 8256 --drop-layers 7,13,18-20 \\
       --balance-for 8
 
-Every target is optional; what is not named is kept whole. Reads a few values of the source to
-fingerprint it, no tensor.
+  megatron-prune plan --load llama --save plan.json --scores scores.safetensors \\
+      --criterion wanda --ffn-hidden-size-remain 8256
+
+  megatron-prune plan --load llama --save plan.json --scores scores.safetensors \\
+      --criterion activation --target-params 3.4B --candidates 8 --evaluate-data valid.txt
+
+Every target is optional; what is not named is kept whole, or with a budget as large as fits. Reads
+a few values of the source to fingerprint it, no tensor; --evaluate-data runs the pruned models.
 """
 
 from __future__ import annotations
@@ -13,16 +19,24 @@ from __future__ import annotations
 import argparse
 import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from megatron_prune.axes import count_parameters
 from megatron_prune.budget import weight_bytes
 from megatron_prune.cli import options
-from megatron_prune.criteria import CRITERIA
+from megatron_prune.cli.plan_search import (
+    add_search_arguments,
+    asks_for_search,
+    check_search,
+    search_targets,
+)
+from megatron_prune.criteria import CRITERIA, Criterion
 from megatron_prune.digest import source_digest
-from megatron_prune.errors import ConfigError, StorageError
+from megatron_prune.errors import ConfigError, PlanError, StorageError
 from megatron_prune.plan import PRUNE_TYPES, PrunePlan
 from megatron_prune.planning import Targets, make_plan, parse_layers
+from megatron_prune.scores import load_scores
 from megatron_prune.shape import ModelConfig
 from megatron_prune.source import Source
 from megatron_prune.store.commit import replace_file
@@ -41,6 +55,9 @@ def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
         "--drop-layers", metavar="LAYERS", help="layers to remove, such as 7,13,18-20 (from 0)"
     )
     group.add_argument(
+        "--num-layers-remain", type=int, metavar="N", help="layers to keep: the highest-scored"
+    )
+    group.add_argument(
         "--prune-type", choices=PRUNE_TYPES, default="balance", help="balance: as many on each rank"
     )
     group.add_argument(
@@ -50,7 +67,14 @@ def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
         help="TP size to balance for (default: the source's)",
     )
     group.add_argument(
-        "--criterion", choices=CRITERIA, default="random", help="what scores the units"
+        "--scores", type=Path, metavar="SCORES", help="file of `megatron-prune score`"
+    )
+    group.add_argument(
+        "--criterion",
+        default="random",
+        metavar="NAME",
+        help="random (default), or one that the scores hold; composites as activation+2*wanda, "
+        "one for each axis as hidden=residual-energy,heads=wanda,ffn=wanda,layers=perplexity",
     )
     group.add_argument(
         "--seed", type=int, default=1234, help="of the criterion's random numbers (default: 1234)"
@@ -69,11 +93,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace an existing plan")
     parser.add_argument("--dry-run", action="store_true", help="print, write nothing")
     add_plan_arguments(parser)
+    add_search_arguments(parser)
 
 
 def asks_for_pruning(args: argparse.Namespace) -> bool:
     """Whether any target was given."""
-    given = [getattr(args, f"{name}_remain") for name in _REMAIN]
+    given = [getattr(args, f"{name}_remain") for name in (*_REMAIN, "num_layers")]
     return any(x is not None for x in (*given, args.drop_layers, args.prune_config_path))
 
 
@@ -105,21 +130,49 @@ def targets_from(args: argparse.Namespace) -> Targets:
         layers = ",".join(map(str, layers)) or None  # the predecessor's way to drop none
     dropped = () if layers is None else parse_layers(str(layers))
     remain = {name: values.get(f"{name}_remain") for name in _REMAIN}
-    return Targets(**remain, drop_layers=dropped)  # type: ignore[arg-type]
+    return Targets(**remain, num_layers=args.num_layers_remain, drop_layers=dropped)  # type: ignore[arg-type]
+
+
+def criterion_from(args: argparse.Namespace, source: Source) -> Criterion:
+    """What the flags choose to decide by; a file of scores has to be of this very model.
+
+    Raises:
+        PlanError: no such criterion, or the scores of another model.
+    """
+    if args.scores is None:
+        if args.criterion not in CRITERIA:
+            raise ConfigError(
+                f"--criterion {args.criterion}: without --scores only {', '.join(CRITERIA)}; make "
+                "scores with `megatron-prune score`"
+            )
+        return CRITERIA[args.criterion]
+    if args.criterion in CRITERIA:
+        raise ConfigError(f"--scores with --criterion {args.criterion}, which needs none; name one")
+    scores, found = load_scores(args.scores), source_digest(source)
+    if scores.source_digest != found:
+        raise PlanError(
+            f"--scores {args.scores}: of another model ({scores.source_digest[:12]}..., this one "
+            f"is {found[:12]}...); score {source.path}"
+        )
+    return scores.criterion(args.criterion)
 
 
 def plan_from(args: argparse.Namespace, source: Source) -> PrunePlan:
     """The plan that the flags ask for."""
-    return make_plan(
+    criterion, targets = criterion_from(args, source), targets_from(args)
+    planner = partial(
+        make_plan,
         source.config.shape,
-        targets_from(args),
-        CRITERIA[args.criterion],
+        criterion=criterion,
         criterion_name=args.criterion,
         seed=args.seed,
         prune_type=args.prune_type,
         balance_for=source.grid.tensor_parallel if args.balance_for is None else args.balance_for,
         source_digest=source_digest(source),
     )
+    if asks_for_search(args):
+        targets = search_targets(args, source, criterion, planner, targets)
+    return planner(targets)
 
 
 def warn_not_loadable(config: ModelConfig) -> None:
@@ -147,6 +200,7 @@ def show_plan(source: Source, plan: PrunePlan) -> None:
 
 def run(args: argparse.Namespace) -> None:
     targets_from(args)  # what is malformed is refused before the source is opened
+    check_search(args)
     if args.save.exists() and not args.overwrite:
         raise ConfigError(f"--save {args.save}: exists; remove it or use --overwrite")
     if not args.save.absolute().parent.is_dir():

@@ -3,9 +3,12 @@
   megatron-prune prune --load llama --plan plan.json --save llama-pruned --to hf
   torchrun --nproc-per-node 8 -m megatron_prune prune --load llama-tp8 --plan plan.json \\
       --save llama-pruned-tp8 --to megatron --tensor-model-parallel-size 8
+  megatron-prune prune --load llama --plan plan.json --save llama-pruned --to hf \\
+      --repair --norm-rescale --data calibration.jsonl
 
 Without --plan, the plan's own flags make one on the way. Reads only the slices it needs, never
-builds the model. Optimizer state in the source is dropped.
+builds the model; --repair and --norm-rescale run it, one layer at a time, and leave a record of
+what they replaced in repair.json beside the plan. Optimizer state in the source is dropped.
 """
 
 from __future__ import annotations
@@ -15,10 +18,16 @@ from pathlib import Path
 
 from megatron_prune.cli import options
 from megatron_prune.cli.plan import add_plan_arguments, asks_for_pruning, plan_from, show_plan
+from megatron_prune.cli.repairing import (
+    add_repair_arguments,
+    check_repair,
+    repaired,
+    show_repair,
+)
 from megatron_prune.cli.writing import write
 from megatron_prune.errors import ConfigError
 from megatron_prune.plan import load_plan
-from megatron_prune.surgery import PrunedSource
+from megatron_prune.surgery import PrunedSource, make_writer
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,6 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--plan", type=Path, metavar="PLAN", help="plan file; or the flags below")
     options.add_target(parser)
     add_plan_arguments(parser)
+    add_repair_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -36,6 +46,7 @@ def run(args: argparse.Namespace) -> None:
         raise ConfigError("no --plan and none of its flags: nothing says what to keep")
     target = options.target_from(args)
     options.check_save(args)
+    repairs = check_repair(args)
     plan = None if args.plan is None else load_plan(args.plan)
     with options.opened(args.load, args.family) as source:
         if plan is None:
@@ -43,5 +54,13 @@ def run(args: argparse.Namespace) -> None:
         if source.has_optimizer_state:
             options.say(f"{source.path}: its optimizer state is dropped")
         pruned = options.cast(PrunedSource(source, plan), args.dtype)
-        show_plan(source, plan)
-        write("prune", args, pruned, target, plan)
+        if not repairs or args.dry_run:
+            show_plan(source, plan)
+            write("prune", args, pruned, target, plan)
+            return
+        make_writer(pruned, target)  # refuses what cannot be written, before hours of work
+        with repaired(args, source, plan) as found:
+            show_plan(source, plan)
+            show_repair(found.record)
+            out = options.cast(found.source, args.dtype)
+            write("prune", args, out, target, plan, repair=found.record, ranks=found.ranks)

@@ -38,6 +38,8 @@ def run(args: argparse.Namespace) -> None:
         with tqdm(total=total, desc="verify", unit_scale=True, disable=not is_first_rank()) as bar:
             verdict = verify(pruned, source, plan, bar.update)
     files = "no manifest" if verdict.files is None else f"{verdict.files} files as in the manifest"
+    repaired = f" ({verdict.repaired} repaired as recorded)" if verdict.repaired else ""
     options.show(
-        f"{args.load}: {verdict.tensors} tensors, {verdict.values:,} values as planned; {files}"
+        f"{args.load}: {verdict.tensors} tensors{repaired}, {verdict.values:,} values as planned; "
+        f"{files}"
     )

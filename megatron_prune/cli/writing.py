@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import time
+from contextlib import nullcontext
 
 from megatron_prune.axes import count_parameters
 from megatron_prune.cli import options
 from megatron_prune.plan import PrunePlan
-from megatron_prune.ranks import joined_ranks
+from megatron_prune.ranks import Ranks, joined_ranks
+from megatron_prune.repair import Repair
 from megatron_prune.shape import ModelConfig
 from megatron_prune.source import Source
 from megatron_prune.store.megatron_args import beyond_stock, stock_flags
@@ -21,8 +23,15 @@ def write(
     source: Source,
     target: Target,
     plan: PrunePlan | None = None,
+    repair: Repair | None = None,
+    ranks: Ranks | None = None,
 ) -> None:
-    """Write ``source`` as ``target``; with ``--dry-run`` only say what would be written."""
+    """Write ``source`` as ``target``; with ``--dry-run`` only say what would be written.
+
+    Args:
+        ranks: of a process group that is there already and has agreed on the arguments; else one is
+            joined for the writing.
+    """
     writer = make_writer(source, target)
     what = (
         f"{target.directory}: {target.format}, TP={target.grid.tensor_parallel} "
@@ -33,13 +42,18 @@ def write(
         options.show(f"would write {what}")
         return
     began = time.perf_counter()
-    with joined_ranks() as ranks, options.byte_bar(stage) as progress:
-        options.agree_on_arguments(ranks, args)
+    with (
+        joined_ranks() if ranks is None else nullcontext(ranks) as joined,
+        options.byte_bar(stage) as progress,
+    ):
+        if ranks is None:
+            options.agree_on_arguments(joined, args)
         write_checkpoint(
             source,
             target,
-            ranks=ranks,
+            ranks=joined,
             plan=plan,
+            repair=repair,
             overwrite=args.overwrite,
             progress=progress,
         )

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from megatron_prune.data.corpus import check_inputs, parse_lines, read_chunks
-from megatron_prune.data.tokenizers import TextTokenizer
+from megatron_prune.data.tokenizers import TextTokenizer, load_tokenizer
 from megatron_prune.errors import ConfigError
 
 
@@ -65,6 +65,30 @@ def token_windows(
             "smaller --seq-length"
         )
     return ids[: windows * seq_length].view(windows, seq_length)[:max_windows]
+
+
+def model_windows(
+    data: Path,
+    tokenizer_model: Path,
+    *,
+    seq_length: int,
+    max_windows: int | None,
+    vocab_size: int,
+) -> tuple[Tensor, TextTokenizer]:
+    """The first windows of a file, for a model of ``vocab_size``, and the tokenizer.
+
+    Raises:
+        ConfigError: no such text, less of it than one window, or a tokenizer of another model.
+    """
+    tokenizer = load_tokenizer(tokenizer_model)
+    windows = token_windows(tokenizer, read_text(data), seq_length, max_windows)
+    largest = int(windows.max())
+    if largest >= vocab_size:
+        raise ConfigError(
+            f"the tokenizer of {tokenizer.name} gives token id {largest}, the model has a "
+            f"vocabulary of {vocab_size}; name its own with --tokenizer-model"
+        )
+    return windows, tokenizer
 
 
 def scored_bytes(tokenizer: TextTokenizer, windows: Tensor) -> int:

@@ -43,9 +43,8 @@ def _local_slice(name: str, config: ModelConfig, groups: Groups, rows: int, read
 def _local_parameter(
     name: str, rows: int, config: ModelConfig, groups: Groups, read: Read
 ) -> Tensor:
-    """The value of a parameter, by its name in the model with the layer's number in the model."""
+    """The value of a parameter, by its `canonical_name`."""
     layer, rest = axes.split_layer(name)
-    rest = _NORM_OF.get(rest, rest)
 
     def part(rest: str) -> Tensor:
         whole = rest if layer is None else axes.layer_name(layer, rest)
@@ -62,12 +61,19 @@ def _local_parameter(
     return part(rest)
 
 
-def _fill(model: Module, config: ModelConfig, groups: Groups, read: Read) -> None:
+def canonical_name(name: str, config: ModelConfig, groups: Groups) -> str:
+    """A parameter's name with its layer's number in the model, norms by their own name; what
+    Megatron fuses (``linear_qkv``, ``linear_fc1``) stays fused."""
     first = groups.grid.stage_layers(config.shape.num_layers, groups.pp_rank).start
+    layer, rest = axes.split_layer(name)
+    rest = _NORM_OF.get(rest, rest)
+    return rest if layer is None else axes.layer_name(first + layer, rest)
+
+
+def _fill(model: Module, config: ModelConfig, groups: Groups, read: Read) -> None:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            layer, rest = axes.split_layer(name)
-            whole = name if layer is None else axes.layer_name(first + layer, rest)
+            whole = canonical_name(name, config, groups)
             value = _local_parameter(whole, len(parameter), config, groups, read)
             assert value.shape == parameter.shape, (name, value.shape, parameter.shape)
             parameter.copy_(value)
@@ -81,6 +87,24 @@ def load_weights(model: Module, source: Source, groups: Groups) -> None:
         DistributedError: another rank met an error; every rank raises.
     """
     together(groups.ranks, lambda: _fill(model, source.config, groups, source.read))
+
+
+def load_layer(module: Module, source: Source, layer: int, groups: Groups) -> None:
+    """Set the parameters of one transformer layer to those of the source's layer ``layer``.
+
+    Raises:
+        DamagedError, DistributedError: see `load_weights`.
+    """
+
+    def fill() -> None:
+        with torch.no_grad():
+            for rest, parameter in module.named_parameters():
+                name = axes.layer_name(layer, _NORM_OF.get(rest, rest))
+                value = _local_parameter(name, len(parameter), source.config, groups, source.read)
+                assert value.shape == parameter.shape, (name, value.shape, parameter.shape)
+                parameter.copy_(value)
+
+    together(groups.ranks, fill)
 
 
 def draw_weights(model: Module, config: ModelConfig, groups: Groups, seed: int) -> None:

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from megatron_prune.data.tokenizers import load_tokenizer
-from megatron_prune.data.windows import read_text, scored_bytes, token_windows
+from megatron_prune.data.windows import model_windows, scored_bytes
 from megatron_prune.engine.failures import on_first_rank
 from megatron_prune.engine.groups import Groups
 from megatron_prune.engine.model import ModelOptions, build_model, check_model
@@ -59,16 +58,13 @@ def open_checked(options: EvaluationOptions, grid: ParallelGrid) -> Source:
 
 def _tokenise(options: EvaluationOptions, vocab_size: int) -> tuple[Tensor, int]:
     """The windows [windows, seq_length] int64 and the bytes their scored tokens decode to."""
-    tokenizer = load_tokenizer(options.tokenizer_model or options.load)
-    windows = token_windows(
-        tokenizer, read_text(options.data), options.seq_length, options.max_windows
+    windows, tokenizer = model_windows(
+        options.data,
+        options.tokenizer_model or options.load,
+        seq_length=options.seq_length,
+        max_windows=options.max_windows,
+        vocab_size=vocab_size,
     )
-    largest = int(windows.max())
-    if largest >= vocab_size:
-        raise ConfigError(
-            f"the tokenizer of {tokenizer.name} gives token id {largest}, the model of "
-            f"{options.load} has a vocabulary of {vocab_size}; name its own with --tokenizer-model"
-        )
     return windows, scored_bytes(tokenizer, windows)
 
 

@@ -296,6 +296,28 @@ def atomic_directory(target: Path, *, ranks: Ranks, overwrite: bool = False) -> 
     ranks.barrier()
 
 
+@contextmanager
+def scratch_directory(target: Path, *, ranks: Ranks) -> Iterator[Path]:
+    """A directory beside the target for what all ranks share on the way; gone at the end.
+
+    Swept like any temporary of the target when its writer was killed.
+    """
+    target, scratch, lock, error = target.absolute(), target, None, None
+    try:
+        if ranks.is_first:
+            scratch, lock = _start(target, overwrite=True)  # the target itself is checked elsewhere
+    except Exception as caught:  # handed to every rank by fail_together
+        error = caught
+    ranks.fail_together(error)
+    scratch = ranks.gather(scratch)[0]
+    try:
+        yield scratch
+    finally:
+        if lock is not None:
+            shutil.rmtree(scratch, ignore_errors=True)
+            os.close(lock)
+
+
 def _start(target: Path, overwrite: bool) -> tuple[Path, int]:
     sweep_beside(target)
     check_target(target, overwrite=overwrite)

@@ -18,7 +18,7 @@ from typing import Any
 from megatron_prune.errors import CheckpointError, DamagedError
 from megatron_prune.grid import ParallelGrid
 from megatron_prune.shape import ModelConfig
-from megatron_prune.source import Source
+from megatron_prune.source import REPAIR, Source
 from megatron_prune.store import hf, mcore_dist, mcore_legacy
 from megatron_prune.store.commit import MANIFEST, WRITER, check_manifest, read_manifest
 from megatron_prune.store.hf_config import CONFIG, read_config
@@ -150,7 +150,7 @@ def companion_files(directory: Path) -> dict[str, Path]:
         if path.is_file()
         and not path.name.startswith(".")
         and not path.name.endswith(_NOT_COMPANIONS)
-        and path.name not in (CONFIG, PLAN, MANIFEST)
+        and path.name not in (CONFIG, PLAN, REPAIR, MANIFEST)
     }
 
 

@@ -1,7 +1,8 @@
 """What travels with a model's weights from format to format: config, tokenizer files, plan, facts.
 
 A Hugging Face directory holds them beside the weights. A Megatron iteration directory holds the
-Hugging Face files in ``hf/`` and the plan in ``plan.json``, so that it is one whole checkpoint.
+Hugging Face files in ``hf/``, the plan in ``plan.json`` and the record of a repair beside it, so
+that it is one whole checkpoint.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any
 from megatron_prune.axes import count_parameters
 from megatron_prune.grid import ParallelGrid
 from megatron_prune.shape import ModelConfig
-from megatron_prune.source import Source
+from megatron_prune.source import REPAIR, Source
 from megatron_prune.store.commit import write_file
 from megatron_prune.store.hf_config import CONFIG, hf_config
 
@@ -31,23 +32,29 @@ class Passenger:
         config: of the model as it will be written.
         files: of the model's Hugging Face directory, by name; config.json apart.
         plan: the plan the model was pruned with, None when it was not.
+        repair: the record of its repair (`megatron_prune.repair`), None when there was none.
     """
 
     config: ModelConfig
     files: Mapping[str, bytes]
     plan: bytes | None
+    repair: bytes | None = None
 
     @classmethod
-    def of(cls, source: Source, plan: bytes | None = None) -> Passenger:
+    def of(
+        cls, source: Source, plan: bytes | None = None, repair: bytes | None = None
+    ) -> Passenger:
         """Read from a source.
 
         Args:
-            plan: the file of the plan it is pruned with just now; else the one it carries.
+            plan, repair: the files of the plan it is pruned with just now, and of its repair; else
+                those it carries.
         """
         if plan is None and source.plan_path is not None:
             plan = source.plan_path.read_bytes()
+            repair = None if source.repair_path is None else source.repair_path.read_bytes()
         files = {name: path.read_bytes() for name, path in source.companion_files.items()}
-        return cls(config=source.config, files=files, plan=plan)
+        return cls(config=source.config, files=files, plan=plan, repair=repair)
 
     @property
     def plan_digest(self) -> str | None:
@@ -63,9 +70,14 @@ class Passenger:
         write_file(target / CONFIG, config.encode())
         if self.plan is not None:
             write_file(directory / PLAN, self.plan)
+        if self.repair is not None:
+            write_file(directory / REPAIR, self.repair)
 
     def facts(self, format: str, grid: ParallelGrid) -> dict[str, Any]:
         """What the manifest says of the model."""
+        repaired = {}
+        if self.repair is not None:
+            repaired["repair_digest"] = hashlib.sha256(self.repair).hexdigest()
         return {
             "format": format,
             "family": self.config.family,
@@ -76,4 +88,5 @@ class Passenger:
             "tensor_model_parallel_size": grid.tensor_parallel,
             "pipeline_model_parallel_size": grid.pipeline_parallel,
             "plan_digest": self.plan_digest,
+            **repaired,
         }

@@ -19,7 +19,7 @@ from tests.pico import directory_bytes, ok, refused, run
 Models, Shards, Plans = Callable[[str], Path], Callable[..., Path], Callable[[str], Path]
 
 
-FILE_STAGES = ("convert", "inspect", "plan", "prune", "reshard", "verify")
+FILE_STAGES = ("convert", "inspect", "plan", "prune", "report", "reshard", "verify")
 
 
 @pytest.mark.parametrize("stage", sorted(STAGES))

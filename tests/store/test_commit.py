@@ -10,6 +10,8 @@ import random
 import resource
 import shutil
 import stat
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +19,7 @@ from pathlib import Path
 import pytest
 
 from megatron_prune.errors import StorageError
+from megatron_prune.ranks import Ranks
 from megatron_prune.store import commit, passenger
 from tests.launch import launch
 from tests.pico import directory_bytes, ok, refused, run
@@ -295,3 +298,36 @@ def test_replace_file_is_all_or_nothing(tmp_path: Path, monkeypatch: pytest.Monk
     with pytest.raises(StorageError, match=f"{path}: No space left on device; nothing was changed"):
         commit.replace_file(path, b"new")
     assert path.read_bytes() == b"old" and names(tmp_path) == ["f"]
+
+
+# ---------------------------------------------------------------- scratch
+
+
+def test_scratch_lies_beside_the_target_and_is_gone_whatever_happens(tmp_path: Path) -> None:
+    alone = Ranks(rank=0, world_size=1)
+    with (
+        pytest.raises(ZeroDivisionError),
+        commit.scratch_directory(tmp_path / "out", ranks=alone) as scratch,
+    ):
+        assert scratch.parent == tmp_path
+        (scratch / "file").write_text("x")
+        commit.sweep_beside(tmp_path / "out")  # as writing the target itself does
+        assert names(scratch) == ["file"]
+        1 / 0  # noqa: B018
+    assert names(tmp_path) == []
+
+
+def test_the_scratch_of_a_dead_process_is_swept(tmp_path: Path) -> None:
+    script = """
+import os, sys
+from pathlib import Path
+from megatron_prune.ranks import Ranks
+from megatron_prune.store.commit import scratch_directory
+with scratch_directory(Path(sys.argv[1]), ranks=Ranks(rank=0, world_size=1)):
+    os._exit(9)
+"""
+    words = [sys.executable, "-c", script, str(tmp_path / "out")]
+    assert subprocess.run(words).returncode == 9
+    assert len(names(tmp_path)) == 1
+    commit.sweep_beside(tmp_path / "out")
+    assert names(tmp_path) == []

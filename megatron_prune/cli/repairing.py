@@ -1,0 +1,307 @@
+"""The flags of ``prune`` that repair what was cut, and the run behind them."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import math
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from tqdm import tqdm
+
+from megatron_prune.cli import options
+from megatron_prune.errors import ConfigError, PlanError
+from megatron_prune.grid import ParallelGrid
+from megatron_prune.plan import PrunePlan
+from megatron_prune.ranks import Ranks
+from megatron_prune.repair import STATISTICS, TARGETS, Repair, RepairedSource, Replaced, Tensors
+from megatron_prune.scores import Scores, load_scores
+from megatron_prune.source import Source
+from megatron_prune.store.commit import scratch_directory
+from megatron_prune.surgery import PrunedSource
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from megatron_prune.engine.groups import Groups
+    from megatron_prune.engine.model import ModelOptions
+
+DAMPING = 0.01
+_SEQ_LENGTH = 1024
+
+
+def add_repair_arguments(parser: argparse.ArgumentParser) -> None:
+    """``--repair``, ``--norm-rescale`` and what they need."""
+    group = parser.add_argument_group("repair in closed form (alone, or under torchrun)")
+    group.add_argument(
+        "--repair", action="store_true", help="least squares on linear_proj and linear_fc2"
+    )
+    group.add_argument(
+        "--norm-rescale", action="store_true", help="adapt norm weights to fewer hidden channels"
+    )
+    group.add_argument("--data", type=Path, metavar="CALIB", help="text, or JSON lines with 'text'")
+    group.add_argument(
+        "--num-samples", type=options.positive, default=128, metavar="N", help="windows of CALIB"
+    )
+    group.add_argument(
+        "--seq-length",
+        type=options.positive,
+        metavar="N",
+        help=f"tokens of a window (default: {_SEQ_LENGTH}, or what the model takes)",
+    )
+    group.add_argument(
+        "--repair-damping", type=float, default=DAMPING, metavar="X", help=f"default {DAMPING}"
+    )
+    group.add_argument(
+        "--repair-statistics",
+        choices=STATISTICS,
+        default=STATISTICS[0],
+        help="inputs as the repaired layers make them, or as the dense model does",
+    )
+    group.add_argument(
+        "--repair-target",
+        choices=TARGETS,
+        default=TARGETS[0],
+        help="output to fit: the layer's own with all its parts, the dense model's, or what brings "
+        "the hidden state to the dense model's",
+    )
+    group.add_argument(
+        "--repair-tensor-parallel-size",
+        type=options.positive,
+        metavar="N",
+        help="ranks that share a layer; all others take other windows (default: the target's "
+        "TP, where it divides ranks and source, else 1)",
+    )
+    group.add_argument(
+        "--tokenizer-model", type=Path, metavar="PATH", help="default: the source's own"
+    )
+    group.add_argument("--bf16", action="store_true", help="calibrate in bfloat16 (default fp32)")
+    group.add_argument(
+        "--distributed-timeout-minutes", type=float, default=30, metavar="M", help="default 30"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Repaired:
+    """A repaired model, while its scratch files are there."""
+
+    source: Source
+    record: Repair
+    ranks: Ranks
+
+
+def check_repair(args: argparse.Namespace) -> bool:
+    """Whether a repair is asked for; refuses flags that do not go together, before any file.
+
+    Raises:
+        ConfigError: see the messages.
+    """
+    if not (args.repair or args.norm_rescale):
+        if args.data is not None:
+            raise ConfigError("--data without --repair or --norm-rescale: nothing would use it")
+        return False
+    if args.repair and args.data is None:
+        raise ConfigError("--repair without --data: it needs text to calibrate on")
+    if args.data is None and args.scores is None:
+        raise ConfigError(
+            "--norm-rescale without --data or --scores: it needs text to calibrate on, or the "
+            "statistics that `score` keeps"
+        )
+    if not (math.isfinite(args.repair_damping) and args.repair_damping >= 0):
+        raise ConfigError(f"--repair-damping {args.repair_damping}: wanted 0 or more")
+    if args.repair_statistics == "dense" and args.repair_target != "own":
+        raise ConfigError(
+            f"--repair-statistics dense fits the dense model's own output; --repair-target "
+            f"{args.repair_target} needs sequential"
+        )
+    for path in (args.data, args.tokenizer_model):
+        if path is not None and not path.exists():
+            raise ConfigError(f"{path}: is not there")
+    return True
+
+
+@contextmanager
+def repaired(args: argparse.Namespace, source: Source, plan: PrunePlan) -> Iterator[Repaired]:
+    """The pruned model with its repair; process groups and scratch files live for the block.
+
+    Raises:
+        ConfigError: data, tokenizer or options that do not fit; nothing to repair.
+    """
+    from megatron_prune.engine.failures import named_failures
+    from megatron_prune.engine.groups import model_parallel, world_size
+    from megatron_prune.engine.model import ModelOptions, check_model
+
+    does = _to_do(args, plan)
+    energy = _energy_of_scores(args, plan) if "norms" in does else None
+    grid = _grid(args, source, world_size())
+    model = ModelOptions(
+        seq_length=args.seq_length or _longest(source),
+        dtype="bf16" if args.bf16 else "fp32",
+    )
+    grid.check(source.config.shape)
+    check_model(source.config, model, grid.tensor_parallel)
+    with (
+        named_failures(),
+        model_parallel(grid, timeout_minutes=args.distributed_timeout_minutes) as groups,
+    ):
+        options.agree_on_arguments(groups.ranks, args)
+        options.say(
+            f"repairs at TP={grid.tensor_parallel} DP={groups.data_parallel}, {model.dtype}"
+        )
+        with scratch_directory(args.save, ranks=groups.ranks) as scratch:
+            tensors = Tensors(scratch)
+            record = _run(args, source, plan, does, energy, model, groups, tensors)
+            pruned = RepairedSource(PrunedSource(source, plan), tensors)
+            yield Repaired(source=pruned, record=record, ranks=groups.ranks)
+
+
+def _to_do(args: argparse.Namespace, plan: PrunePlan) -> set[str]:
+    """``projections``, ``norms`` or both: what is asked for and has lost something."""
+    kept, does = plan.kept, set()
+    lost_inputs = any(x is not None for x in (kept.heads, kept.query_groups, kept.ffn))
+    if args.repair:
+        if lost_inputs or args.repair_target != "own":
+            does.add("projections")
+        else:
+            options.say("--repair: the plan drops no heads and no FFN channels; nothing to fit")
+    if args.norm_rescale:
+        if kept.hidden is not None:
+            does.add("norms")
+        else:
+            options.say("--norm-rescale: the plan keeps all hidden channels; nothing to rescale")
+    if not does:
+        raise ConfigError(
+            "nothing to repair: --repair is for plans that drop heads or FFN channels, "
+            "--norm-rescale for those that drop hidden channels; leave them out"
+        )
+    return does
+
+
+def _longest(source: Source) -> int:
+    config = source.config
+    window = config.sliding_window or config.max_position_embeddings
+    return min(_SEQ_LENGTH, config.max_position_embeddings, window)
+
+
+def _grid(args: argparse.Namespace, source: Source, processes: int) -> ParallelGrid:
+    size = args.repair_tensor_parallel_size
+    if size is None:
+        size = args.tensor_model_parallel_size
+        legal = source.config.shape.legal_tensor_parallel_sizes()
+        size = size if processes % size == 0 and size in legal else 1
+    return ParallelGrid(tensor_parallel=size)
+
+
+def _energy_of_scores(args: argparse.Namespace, plan: PrunePlan) -> Tensor | None:
+    """The norms' energies from ``--scores``, None where they are to be observed."""
+    if args.scores is None:
+        return None
+    scores: Scores = load_scores(args.scores)
+    if scores.source_digest != plan.source_digest:
+        raise PlanError(
+            f"--scores {args.scores}: of another model (its digest is "
+            f"{scores.source_digest[:12]}..., the plan's source {plan.source_digest[:12]}...)"
+        )
+    found = scores.statistics.get("norm_energy")
+    wanted = (2 * plan.source.num_layers + 1, plan.source.hidden_size)
+    if found is not None and tuple(found.shape) == wanted:
+        return found
+    if args.data is None:
+        raise ConfigError(
+            f"--scores {args.scores}: has no norm_energy {wanted} for --norm-rescale; score again, "
+            "or give --data"
+        )
+    return None
+
+
+def _windows(args: argparse.Namespace, source: Source, seq_length: int) -> Tensor:
+    from megatron_prune.data.windows import model_windows
+
+    windows, _ = model_windows(
+        args.data,
+        args.tokenizer_model or args.load,
+        seq_length=seq_length,
+        max_windows=args.num_samples,
+        vocab_size=source.config.shape.vocab_size,
+    )
+    if len(windows) < args.num_samples:
+        options.say(f"{args.data}: {len(windows)} windows, fewer than --num-samples")
+    return windows
+
+
+def _run(
+    args: argparse.Namespace,
+    source: Source,
+    plan: PrunePlan,
+    does: set[str],
+    energy: Tensor | None,
+    model: ModelOptions,
+    groups: Groups,
+    tensors: Tensors,
+) -> Repair:
+    from megatron_prune.engine.failures import on_first_rank
+    from megatron_prune.engine.layerwise import norm_energy
+    from megatron_prune.engine.repair import RepairOptions, repair_projections, rescale_norms
+
+    observes_norms = "norms" in does and energy is None
+    windows = torch.empty(0, model.seq_length, dtype=torch.int64)
+    if observes_norms or "projections" in does:
+        windows = on_first_rank(groups.ranks, lambda: _windows(args, source, model.seq_length))
+    done: dict[str, Replaced] = {}
+    passes = plan.source.num_layers * observes_norms
+    passes += plan.target.num_layers * ("projections" in does)
+    quiet = not groups.ranks.is_first
+    with tqdm(total=passes, desc="repair", unit="layer", disable=quiet, file=sys.stderr) as bar:
+        if observes_norms:
+            energy = norm_energy(source, windows, groups, model, bar.update)
+        if "norms" in does:
+            assert energy is not None
+            done |= rescale_norms(source, plan, energy, groups, tensors)
+        if "projections" in does:
+            how = RepairOptions(
+                model=model,
+                damping=args.repair_damping,
+                statistics=args.repair_statistics,
+                target=args.repair_target,
+            )
+            done |= repair_projections(source, plan, windows, how, groups, tensors, bar.update)
+    settings: dict[str, Any] = {
+        "norm_rescale": "norms" in does,
+        "least_squares": "projections" in does,
+        "damping": args.repair_damping,
+        "statistics": args.repair_statistics,
+        "target": args.repair_target,
+        "norm_energy_from": "data" if observes_norms else "scores" if "norms" in does else None,
+        "dtype": model.dtype,
+        "data_digest": hashlib.sha256(windows.numpy().tobytes()).hexdigest(),
+        "samples": len(windows),
+        "seq_length": model.seq_length,
+        "tokens": windows.numel(),
+    }
+    return Repair(
+        plan_digest=plan.digest,
+        source_digest=plan.source_digest,
+        settings=settings,
+        tensors=done,
+    )
+
+
+def show_repair(record: Repair) -> None:
+    """One line a kind: how many tensors, and what it did to them."""
+    fitted = [t for t in record.tensors.values() if t.error_after is not None]
+    ratios = [t.ratio for t in record.tensors.values() if t.ratio is not None]
+    if ratios:
+        options.show(f"rescaled {len(ratios)} norms by {min(ratios):.4f} to {max(ratios):.4f}")
+    if fitted:
+        before = sum(t.error_before or 0 for t in fitted) / len(fitted)
+        after = sum(t.error_after or 0 for t in fitted) / len(fitted)
+        options.show(
+            f"refitted {len(fitted)} projections: relative error of their outputs {before:.4f} -> "
+            f"{after:.4f} on average"
+        )

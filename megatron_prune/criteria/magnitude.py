@@ -1,0 +1,18 @@
+"""Magnitude: L2 norm of all the weights a unit owns; needs no data.
+
+The coupled weights of Ma et al. 2023 (LLM-Pruner, arXiv:2305.11627, section 3.1) with the L2 norm
+as their size: a hidden channel owns its row or column of every tensor of the model, a head its
+rows of linear_q and its columns of linear_proj, a group its keys, values and heads, an FFN channel
+its rows of gate and up and its column of linear_fc2.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from megatron_prune.criteria.observed import WeightSquares
+
+
+def magnitude_scores(weights: WeightSquares) -> dict[str, Tensor]:
+    """D [D], Q [L, Q], K [L, K], F [L, F], L [L]: root of the sum of squares."""
+    return {axis: squares.sqrt() for axis, squares in weights.units.items()}

@@ -1,0 +1,161 @@
+"""The real loss of several plans of one model, without writing any of them.
+
+Each plan is seen through (`PrunedSource`), repaired when that is asked for, loaded and scored on
+the same text. What was found is kept in a directory, one small file a plan, so that a run that was
+stopped goes on where it was.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from torch import Tensor
+
+from megatron_prune.data.windows import model_windows
+from megatron_prune.engine.groups import Groups
+from megatron_prune.engine.layerwise import norm_energy
+from megatron_prune.engine.model import ModelOptions
+from megatron_prune.engine.repair import RepairOptions, repair_projections, rescale_norms
+from megatron_prune.errors import ConfigError, DamagedError
+from megatron_prune.evaluate.text import EvaluationOptions, evaluate
+from megatron_prune.plan import PrunePlan
+from megatron_prune.repair import RepairedSource, Tensors
+from megatron_prune.source import Source
+from megatron_prune.store.commit import hash_file, replace_file
+from megatron_prune.surgery import PrunedSource
+
+
+@dataclass(frozen=True, kw_only=True)
+class CandidateRepair:
+    """Repair every plan before it is scored, as ``prune --repair --norm-rescale`` would."""
+
+    data: Path
+    samples: int
+    seq_length: int
+    damping: float
+
+
+def plan_losses(
+    source: Source,
+    plans: Sequence[PrunePlan],
+    options: EvaluationOptions,
+    groups: Groups,
+    *,
+    repair: CandidateRepair | None = None,
+    cache: Path | None = None,
+    tell: Callable[[int, float, bool], object] = lambda number, loss, was_cached: None,
+) -> list[float]:
+    """Mean nats a token of each plan's model on the text of ``options``; on one process.
+
+    Costs, for each plan that is not in the cache, reading the pruned model and a forward of the
+    windows; a repair costs a few forwards of its own samples. Holds one model at a time.
+
+    Args:
+        cache: directory; made when it is not there.
+        tell: called after each plan with its place, its loss, and whether it was cached.
+
+    Raises:
+        ConfigError: a text that does not fit, or a cache that is no directory.
+        DamagedError: a loss that is not a number, or a file in the cache that is not ours.
+    """
+    if cache is not None:
+        try:
+            cache.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"--cache {cache}: {error.strerror}; wanted a directory") from None
+    repairs = None if repair is None else _Repairs(source, options, repair, groups)
+    common = _common_key(options, repair)
+    found = []
+    for number, plan in enumerate(plans):
+        key = {"source_digest": plan.source_digest, "plan_digest": plan.digest, **common}
+        loss = None if cache is None else _cached(cache / _file(key), key)
+        was_cached = loss is not None
+        if loss is None:
+            pruned = PrunedSource(source, plan)
+            if repairs is None:
+                loss = float(evaluate(pruned, options, groups)["loss"])
+            else:
+                with repairs.of(plan, pruned) as repaired:
+                    loss = float(evaluate(repaired, options, groups)["loss"])
+            if cache is not None:
+                text = json.dumps({**key, "loss": loss}, indent=1) + "\n"
+                replace_file(cache / _file(key), text.encode())
+        tell(number, loss, was_cached)
+        found.append(loss)
+    return found
+
+
+class _Repairs:
+    """What the repairs of all plans share: the calibration windows and, once they have been
+    observed, the energies of the source's norms."""
+
+    def __init__(
+        self, source: Source, options: EvaluationOptions, repair: CandidateRepair, groups: Groups
+    ) -> None:
+        self._source, self._groups, self._damping = source, groups, repair.damping
+        self._model = ModelOptions(seq_length=repair.seq_length, dtype=options.dtype)
+        self._windows, _ = model_windows(
+            repair.data,
+            options.tokenizer_model or options.load,
+            seq_length=repair.seq_length,
+            max_windows=repair.samples,
+            vocab_size=source.config.shape.vocab_size,
+        )
+        self._energy: Tensor | None = None
+
+    @contextmanager
+    def of(self, plan: PrunePlan, pruned: Source) -> Iterator[Source]:
+        """The pruned model with its repair, whose tensors lie in a scratch directory meanwhile."""
+        kept = plan.kept
+        with TemporaryDirectory(prefix="megatron-prune-") as folder:
+            into = Tensors(Path(folder))
+            if kept.hidden is not None:
+                if self._energy is None:
+                    self._energy = norm_energy(
+                        self._source, self._windows, self._groups, self._model
+                    )
+                rescale_norms(self._source, plan, self._energy, self._groups, into)
+            if any(axis is not None for axis in (kept.heads, kept.query_groups, kept.ffn)):
+                how = RepairOptions(model=self._model, damping=self._damping)
+                repair_projections(self._source, plan, self._windows, how, self._groups, into)
+            yield RepairedSource(pruned, into)
+
+
+def _common_key(options: EvaluationOptions, repair: CandidateRepair | None) -> dict[str, Any]:
+    """All that the losses depend on but the plan."""
+    how: dict[str, Any] | None = None
+    if repair is not None:
+        how = {**asdict(repair), "data": hash_file(repair.data).sha256}
+    return {
+        "data_sha256": hash_file(options.data).sha256,
+        "seq_length": options.seq_length,
+        "max_windows": options.max_windows,
+        "dtype": options.dtype,
+        "tokenizer": str(options.tokenizer_model) if options.tokenizer_model else "the model's",
+        "repair": how,
+    }
+
+
+def _file(key: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24] + ".json"
+
+
+def _cached(path: Path, key: dict[str, Any]) -> float | None:
+    """The loss in a cache's file, None when there is none."""
+    if not path.is_file():
+        return None
+    try:
+        values = json.loads(path.read_text())
+        loss = float(values.pop("loss"))
+        if values == key:
+            return loss
+    except (OSError, ValueError, KeyError, AttributeError, TypeError):
+        pass
+    raise DamagedError(f"--cache {path}: not what was written here; remove it, it is made again")

@@ -1,0 +1,196 @@
+"""What a repair replaced: the record of it, and the model with the replaced tensors in place.
+
+Pruning by itself only slices. A repair computes some tensors anew (`engine.repair`); they are
+written into the checkpoint like all others, and ``repair.json`` beside its plan says which, how,
+from what text, how much it helped, and the SHA-256 of each, so `verify` can hold them to it. The
+record is a few kB per layer and travels wherever the plan does; the tensors are not kept twice.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from megatron_prune.axes import FINAL_NORM, axes_of, split_dim, split_layer
+from megatron_prune.errors import DamagedError
+from megatron_prune.plan import PrunePlan
+from megatron_prune.source import DTYPES, Source
+from megatron_prune.store.commit import write_file
+
+VERSION = 1
+STATISTICS = ("sequential", "dense")
+TARGETS = ("own", "dense", "stream")
+PROJECTIONS = ("self_attention.linear_proj", "mlp.linear_fc2")
+NORMS = ("input_layernorm.weight", "pre_mlp_layernorm.weight")
+_REPLACEABLE = {FINAL_NORM.name, *NORMS, *(f"{p}.weight" for p in PROJECTIONS)}
+_REPLACEABLE |= {f"{p}.bias" for p in PROJECTIONS}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Replaced:
+    """One tensor that is not the planned slice of the source.
+
+    Attributes:
+        how: least-squares or norm-rescale.
+        sha256: dtype name -> of the tensor's bytes in that dtype, row by row; so a checkpoint that
+            was cast on the way out can be checked too.
+        error_before, error_after: relative error of the projection's output on the calibration
+            text, of the plain slice and of this tensor.
+        ratio: of the norm's weight to the slice.
+    """
+
+    how: str
+    sha256: Mapping[str, str]
+    error_before: float | None = None
+    error_after: float | None = None
+    ratio: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Repair:
+    """What was done to a pruned model, apart from slicing.
+
+    Attributes:
+        settings: data digest, tokens, options; JSON values.
+        tensors: canonical name (layers as in the pruned model) -> what replaced it.
+    """
+
+    plan_digest: str
+    source_digest: str
+    settings: Mapping[str, Any]
+    tensors: Mapping[str, Replaced]
+
+    def to_json(self) -> str:
+        """The file's text: one line per tensor."""
+        top = {
+            "version": VERSION,
+            "plan_digest": self.plan_digest,
+            "source_digest": self.source_digest,
+            "settings": dict(self.settings),
+        }
+        lines = [f" {json.dumps(key)}: {json.dumps(value)}" for key, value in top.items()]
+        tensors = []
+        for name, replaced in self.tensors.items():
+            values = {k: v for k, v in asdict(replaced).items() if v is not None}
+            tensors.append(f"  {json.dumps(name)}: {json.dumps(values)}")
+        lines.append(' "tensors": {\n' + ",\n".join(tensors) + "\n }")
+        return "{\n" + ",\n".join(lines) + "\n}\n"
+
+
+def load_repair(path: Path, plan: PrunePlan) -> Repair:
+    """Read the record of a model that was pruned by ``plan``.
+
+    Raises:
+        DamagedError: not a record, one of another plan, or one that claims a tensor which no repair
+            replaces.
+    """
+    try:
+        values = json.loads(path.read_text())
+        if values["version"] != VERSION:
+            raise DamagedError(f"{path}: version {values['version']!r}; this reads {VERSION}")
+        tensors = {str(name): Replaced(**fields) for name, fields in values["tensors"].items()}
+        repair = Repair(
+            plan_digest=values["plan_digest"],
+            source_digest=values["source_digest"],
+            settings=values["settings"],
+            tensors=tensors,
+        )
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise DamagedError(f"{path}: not the record of a repair: {error}") from None
+    if repair.plan_digest != plan.digest:
+        raise DamagedError(f"{path}: is of another plan than the one given")
+    for name in tensors:
+        if split_layer(name)[1] not in _REPLACEABLE:
+            raise DamagedError(f"{path}: claims {name}, which no repair replaces")
+    return repair
+
+
+def digests(x: Tensor) -> dict[str, str]:
+    """SHA-256 of a tensor's values in every dtype that a checkpoint can be written in."""
+    return {name: digest(x.to(dtype)) for name, dtype in DTYPES.items()}
+
+
+def digest(x: Tensor) -> str:
+    """SHA-256 of a tensor's values as they lie, row by row."""
+    return hashlib.sha256(x.contiguous().view(torch.uint8).numpy().data).hexdigest()
+
+
+class Tensors(Mapping[str, Tensor]):
+    """Replaced tensors, kept in a directory that all ranks see: 40% of a model fits no rank's host.
+
+    One writes, all read; the files are read slice by slice.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self._directory, self._names = directory, dict[str, None]()
+
+    def put(self, name: str, x: Tensor, *, here: bool = True) -> None:
+        """Add a tensor; every rank says so, and the one with ``here`` writes it."""
+        if here:
+            write_file(self._path(name), save({"x": x.contiguous()}))
+        self._names[name] = None
+
+    def _path(self, name: str) -> Path:
+        return self._directory / f"{name}.safetensors"
+
+    def part(self, name: str, dim: int, start: int, stop: int | None) -> Tensor:
+        """Rows or columns ``[start, stop)`` of a tensor."""
+        with safe_open(self._path(name), framework="pt") as file:
+            index = (*(slice(None),) * dim, slice(start, stop))
+            found: Tensor = file.get_slice("x")[index]
+            return found
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._names:
+            raise KeyError(name)
+        with safe_open(self._path(name), framework="pt") as file:
+            found: Tensor = file.get_tensor("x")
+            return found
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+class RepairedSource(Source):
+    """A pruned model with some of its tensors replaced; everything else is read through."""
+
+    def __init__(self, source: Source, replaced: Tensors) -> None:
+        self.path, self.format, self.grid = source.path, source.format, source.grid
+        self.companion_files, self.iteration = source.companion_files, source.iteration
+        self.config = source.config
+        self._source, self._replaced = source, replaced
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self._source.dtype(name)
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
+        if name not in self._replaced:
+            return self._source.read(name, start, stop)
+        axes = axes_of(name)
+        dim = split_dim(axes)
+        if dim is None:
+            return self._replaced[name]
+        rows = self.config.shape.rows(axes[dim])
+        upto = None if stop is None else stop * rows
+        return self._replaced.part(name, dim, start * rows, upto)
+
+    def close(self) -> None:
+        self._source.close()
+
+
+def without_units(plan: PrunePlan) -> PrunePlan:
+    """The plan's layers and hidden channels alone: heads, groups, FFN and vocabulary whole."""
+    kept = replace(plan.kept, heads=None, query_groups=None, ffn=None, vocab=None)
+    return replace(plan, kept=kept)

@@ -1,0 +1,93 @@
+"""The first section of a report: what it was made from, and what the shapes cost."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
+
+from megatron_prune.axes import count_parameters
+from megatron_prune.budget import weight_bytes
+from megatron_prune.plan import PrunePlan
+from megatron_prune.report.decisions import dropped_layers
+from megatron_prune.report.inputs import Inputs
+from megatron_prune.report.page import Section, Sheet, Table, in_words
+from megatron_prune.shape import ModelConfig, ModelShape
+
+
+def overview_section(inputs: Inputs, config: ModelConfig | None) -> Section:
+    """Files and digests, provenance of the scores, plans, shapes with parameters and bytes.
+
+    Args:
+        config: of the source model; None leaves open whether its output layer is tied, and counts
+            16-bit weights without biases.
+    """
+    files = [(file.label, file.kind, file.sha256) for file in inputs.files]
+    caption = "Files this page was made from"
+    tables = [Table(header=("file", "kind", "SHA-256"), rows=files, caption=caption)]
+    if facts := _facts(inputs):
+        tables.append(Table(header=("fact", "value"), rows=facts, caption="What was scored, how"))
+    if inputs.plans:
+        tables.append(_plans_table(inputs.plans))
+    sheets = []
+    if shapes := _shapes(inputs, config):
+        sizes = _sizes_table(shapes, config)
+        tables.append(sizes)
+        sheets.append(Sheet(name="shapes", header=sizes.header, rows=partial(iter, sizes.rows)))
+    return Section(anchor="overview", title="Overview", parts=tables, sheets=sheets)
+
+
+def _facts(inputs: Inputs) -> list[tuple[str, str]]:
+    facts = []
+    if inputs.source_digest is not None:
+        facts.append(("source model's digest", inputs.source_digest))
+    if inputs.scores is not None:
+        held = {n: "".join(sorted(axes)) for n, axes in sorted(inputs.scores.criteria.items())}
+        facts.append(("criteria (axes)", ", ".join(f"{n} ({axes})" for n, axes in held.items())))
+        facts += [(k, in_words(v)) for k, v in sorted(inputs.scores.provenance.items())]
+    return facts
+
+
+def _plans_table(plans: Mapping[str, PrunePlan]) -> Table:
+    def dropped(plan: PrunePlan) -> str:
+        return ", ".join(map(str, dropped_layers(plan))) or "none"
+
+    of = list(plans.values())
+    rows = [
+        ("digest", *(plan.digest for plan in of)),
+        ("criterion", *(plan.criterion for plan in of)),
+        ("seed", *(str(plan.seed) for plan in of)),
+        ("selection", *(f"{plan.prune_type}, TP={plan.balance_for}" for plan in of)),
+        ("dropped layers", *map(dropped, of)),
+    ]
+    return Table(header=("plan", *plans), rows=rows, caption="Plans")
+
+
+def _shapes(inputs: Inputs, config: ModelConfig | None) -> dict[str, ModelShape]:
+    """Column heading -> shape, the source's first; empty when nothing tells the source's."""
+    source = inputs.source or (None if config is None else config.shape)
+    if source is None:
+        return {}
+    return {"source": source, **{label: plan.target for label, plan in inputs.plans.items()}}
+
+
+def _sizes_table(shapes: Mapping[str, ModelShape], config: ModelConfig | None) -> Table:
+    names = shapes["source"].as_dict()
+    rows = [(name, *(f"{s.as_dict()[name]:,}" for s in shapes.values())) for name in names]
+    for what, base in _configs(shapes["source"], config).items():
+        configs = [replace(base, shape=shape) for shape in shapes.values()]
+        counts = [count_parameters(x) for x in configs]
+        rows.append((f"parameters{what}", *(f"{n:,}" for n in counts)))
+        rows.append((f"bytes in {base.dtype}{what}", *(f"{weight_bytes(x):,}" for x in configs)))
+        rows.append((f"share of the source{what}", *(f"{n / counts[0]:.1%}" for n in counts)))
+    hint = " (--load SRC makes parameters and bytes exact)" if config is None else ""
+    caption = f"Shapes and what they cost{hint}"
+    return Table(header=("size", *shapes), rows=rows, caption=caption)
+
+
+def _configs(shape: ModelShape, config: ModelConfig | None) -> dict[str, ModelConfig]:
+    """What to add to a row's name -> the model it counts: one that is known, or two guesses."""
+    if config is not None:
+        return {"": config}
+    own = ModelConfig(family="llama", shape=shape, tied=False, dtype="bf16", hf_config={})
+    return {", output tied": replace(own, tied=True), ", output of its own": own}
