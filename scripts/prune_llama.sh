@@ -210,7 +210,7 @@ needs=convert
 [[ "$calibrates" == 0 ]] || given calibration-data "$CALIBRATION_DATA"
 if [[ "$CRITERION" != random ]]; then
     # every criterion that the expression names, once
-    names=$(sed 's/[,+]/\n/g' <<<"$CRITERION" | sed 's/.*=//; s/.*\*//' | sort -u | paste -sd,)
+    names=$(tr ',+' '\n' <<<"$CRITERION" | sed 's/.*=//; s/.*\*//' | sort -u | paste -sd,)
     step score scores.safetensors "convert calibration-data" \
         on_ranks "$ranks" score --load source --save scores.safetensors --criterion "$names" \
         "${calibration[@]}" "${precision_flags[@]}" "${layout[@]}"
