@@ -105,13 +105,20 @@ def names(config: ModelConfig) -> Iterator[str]:
 
 def tensor_shape(name: str, shape: ModelShape) -> tuple[int, ...]:
     """The whole tensor's shape, unpadded and unsplit."""
-    return tuple(shape.size(axis) * shape.rows(axis) for axis in axes_of(name))
+    layer = split_layer(name)[0]
+    return tuple(shape.size(axis, layer) * shape.rows(axis) for axis in axes_of(name))
 
 
 def count_parameters(config: ModelConfig) -> int:
     """Parameters of the model; tied embeddings count once, padding not at all."""
     shape = config.shape
-    count = {w.name: prod(shape.size(a) * shape.rows(a) for a in w.axes) for w in _PER_LAYER}
-    per_layer = sum(count[weight.name] for weight in layer_weights(config))
+    weights = layer_weights(config)
+    per_layer = {  # of layers with that many FFN channels
+        width: sum(
+            prod(width if a == "F" else shape.size(a) * shape.rows(a) for a in w.axes)
+            for w in weights
+        )
+        for width in set(shape.ffn_widths)
+    }
     outer = sum(prod(tensor_shape(weight.name, shape)) for weight in outer_weights(config))
-    return shape.num_layers * per_layer + outer
+    return sum(per_layer[width] for width in shape.ffn_widths) + outer

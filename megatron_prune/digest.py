@@ -7,7 +7,7 @@ import json
 
 import torch
 
-from megatron_prune.axes import axes_of, names, split_dim
+from megatron_prune.axes import axes_of, names, split_dim, split_layer
 from megatron_prune.source import Source
 
 _SAMPLE = 64  # values taken at each of two places of a split tensor
@@ -25,7 +25,9 @@ def source_digest(source: Source) -> str:
     for name in names(source.config):
         axes = axes_of(name)
         dim = split_dim(axes)
-        middle = 0 if dim is None else source.config.shape.size(axes[dim]) // 2
+        middle = (
+            0 if dim is None else source.config.shape.size(axes[dim], split_layer(name)[0]) // 2
+        )
         for at in sorted({0, middle}):
             x = source.read(name) if dim is None else source.read(name, at, at + 1)
             sample = x if dim is None else x[:1].reshape(-1)[:_SAMPLE]

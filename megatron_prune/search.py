@@ -210,7 +210,10 @@ def axis_probes(space: SearchSpace) -> dict[str, ModelShape]:
         groups, per_group = source.num_query_groups, source.heads_per_group
         if name == "heads":
             groups, per_group = space.attention[heads.index(near)]
-        changes = {"num_query_groups": groups, "num_attention_heads": groups * per_group}
+        changes: dict[str, Any] = {
+            "num_query_groups": groups,
+            "num_attention_heads": groups * per_group,
+        }
         probes[name] = replace(source, **{**changes, **({} if name == "heads" else {field: near})})
     return probes
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
+from math import gcd
 from typing import Any
 
 from megatron_prune.errors import ShapeError
@@ -16,8 +17,13 @@ from megatron_prune.errors import ShapeError
 class ModelShape:
     """The sizes of a LLaMA-like model, under Megatron's names.
 
+    Attributes:
+        ffn_per_layer: FFN channels of each layer where they differ, and ``ffn_hidden_size`` is then
+            the widest; None where all layers have ``ffn_hidden_size``.
+
     Raises:
-        ShapeError: a size is not a positive integer, or heads are not a multiple of groups.
+        ShapeError: a size is not a positive integer, or heads are not a multiple of groups;
+            ``ffn_per_layer`` does not fit the rest, or is equal in all layers.
     """
 
     num_layers: int
@@ -27,9 +33,12 @@ class ModelShape:
     num_query_groups: int
     kv_channels: int
     vocab_size: int
+    ffn_per_layer: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
-        for name, size in asdict(self).items():
+        sizes = asdict(self)
+        widths = sizes.pop("ffn_per_layer")
+        for name, size in (*sizes.items(), *(("ffn_per_layer", width) for width in widths or ())):
             if isinstance(size, bool) or not isinstance(size, int) or size < 1:
                 raise ShapeError(f"{name} is {size!r}; wanted a positive integer")
         if self.num_attention_heads % self.num_query_groups:
@@ -37,13 +46,33 @@ class ModelShape:
                 f"num_attention_heads {self.num_attention_heads} is not a multiple of "
                 f"num_query_groups {self.num_query_groups}: every group has equally many heads"
             )
+        if widths is None:
+            return
+        if len(widths) != self.num_layers or len(set(widths)) == 1:
+            raise ShapeError(
+                f"ffn_per_layer {list(widths)}: wanted {self.num_layers} widths, one a layer, that "
+                "are not all the same"
+            )
+        if max(widths) != self.ffn_hidden_size:
+            raise ShapeError(
+                f"ffn_hidden_size is {self.ffn_hidden_size}; wanted {max(widths)}, the widest of "
+                "ffn_per_layer"
+            )
 
     @property
     def heads_per_group(self) -> int:
         return self.num_attention_heads // self.num_query_groups
 
-    def size(self, axis: str) -> int:
-        """Indices along a named axis (`axes` has the letters)."""
+    @property
+    def ffn_widths(self) -> tuple[int, ...]:
+        """FFN channels of every layer."""
+        return self.ffn_per_layer or (self.ffn_hidden_size,) * self.num_layers
+
+    def size(self, axis: str, layer: int | None = None) -> int:
+        """Indices along a named axis (`axes` has the letters), of a layer where layers differ;
+        without one the largest."""
+        if axis == "F" and layer is not None:
+            return self.ffn_widths[layer]
         return {
             "V": self.vocab_size,
             "D": self.hidden_size,
@@ -59,7 +88,7 @@ class ModelShape:
 
     def legal_tensor_parallel_sizes(self, limit: int = 1024) -> list[int]:
         """TP sizes that divide heads, groups and FFN channels (the vocabulary is padded)."""
-        sizes = (self.num_attention_heads, self.num_query_groups, self.ffn_hidden_size)
+        sizes = self._split_sizes().values()
         return [n for n in range(1, min(limit, *sizes) + 1) if all(s % n == 0 for s in sizes)]
 
     def check_tensor_parallel(self, size: int) -> None:
@@ -70,25 +99,52 @@ class ModelShape:
         """
         if size < 1:
             raise ShapeError(f"tensor-model-parallel-size is {size}; wanted 1 or more")
-        for name in ("num_attention_heads", "num_query_groups", "ffn_hidden_size"):
-            if getattr(self, name) % size:
+        for name, found in self._split_sizes().items():
+            if found % size:
                 legal = ", ".join(map(str, self.legal_tensor_parallel_sizes()))
                 raise ShapeError(
                     f"tensor-model-parallel-size {size} does not divide {name} "
-                    f"{getattr(self, name)}; legal for this shape: {legal}"
+                    f"{found}; legal for this shape: {legal}"
                 )
 
-    def as_dict(self) -> dict[str, int]:
-        return asdict(self)
+    def _split_sizes(self) -> dict[str, int]:
+        """What tensor parallelism has to divide."""
+        is_uniform = self.ffn_per_layer is None
+        ffn = "ffn_hidden_size" if is_uniform else "ffn_per_layer's greatest common divisor"
+        return {
+            "num_attention_heads": self.num_attention_heads,
+            "num_query_groups": self.num_query_groups,
+            ffn: self.ffn_hidden_size if self.ffn_per_layer is None else gcd(*self.ffn_per_layer),
+        }
+
+    def check_uniform(self, who: str, instead: str) -> None:
+        """Refuse layers of different widths, which ``who`` cannot work with.
+
+        Raises:
+            ShapeError: with the widths, and ``instead``, what to do.
+        """
+        if self.ffn_per_layer is not None:
+            raise ShapeError(
+                f"{who}: layers have {min(self.ffn_per_layer)} to {self.ffn_hidden_size} FFN "
+                f"channels; wanted equally many in every layer; {instead}"
+            )
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain JSON values; ``ffn_per_layer`` only where layers differ."""
+        values = asdict(self)
+        widths = values.pop("ffn_per_layer")
+        return values if widths is None else {**values, "ffn_per_layer": list(widths)}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> ModelShape:
         """Raises ShapeError when a key is missing or unknown."""
-        names = {field.name for field in fields(cls)}
+        names = {field.name for field in fields(cls)} - {"ffn_per_layer"}
+        values = dict(values)
+        widths = values.pop("ffn_per_layer", None)
         if set(values) != names:
             missing, unknown = sorted(names - set(values)), sorted(set(values) - names)
             raise ShapeError(f"shape: missing {missing}, unknown {unknown}; wanted {sorted(names)}")
-        return cls(**values)
+        return cls(**values, ffn_per_layer=None if widths is None else tuple(widths))
 
 
 @dataclass(frozen=True, kw_only=True)

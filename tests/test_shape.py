@@ -94,6 +94,42 @@ def test_fusing_each_ranks_groups_is_fusing_all_and_splitting_for_every_legal_si
             assert len({len(part) for part in parts}) == 1
 
 
+WIDTHS = (96, 24, 60, 96)
+
+
+def test_layers_of_different_widths_have_the_widest_as_their_size() -> None:
+    shape = replace(SHAPE, ffn_per_layer=WIDTHS)
+    assert [shape.size("F", layer) for layer in range(4)] == list(WIDTHS) == list(shape.ffn_widths)
+    assert shape.size("F") == 96 and shape.size("D", 1) == 48
+    assert SHAPE.ffn_widths == (96,) * 4
+    assert ModelShape.from_dict(shape.as_dict()) == shape
+    assert shape.as_dict() == {**SHAPE.as_dict(), "ffn_per_layer": list(WIDTHS)}
+    assert "ffn_per_layer" not in SHAPE.as_dict()
+
+
+@pytest.mark.parametrize(
+    ("widths", "message"),
+    [
+        ((96, 24, 60), "wanted 4 widths, one a layer"),
+        ((96,) * 4, "that are not all the same"),
+        ((), "wanted 4 widths"),
+        ((48, 24, 60, 48), "ffn_hidden_size is 96; wanted 60, the widest"),
+        ((96, 0, 60, 96), "ffn_per_layer is 0; wanted a positive integer"),
+        ((96, 24.0, 60, 96), "ffn_per_layer is 24.0"),
+    ],
+)
+def test_widths_that_are_none_are_refused(widths: tuple, message: str) -> None:
+    with pytest.raises(ShapeError, match=message):
+        replace(SHAPE, ffn_per_layer=widths)
+
+
+def test_tensor_parallelism_has_to_divide_every_layers_width() -> None:
+    shape = replace(SHAPE, ffn_per_layer=WIDTHS)
+    assert shape.legal_tensor_parallel_sizes() == [1, 3]
+    with pytest.raises(ShapeError, match="3 does not divide ffn_per_layer's .* divisor 4; .*: 1$"):
+        replace(SHAPE, ffn_per_layer=(96, 24, 60, 40)).check_tensor_parallel(3)
+
+
 def test_ffn_limits_the_tensor_parallel_size_too() -> None:
     with pytest.raises(ShapeError, match="3 does not divide ffn_hidden_size 50; .* shape: 1$"):
         replace(SHAPE, ffn_hidden_size=50).check_tensor_parallel(3)

@@ -92,7 +92,7 @@ def _picture(label: str, search: Search, plans: Mapping[str, PrunePlan]) -> Pict
             cost_label=cost_label,
             limit=limit,
             values=values,
-            marked={n: sizes.index(w) for n, w in wanted.items() if w in sizes},  # type: ignore[arg-type]
+            marked={n: sizes.index(w) for n, w in wanted.items() if w in sizes},
         ),
     )
 

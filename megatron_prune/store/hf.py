@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from megatron_prune.axes import axes_of, names, split_dim, tensor_shape
+from megatron_prune.axes import axes_of, names, split_dim, split_layer, tensor_shape
 from megatron_prune.errors import CheckpointError, DamagedError
 from megatron_prune.shape import ModelConfig
 from megatron_prune.source import Source
@@ -145,7 +145,7 @@ class HuggingFaceSource(Source):
         if dim is None or (start == 0 and stop is None):
             return x
         rows = self.config.shape.rows(axes[dim])
-        stop = self.config.shape.size(axes[dim]) if stop is None else stop
+        stop = self.config.shape.size(axes[dim], split_layer(name)[0]) if stop is None else stop
         return x.narrow(dim, start * rows, (stop - start) * rows)
 
     def close(self) -> None:

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_prune.axes import axes_of, split_dim, tensor_shape
+from megatron_prune.axes import axes_of, split_dim, split_layer, tensor_shape
 from megatron_prune.shape import ModelShape
 from megatron_prune.source import Source
 from megatron_prune.store.commit import FileRecord
@@ -94,7 +94,7 @@ def row_blocks(source: Source, name: str, shape: ModelShape) -> Iterator[Callabl
         yield partial(source.read, name)
         return
     per_index = shape.rows(axes[0]) * prod(sizes[1:]) * source.dtype(name).itemsize
-    step, stop = max(1, BLOCK_BYTES // per_index), shape.size(axes[0])
+    step, stop = max(1, BLOCK_BYTES // per_index), shape.size(axes[0], split_layer(name)[0])
     for at in range(0, stop, step):
         yield partial(source.read, name, at, min(at + step, stop))
 
