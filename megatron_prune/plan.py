@@ -45,10 +45,12 @@ class PrunePlan:
     Attributes:
         source: the shape of the model it was made for; ``source_digest`` tells which model.
         balance_for: TP size at which every rank keeps equally many of each split axis.
+        uniform: every layer keeps equally many; without it layers may differ in FFN channels.
 
     Raises:
-        PlanError: indices unsorted, out of range, unequal between layers, or heads outside kept
-            groups; a prune_type or balance_for that does not exist.
+        PlanError: indices unsorted, out of range, unequal between layers of a uniform plan, or
+            heads outside kept groups; a prune_type or balance_for that does not exist.
+        ShapeError: the source's own layers differ.
     """
 
     source: ModelShape
@@ -58,9 +60,11 @@ class PrunePlan:
     prune_type: str
     balance_for: int
     source_digest: str
+    uniform: bool = True
 
     def __post_init__(self) -> None:
         kept, shape = self.kept, self.source
+        shape.check_uniform("plan", "prune its source anew")
         if self.prune_type not in PRUNE_TYPES:
             raise PlanError(f"prune_type {self.prune_type!r}; wanted {' or '.join(PRUNE_TYPES)}")
         if self.balance_for < 1:
@@ -87,7 +91,7 @@ class PrunePlan:
         for layer, indices in per_layer.items():
             _check_indices(f"kept.{name}[{layer}]", indices, size)
         counts = {len(indices) for indices in per_layer.values()}
-        if len(counts) > 1:
+        if len(counts) > 1 and (self.uniform or name != "ffn"):
             raise PlanError(
                 f"kept.{name}: layers keep {sorted(counts)}; wanted equally many in every layer"
             )
@@ -141,11 +145,13 @@ class PrunePlan:
     def target(self) -> ModelShape:
         """The shape of the pruned model."""
         layer = self.layers[0]
+        widths = tuple(len(self.indices("F", n)) for n in self.layers)
         return replace(
             self.source,
             num_layers=len(self.layers),
             hidden_size=len(self.indices("D")),
-            ffn_hidden_size=len(self.indices("F", layer)),
+            ffn_hidden_size=max(widths),
+            ffn_per_layer=widths if len(set(widths)) > 1 else None,
             num_attention_heads=len(self.indices("Q", layer)),
             num_query_groups=len(self.indices("K", layer)),
             vocab_size=len(self.indices("V")),
@@ -174,6 +180,7 @@ class PrunePlan:
             "prune_type": self.prune_type,
             "balance_for": self.balance_for,
             "source_digest": self.source_digest,
+            **({} if self.uniform else {"uniform": False}),
             "kept": {
                 "layers": whole(self.kept.layers),
                 "hidden": whole(self.kept.hidden),
@@ -237,7 +244,9 @@ def plan_from_dict(values: Mapping[str, Any]) -> PrunePlan:
     """A plan from the parsed file; `load_plan` turns what goes wrong into PlanError."""
     if values["version"] != VERSION:
         raise PlanError(f"version {values['version']!r}; this reads version {VERSION}")
-    kept = values["kept"]
+    kept, uniform = values["kept"], values.get("uniform", True)
+    if not isinstance(uniform, bool):
+        raise PlanError(f"uniform is {uniform!r}; wanted true or false")
 
     def whole(name: str) -> tuple[int, ...] | None:
         return None if kept[name] is None else tuple(kept[name])
@@ -262,6 +271,7 @@ def plan_from_dict(values: Mapping[str, Any]) -> PrunePlan:
         prune_type=str(values["prune_type"]),
         balance_for=int(values["balance_for"]),
         source_digest=str(values["source_digest"]),
+        uniform=uniform,
     )
     if plan.target.as_dict() != values["target"]:
         raise PlanError(f"target says {values['target']}, its indices give {plan.target.as_dict()}")

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from megatron_prune.errors import PlanError
+from megatron_prune.errors import PlanError, ShapeError
 from megatron_prune.plan import Kept, PrunePlan, load_plan, plan_from_dict
 from megatron_prune.shape import ModelShape
 
@@ -90,6 +90,42 @@ def test_the_digest_tells_decisions_apart() -> None:
     assert one.digest != plan(**{**FULL, "hidden": (0, 5, 46)}).digest
 
 
+def test_the_digest_of_a_plan_is_what_it_always_was() -> None:
+    """Digests stand in manifests and caches: a field that is new must not touch old plans."""
+    assert plan(**FULL).digest.startswith("0bcde7f6fd4c7b50572db564c71dceac")
+    assert plan().digest.startswith("52da1057e2acf5520277c3b77e8990ac")
+
+
+UNEQUAL = {0: (1, 2, 3), 1: (0,), 2: (5, 95), 3: (1, 2, 3)}
+
+
+def test_a_plan_that_is_not_uniform_says_so_and_reads_back(tmp_path: Path) -> None:
+    before = replace(plan(), kept=Kept(ffn=UNEQUAL), uniform=False)
+    values = json.loads(before.to_json())
+    assert values["uniform"] is False and "uniform" not in json.loads(plan().to_json())
+    assert values["target"]["ffn_per_layer"] == [3, 1, 2, 3]
+    assert before.target.ffn_hidden_size == 3
+    (tmp_path / "p.json").write_text(before.to_json())
+    after = load_plan(tmp_path / "p.json")
+    assert after == before and after.digest == before.digest
+    del values["uniform"]
+    (tmp_path / "p.json").write_text(json.dumps(values))
+    with pytest.raises(PlanError, match=r"kept.ffn: layers keep \[1, 2, 3\]; wanted equally"):
+        load_plan(tmp_path / "p.json")
+
+
+def test_only_ffn_channels_may_differ_between_layers() -> None:
+    heads = {**per_layer(0, 2, 4), 1: (0, 1, 2, 3, 4, 5)}
+    with pytest.raises(PlanError, match=r"kept.heads: layers keep \[3, 6\]; wanted equally"):
+        replace(plan(), kept=Kept(heads=heads), uniform=False)
+
+
+def test_a_model_whose_layers_differ_is_not_pruned_again() -> None:
+    source = replace(SHAPE, ffn_per_layer=(96, 48, 48, 48))
+    with pytest.raises(ShapeError, match="plan: layers have 48 to 96 FFN channels; wanted equally"):
+        replace(plan(), source=source)
+
+
 @pytest.mark.parametrize(
     ("kept", "message"),
     [
@@ -140,6 +176,8 @@ Change = Callable[[dict[str, Any]], object]
         (lambda v: v["source"].pop("vocab_size"), r"missing \['vocab_size'\]"),
         (lambda v: v.update(prune_type="sideways"), "prune_type 'sideways'; wanted balance or"),
         (lambda v: v.update(balance_for=0), "balance_for 0; wanted 1 or more"),
+        (lambda v: v.update(uniform="no"), "uniform is 'no'; wanted true or false"),
+        (lambda v: v["target"].update(ffn_per_layer=[3, 2, 1]), "target says .* indices give"),
     ],
 )
 def test_a_tampered_file_is_refused(change: Change, message: str, tmp_path: Path) -> None:
