@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from megatron_prune.allocation import Nonuniform, spread
 from megatron_prune.criteria import Criterion
 from megatron_prune.errors import PlanError
 from megatron_prune.plan import Kept, PrunePlan
@@ -64,8 +65,13 @@ def make_plan(
     prune_type: str,
     balance_for: int,
     source_digest: str,
+    nonuniform: Nonuniform | None = None,
 ) -> PrunePlan:
     """Decide what is kept.
+
+    Args:
+        nonuniform: how layers share the FFN channels that ``targets`` keeps of each on average;
+            None keeps equally many in every layer.
 
     Raises:
         PlanError: a target that this model, or this balance, does not allow; says which are near.
@@ -95,7 +101,12 @@ def make_plan(
             among = range(shape.num_query_groups) if groups is None else groups[n]
             heads[n] = keep_in_groups(scores, among, per_group, shape.heads_per_group)
     if targets.ffn_hidden_size is not None:
-        ffn = {n: best("F", targets.ffn_hidden_size, n, ranks) for n in layers}
+        widths = dict.fromkeys(layers, targets.ffn_hidden_size)
+        if nonuniform is not None:
+            of = [criterion("F", shape.ffn_hidden_size, n, seed) for n in layers]
+            counts = spread(torch.stack(of), targets.ffn_hidden_size, ranks, nonuniform)
+            widths = dict(zip(layers, counts))
+        ffn = {n: best("F", widths[n], n, ranks) for n in layers}
     if targets.hidden_size is not None:
         hidden = best("D", targets.hidden_size, None, 1)
     return PrunePlan(
@@ -112,6 +123,7 @@ def make_plan(
         prune_type=prune_type,
         balance_for=ranks,
         source_digest=source_digest,
+        uniform=ffn is None or len({len(kept) for kept in ffn.values()}) == 1,
     )
 
 

@@ -18,7 +18,7 @@ LAYERS = (
     ("shape", "ranks"),
     ("axes", "tensors", "grid", "least_squares"),
     ("plan", "budget", "source", "scores"),
-    ("store", "criteria", "data", "latency", "score_mass"),
+    ("store", "criteria", "data", "latency", "score_mass", "allocation"),
     ("planning", "digest", "repair", "search"),
     ("surgery", "verify"),
     ("engine",),
