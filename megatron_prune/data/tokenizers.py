@@ -259,9 +259,13 @@ def _from_transformers(folder: Path) -> TextTokenizer:
 
 
 def _model_type(folder: Path) -> str | None:
-    """``model_type`` of a directory's config.json, where it has one."""
+    """``model_type`` of a directory's config.json, where it has one.
+
+    Nemotron-NAS is Llama with other sizes, and no type that transformers knows by itself.
+    """
     path = folder / "config.json"
     kind = json.loads(path.read_text()).get("model_type") if path.is_file() else None
+    kind = "llama" if kind == "nemotron-nas" else kind
     return kind if isinstance(kind, str) else None
 
 

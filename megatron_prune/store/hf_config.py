@@ -13,6 +13,14 @@ from typing import Any
 
 from megatron_prune.errors import CheckpointError, PruneError
 from megatron_prune.shape import ModelConfig, ModelShape
+from megatron_prune.store.block_configs import (
+    ARCHITECTURE,
+    AUTO_MAP,
+    FAMILY,
+    MODEL_TYPE,
+    block_configs,
+    read_block_configs,
+)
 from megatron_prune.store.names import FAMILIES
 
 CONFIG = "config.json"
@@ -35,6 +43,8 @@ def read_config(path: Path) -> ModelConfig:
     family = next(
         (f for f, t in FAMILIES.items() if t.model_type == values.get("model_type")), None
     )
+    if values.get("model_type") == MODEL_TYPE and "block_configs" in values:
+        family = FAMILY
     if family is None:
         raise CheckpointError(
             f"{path}: model_type {values.get('model_type')!r}; wanted one of {', '.join(FAMILIES)}"
@@ -56,6 +66,10 @@ def _interpret(family: str, values: Mapping[str, Any]) -> ModelConfig:
     if values.get("hidden_act", "silu") != "silu":
         raise CheckpointError(f"hidden_act {values['hidden_act']!r}; wanted silu (SwiGLU models)")
     heads = values["num_attention_heads"]
+    if values["model_type"] == MODEL_TYPE:
+        widths, groups = read_block_configs(values)
+    else:
+        widths, groups = (values["intermediate_size"],), get("num_key_value_heads", heads)
     base, scaling = _rope(values)
     window = values["sliding_window"] if "sliding_window" in values else get("sliding_window")
     if family == "qwen2" and not values.get("use_sliding_window"):
@@ -67,9 +81,10 @@ def _interpret(family: str, values: Mapping[str, Any]) -> ModelConfig:
         shape=ModelShape(
             num_layers=values["num_hidden_layers"],
             hidden_size=values["hidden_size"],
-            ffn_hidden_size=values["intermediate_size"],
+            ffn_hidden_size=max(widths),
+            ffn_per_layer=widths if len(set(widths)) > 1 else None,
             num_attention_heads=heads,
-            num_query_groups=get("num_key_value_heads", heads),
+            num_query_groups=groups,
             kv_channels=values.get("head_dim") or values["hidden_size"] // heads,
             vocab_size=values["vocab_size"],
         ),
@@ -104,6 +119,9 @@ def hf_config(config: ModelConfig, kept_layers: list[int] | None = None) -> dict
 
     Args:
         kept_layers: source numbers of the layers, to cut per-layer lists in the source's config.
+
+    Raises:
+        CheckpointError: layers of different widths in a family that is not Llama.
     """
     family, shape = FAMILIES[config.family], config.shape
     values = dict(config.hf_config) or _fresh_config(config)
@@ -122,7 +140,25 @@ def hf_config(config: ModelConfig, kept_layers: list[int] | None = None) -> dict
         tie_word_embeddings=config.tied,
     )
     values["torch_dtype" if "torch_dtype" in values else "dtype"] = _DTYPE_WORDS[config.dtype]
+    values.pop("block_configs", None)
+    if shape.ffn_per_layer is not None:
+        check_family(config)
+        values.update(model_type=MODEL_TYPE, architectures=[ARCHITECTURE])
+        values.update(auto_map=AUTO_MAP, block_configs=block_configs(shape))
     return values
+
+
+def check_family(config: ModelConfig) -> None:
+    """Refuse a family that no config.json says with layers of different widths.
+
+    Raises:
+        CheckpointError: not Llama.
+    """
+    if config.family != FAMILY:
+        raise CheckpointError(
+            f"family {config.family}: layers with different numbers of FFN channels are known to "
+            f"those who read them only in family {FAMILY}; prune it without --nonuniform"
+        )
 
 
 def _fresh_config(config: ModelConfig) -> dict[str, Any]:

@@ -224,7 +224,9 @@ def check_expressible(config: ModelConfig) -> None:
 
     Raises:
         CheckpointError: only some of the linears have biases.
+        ShapeError: layers have different numbers of FFN channels.
     """
+    config.shape.check_uniform("a Megatron checkpoint", "write it --to hf")
     if config.proj_bias != config.mlp_bias or (config.proj_bias and not config.qkv_bias):
         raise CheckpointError(
             "Megatron has biases in all linears or in linear_qkv alone; this model has "

@@ -18,6 +18,7 @@ from megatron_prune.axes import count_parameters
 from megatron_prune.grid import ParallelGrid
 from megatron_prune.shape import ModelConfig
 from megatron_prune.source import REPAIR, Source
+from megatron_prune.store.block_configs import CODE, code
 from megatron_prune.store.commit import write_file
 from megatron_prune.store.hf_config import CONFIG, hf_config
 
@@ -54,6 +55,8 @@ class Passenger:
             plan = source.plan_path.read_bytes()
             repair = None if source.repair_path is None else source.repair_path.read_bytes()
         files = {name: path.read_bytes() for name, path in source.companion_files.items()}
+        if source.config.shape.ffn_per_layer is not None:
+            files[CODE] = code()
         return cls(config=source.config, files=files, plan=plan, repair=repair)
 
     @property
