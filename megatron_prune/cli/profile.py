@@ -63,6 +63,7 @@ def run(args: argparse.Namespace) -> None:
     )
     with options.opened(args.load, args.family) as source:
         config = source.config
+    config.shape.check_uniform("profile", "profile its source")
     grid.check(config.shape)
     check_model(config, model_options, grid.tensor_parallel)
     with (

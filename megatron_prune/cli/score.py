@@ -109,6 +109,7 @@ def run(args: argparse.Namespace) -> None:
     )
     _check_paths(args, options)
     source = open_source(args.load, family=args.family)
+    source.config.shape.check_uniform("score", "score its source")
     grid.check(source.config.shape)
     check_model(source.config, options.model, grid.tensor_parallel)
     with (

@@ -48,6 +48,7 @@ def describe(options: TrainOptions, grid: ParallelGrid, processes: int) -> str:
     start = find_start(options, mend=False)
     source = open_source(start.directory, family=options.family)
     config, copies = source.config, data_parallel_size(grid, processes)
+    config.shape.check_uniform("train", "prune without --nonuniform")
     grid.check(config.shape)
     check_model(config, model_options(options), grid.tensor_parallel)
     facts = check_corpora(options, tokenizer_of(options, source, start), config.shape.vocab_size)

@@ -6,6 +6,8 @@ Transformer Engine and CUDA, its spec. `weights` fills in the parameters.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +24,7 @@ from megatron.core.tensor_parallel.layers import (
     VocabParallelEmbedding,
 )
 from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.spec_utils import build_module
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
@@ -178,6 +181,19 @@ def _block_spec(megatron: TransformerConfig, layers: int, choice: str) -> Any:
     return TransformerBlockSubmodules(layer_specs=[spec] * layers, layer_norm=RMSNorm)
 
 
+def _build_mlps(model: GPTModel, widths: Sequence[int]) -> None:
+    """Each layer's MLP anew, of its own width, as Megatron built it of the widest.
+
+    Its `HeterogeneousTransformerConfig` does the same while the layers are built, but knows widths
+    only as a JSON text that says them in multiples of 256.
+    """
+    for layer, width in zip(model.decoder.layers, widths, strict=True):
+        own = copy(layer.config)
+        own.ffn_hidden_size = width
+        spec, group = layer.submodules_config.mlp, layer.mlp.tp_group
+        layer.mlp = build_module(spec, config=own, ffn_hidden_size=width, tp_group=group)
+
+
 def _drop_bias(module: torch.nn.Module) -> None:
     del module.bias
     module.register_parameter("bias", None)
@@ -237,6 +253,9 @@ def build_model(config: ModelConfig, groups: Groups, options: ModelOptions) -> L
     model.rotary_pos_emb.inv_freq = inverse_frequencies(
         config.shape.kv_channels, config.rotary_base, config.rope_scaling
     ).to(groups.device)
+    if config.shape.ffn_per_layer is not None:
+        stage = groups.grid.stage_layers(config.shape.num_layers, groups.pp_rank)
+        _build_mlps(model, [config.shape.ffn_per_layer[n] for n in stage])
     _drop_unwanted_biases(model, config)
     _mark_split_parameters(model)
     return model

@@ -71,6 +71,7 @@ def open_start(options: TrainOptions, groups: Groups) -> tuple[Start, Source, li
     groups.ranks.agree("the command line", repr(options))
     start = on_first_rank(groups.ranks, lambda: find_start(options))
     source = together(groups.ranks, lambda: open_source(start.directory, family=options.family))
+    source.config.shape.check_uniform("train", "prune without --nonuniform")
     groups.grid.check(source.config.shape)
     check_model(source.config, model_options(options), groups.grid.tensor_parallel)
     tokenizer = tokenizer_of(options, source, start)

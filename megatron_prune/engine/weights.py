@@ -33,7 +33,7 @@ def _local_slice(name: str, config: ModelConfig, groups: Groups, rows: int, read
     if split is None:
         return read(name, 0, None)
     axis = axes.axes_of(name)[split]
-    size = config.shape.size(axis)
+    size = config.shape.size(axis, axes.split_layer(name)[0])
     if axis != "V":
         return read(name, *part_range(size, groups.tp_rank, groups.grid.tensor_parallel))
     start = groups.tp_rank * rows
