@@ -222,8 +222,11 @@ def byte_bar(what: str) -> Iterator[Callable[[int], Callable[[int], object]]]:
 
 def shape_table(source: ModelShape, target: ModelShape | None = None) -> str:
     """Sizes under Megatron's names, one per line; two columns with a target."""
-    rows = []
+    rows, last = [], target or source
     for name, size in source.as_dict().items():
-        after = "" if target is None else f"{target.as_dict()[name]:>10}"
-        rows.append(f"{name:<22}{size:>10}{after}")
+        if isinstance(size, int):
+            after = "" if target is None else f"{target.as_dict()[name]:>10}"
+            rows.append(f"{name:<22}{size:>10}{after}")
+    if last.ffn_per_layer is not None:  # ffn_hidden_size is then the widest
+        rows.append(f"{'ffn_per_layer':<22}{' '.join(map(str, last.ffn_per_layer))}")
     return "\n".join(rows)

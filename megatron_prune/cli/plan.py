@@ -8,6 +8,9 @@
       --criterion wanda --ffn-hidden-size-remain 8256
 
   megatron-prune plan --load llama --save plan.json --scores scores.safetensors \\
+      --criterion wanda --ffn-hidden-size-remain 8192 --nonuniform --nonuniform-multiple 256
+
+  megatron-prune plan --load llama --save plan.json --scores scores.safetensors \\
       --criterion activation --target-params 3.4B --candidates 8 --evaluate-data valid.txt
 
 Every target is optional; what is not named is kept whole, or with a budget as large as fits. Reads
@@ -22,6 +25,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+from megatron_prune.allocation import COMPARISONS, Nonuniform
 from megatron_prune.axes import count_parameters
 from megatron_prune.budget import weight_bytes
 from megatron_prune.cli import options
@@ -39,7 +43,9 @@ from megatron_prune.planning import Targets, make_plan, parse_layers
 from megatron_prune.scores import load_scores
 from megatron_prune.shape import ModelConfig
 from megatron_prune.source import Source
+from megatron_prune.store.block_configs import FFN_MULTIPLE, says_ffn_mult
 from megatron_prune.store.commit import replace_file
+from megatron_prune.store.hf_config import check_family
 from megatron_prune.store.names import FAMILIES
 
 _REMAIN = ("hidden_size", "num_attention_heads", "ffn_hidden_size", "num_query_groups")
@@ -84,6 +90,36 @@ def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         metavar="JSON",
         help="hidden_size_remain, num_attention_heads_remain, ffn_hidden_size_remain, drop_layers",
+    )
+    _add_nonuniform_arguments(parser)
+
+
+def _add_nonuniform_arguments(parser: argparse.ArgumentParser) -> None:
+    defaults = Nonuniform()
+    group = parser.add_argument_group("layers that keep different numbers of FFN channels")
+    group.add_argument(
+        "--nonuniform",
+        action="store_true",
+        help="--ffn-hidden-size-remain is of each layer on average: keep the best of all layers. "
+        "Few load the result; Llama and --to hf only",
+    )
+    group.add_argument(
+        "--nonuniform-floor",
+        type=float,
+        metavar="X",
+        help=f"least a layer keeps, as a share of the average (default: {defaults.floor})",
+    )
+    group.add_argument(
+        "--nonuniform-multiple",
+        type=options.positive,
+        metavar="N",
+        help="every layer keeps a multiple of it (default: 1); with 256 more engines load it",
+    )
+    group.add_argument(
+        "--nonuniform-scores",
+        choices=COMPARISONS,
+        help="log: their logarithms, in standard deviations from the layer's mean (default); "
+        "standardized: the same of the scores; raw: as they are",
     )
 
 
@@ -133,6 +169,31 @@ def targets_from(args: argparse.Namespace) -> Targets:
     return Targets(**remain, num_layers=args.num_layers_remain, drop_layers=dropped)  # type: ignore[arg-type]
 
 
+def nonuniform_from(args: argparse.Namespace) -> Nonuniform | None:
+    """The rules of ``--nonuniform``, None without it.
+
+    Raises:
+        ConfigError: its flags without it, or a value that cannot be used.
+    """
+    given = {
+        name: value
+        for name in ("floor", "multiple", "scores")
+        if (value := getattr(args, f"nonuniform_{name}")) is not None
+    }
+    if not args.nonuniform:
+        if given:
+            raise ConfigError(f"--nonuniform-{next(iter(given))}: needs --nonuniform")
+        return None
+    if targets_from(args).ffn_hidden_size is None:
+        raise ConfigError(
+            "--nonuniform: needs --ffn-hidden-size-remain, the FFN channels of a layer on average"
+        )
+    rules = Nonuniform(**given)
+    if not 0 <= rules.floor <= 1:
+        raise ConfigError(f"--nonuniform-floor {rules.floor}: is a share; wanted 0 to 1")
+    return rules
+
+
 def criterion_from(args: argparse.Namespace, source: Source) -> Criterion:
     """What the flags choose to decide by; a file of scores has to be of this very model.
 
@@ -158,7 +219,20 @@ def criterion_from(args: argparse.Namespace, source: Source) -> Criterion:
 
 
 def plan_from(args: argparse.Namespace, source: Source) -> PrunePlan:
-    """The plan that the flags ask for."""
+    """The plan that the flags ask for.
+
+    Raises:
+        PlanError, ShapeError, CheckpointError: this model cannot be pruned so.
+    """
+    source.config.shape.check_uniform("plan", "prune its source anew")
+    nonuniform = nonuniform_from(args)
+    if nonuniform is not None:
+        check_family(source.config)
+        if asks_for_search(args):
+            raise ConfigError(
+                "--nonuniform with a budget: a search looks at equal layers; take the FFN size it "
+                "finds as --ffn-hidden-size-remain"
+            )
     criterion, targets = criterion_from(args, source), targets_from(args)
     planner = partial(
         make_plan,
@@ -169,6 +243,7 @@ def plan_from(args: argparse.Namespace, source: Source) -> PrunePlan:
         prune_type=args.prune_type,
         balance_for=source.grid.tensor_parallel if args.balance_for is None else args.balance_for,
         source_digest=source_digest(source),
+        nonuniform=nonuniform,
     )
     if asks_for_search(args):
         targets = search_targets(args, source, criterion, planner, targets)
@@ -177,8 +252,19 @@ def plan_from(args: argparse.Namespace, source: Source) -> PrunePlan:
 
 def warn_not_loadable(config: ModelConfig) -> None:
     """Say, while it is cheap to change, that transformers will refuse this shape."""
-    hidden, heads = config.shape.hidden_size, config.shape.num_attention_heads
-    if FAMILIES[config.family].hidden_multiple_of_heads and hidden % heads:
+    shape = config.shape
+    hidden, heads = shape.hidden_size, shape.num_attention_heads
+    if shape.ffn_per_layer is not None:
+        also = "SGLang, TensorRT-LLM, llama.cpp and mlx-lm read it too"
+        if not says_ffn_mult(shape):
+            also = f"no other engine does, unless with --nonuniform-multiple {FFN_MULTIPLE}"
+        options.say(
+            f"warning: layers keep {min(shape.ffn_per_layer)} to {shape.ffn_hidden_size} FFN "
+            "channels. LlamaForCausalLM of transformers and Megatron-LM do not load that; as a "
+            "Nemotron-NAS model (DeciLMForCausalLM, --to hf) transformers and vLLM do, with "
+            f"trust_remote_code; {also}. See docs/nonuniform.md"
+        )
+    elif FAMILIES[config.family].hidden_multiple_of_heads and hidden % heads:
         near = " or ".join(
             str(n) for n in (hidden // heads * heads, -(-hidden // heads) * heads) if n
         )
@@ -200,6 +286,7 @@ def show_plan(source: Source, plan: PrunePlan) -> None:
 
 def run(args: argparse.Namespace) -> None:
     targets_from(args)  # what is malformed is refused before the source is opened
+    nonuniform_from(args)
     check_search(args)
     if args.save.exists() and not args.overwrite:
         raise ConfigError(f"--save {args.save}: exists; remove it or use --overwrite")

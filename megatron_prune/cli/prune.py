@@ -17,7 +17,13 @@ import argparse
 from pathlib import Path
 
 from megatron_prune.cli import options
-from megatron_prune.cli.plan import add_plan_arguments, asks_for_pruning, plan_from, show_plan
+from megatron_prune.cli.plan import (
+    add_plan_arguments,
+    asks_for_pruning,
+    nonuniform_from,
+    plan_from,
+    show_plan,
+)
 from megatron_prune.cli.repairing import (
     add_repair_arguments,
     check_repair,
@@ -44,6 +50,7 @@ def run(args: argparse.Namespace) -> None:
         raise ConfigError("--plan and the plan's own flags: give one of the two")
     if args.plan is None and not asks_for_pruning(args):
         raise ConfigError("no --plan and none of its flags: nothing says what to keep")
+    nonuniform_from(args)
     target = options.target_from(args)
     options.check_save(args)
     repairs = check_repair(args)
@@ -54,11 +61,11 @@ def run(args: argparse.Namespace) -> None:
         if source.has_optimizer_state:
             options.say(f"{source.path}: its optimizer state is dropped")
         pruned = options.cast(PrunedSource(source, plan), args.dtype)
+        make_writer(pruned, target)  # refuses what cannot be written, before hours of work
         if not repairs or args.dry_run:
             show_plan(source, plan)
             write("prune", args, pruned, target, plan)
             return
-        make_writer(pruned, target)  # refuses what cannot be written, before hours of work
         with repaired(args, source, plan) as found:
             show_plan(source, plan)
             show_repair(found.record)

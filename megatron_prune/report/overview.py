@@ -74,6 +74,9 @@ def _shapes(inputs: Inputs, config: ModelConfig | None) -> dict[str, ModelShape]
 def _sizes_table(shapes: Mapping[str, ModelShape], config: ModelConfig | None) -> Table:
     names = shapes["source"].as_dict()
     rows = [(name, *(f"{s.as_dict()[name]:,}" for s in shapes.values())) for name in names]
+    if any(s.ffn_per_layer is not None for s in shapes.values()):
+        widths = (f"{min(s.ffn_widths):,} to {max(s.ffn_widths):,}" for s in shapes.values())
+        rows.append(("FFN channels of a layer", *widths))
     for what, base in _configs(shapes["source"], config).items():
         configs = [replace(base, shape=shape) for shape in shapes.values()]
         counts = [count_parameters(x) for x in configs]
