@@ -9,15 +9,19 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from tqdm import tqdm
 
 from megatron_prune.cli import options
+from megatron_prune.cli.calibration import (
+    add_calibration_arguments,
+    calibration_grid,
+    calibration_windows,
+    longest_window,
+)
 from megatron_prune.errors import ConfigError, PlanError
-from megatron_prune.grid import ParallelGrid
 from megatron_prune.plan import PrunePlan
 from megatron_prune.ranks import Ranks
 from megatron_prune.repair import STATISTICS, TARGETS, Repair, RepairedSource, Replaced, Tensors
@@ -33,7 +37,6 @@ if TYPE_CHECKING:
     from megatron_prune.engine.model import ModelOptions
 
 DAMPING = 0.01
-_SEQ_LENGTH = 1024
 
 
 def add_repair_arguments(parser: argparse.ArgumentParser) -> None:
@@ -45,16 +48,7 @@ def add_repair_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--norm-rescale", action="store_true", help="adapt norm weights to fewer hidden channels"
     )
-    group.add_argument("--data", type=Path, metavar="CALIB", help="text, or JSON lines with 'text'")
-    group.add_argument(
-        "--num-samples", type=options.positive, default=128, metavar="N", help="windows of CALIB"
-    )
-    group.add_argument(
-        "--seq-length",
-        type=options.positive,
-        metavar="N",
-        help=f"tokens of a window (default: {_SEQ_LENGTH}, or what the model takes)",
-    )
+    add_calibration_arguments(group)
     group.add_argument(
         "--repair-damping", type=float, default=DAMPING, metavar="X", help=f"default {DAMPING}"
     )
@@ -77,13 +71,6 @@ def add_repair_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="ranks that share a layer; all others take other windows (default: the target's "
         "TP, where it divides ranks and source, else 1)",
-    )
-    group.add_argument(
-        "--tokenizer-model", type=Path, metavar="PATH", help="default: the source's own"
-    )
-    group.add_argument("--bf16", action="store_true", help="calibrate in bfloat16 (default fp32)")
-    group.add_argument(
-        "--distributed-timeout-minutes", type=float, default=30, metavar="M", help="default 30"
     )
 
 
@@ -134,14 +121,14 @@ def repaired(args: argparse.Namespace, source: Source, plan: PrunePlan) -> Itera
         ConfigError: data, tokenizer or options that do not fit; nothing to repair.
     """
     from megatron_prune.engine.failures import named_failures
-    from megatron_prune.engine.groups import model_parallel, world_size
+    from megatron_prune.engine.groups import model_parallel
     from megatron_prune.engine.model import ModelOptions, check_model
 
     does = _to_do(args, plan)
     energy = _energy_of_scores(args, plan) if "norms" in does else None
-    grid = _grid(args, source, world_size())
+    grid = calibration_grid(args.repair_tensor_parallel_size, args, source)
     model = ModelOptions(
-        seq_length=args.seq_length or _longest(source),
+        seq_length=args.seq_length or longest_window(source),
         dtype="bf16" if args.bf16 else "fp32",
     )
     grid.check(source.config.shape)
@@ -183,21 +170,6 @@ def _to_do(args: argparse.Namespace, plan: PrunePlan) -> set[str]:
     return does
 
 
-def _longest(source: Source) -> int:
-    config = source.config
-    window = config.sliding_window or config.max_position_embeddings
-    return min(_SEQ_LENGTH, config.max_position_embeddings, window)
-
-
-def _grid(args: argparse.Namespace, source: Source, processes: int) -> ParallelGrid:
-    size = args.repair_tensor_parallel_size
-    if size is None:
-        size = args.tensor_model_parallel_size
-        legal = source.config.shape.legal_tensor_parallel_sizes()
-        size = size if processes % size == 0 and size in legal else 1
-    return ParallelGrid(tensor_parallel=size)
-
-
 def _energy_of_scores(args: argparse.Namespace, plan: PrunePlan) -> Tensor | None:
     """The norms' energies from ``--scores``, None where they are to be observed."""
     if args.scores is None:
@@ -220,21 +192,6 @@ def _energy_of_scores(args: argparse.Namespace, plan: PrunePlan) -> Tensor | Non
     return None
 
 
-def _windows(args: argparse.Namespace, source: Source, seq_length: int) -> Tensor:
-    from megatron_prune.data.windows import model_windows
-
-    windows, _ = model_windows(
-        args.data,
-        args.tokenizer_model or args.load,
-        seq_length=seq_length,
-        max_windows=args.num_samples,
-        vocab_size=source.config.shape.vocab_size,
-    )
-    if len(windows) < args.num_samples:
-        options.say(f"{args.data}: {len(windows)} windows, fewer than --num-samples")
-    return windows
-
-
 def _run(
     args: argparse.Namespace,
     source: Source,
@@ -252,7 +209,9 @@ def _run(
     observes_norms = "norms" in does and energy is None
     windows = torch.empty(0, model.seq_length, dtype=torch.int64)
     if observes_norms or "projections" in does:
-        windows = on_first_rank(groups.ranks, lambda: _windows(args, source, model.seq_length))
+        windows = on_first_rank(
+            groups.ranks, lambda: calibration_windows(args, source, model.seq_length)
+        )
     done: dict[str, Replaced] = {}
     passes = plan.source.num_layers * observes_norms
     passes += plan.target.num_layers * ("projections" in does)
