@@ -20,16 +20,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_prune.axes import EMBEDDING, FINAL_NORM, OUTPUT, axes_of, layer_name, split_layer
+from megatron_prune.axes import EMBEDDING, OUTPUT, axes_of, norm_before
 from megatron_prune.source import Source
 
 RECORD = "megatron_prune_rotation"
 """Key of config.json under which a rotated model says where its basis came from."""
-
-_NORMS = {
-    "self_attention": "input_layernorm.weight",
-    "mlp": "pre_mlp_layernorm.weight",
-}
 
 
 def principal_components(moment_DD: Tensor) -> Tensor:
@@ -70,14 +65,6 @@ class RotatedSource(Source):
         """Of the source's tensor: a tied model's output layer is its embedding."""
         return EMBEDDING.name if name == OUTPUT.name and self._source.config.tied else name
 
-    def _norm(self, name: str) -> Tensor:
-        """[D] float32: weight of the norm whose output this tensor reads."""
-        layer, rest = split_layer(name)
-        norm = FINAL_NORM.name
-        if layer is not None:
-            norm = layer_name(layer, _NORMS[rest.partition(".")[0]])
-        return self._source.read(norm).float()
-
     def dtype(self, name: str) -> torch.dtype:
         return self._source.dtype(self._stored(name))
 
@@ -93,8 +80,10 @@ class RotatedSource(Source):
             return torch.ones_like(x)
         if axes[0] == "D":  # writes into the stream, weight or bias
             return (self._basis.T @ x.float()).to(x.dtype)
-        reads = x.float() if name == EMBEDDING.name else x.float() * self._norm(name)
-        return (reads @ self._basis).to(x.dtype)
+        norm, turned = norm_before(name), x.float()
+        if norm is not None:
+            turned = turned * self._source.read(norm).float()
+        return (turned @ self._basis).to(x.dtype)
 
     def close(self) -> None:
         self._source.close()

@@ -36,7 +36,11 @@ if TYPE_CHECKING:
     from megatron_prune.engine.groups import Groups
     from megatron_prune.engine.model import ModelOptions
 
-DAMPING = 0.01
+_FITTED = {
+    "least-squares": "projections: relative error of their outputs",
+    "readers": "weights that read a norm: relative error of the state they read",
+}
+DAMPING, READERS_DAMPING = 0.01, 0.01
 
 
 def add_repair_arguments(parser: argparse.ArgumentParser) -> None:
@@ -64,6 +68,19 @@ def add_repair_arguments(parser: argparse.ArgumentParser) -> None:
         default=TARGETS[0],
         help="output to fit: the layer's own with all its parts, the dense model's, or what brings "
         "the hidden state to the dense model's",
+    )
+    group.add_argument(
+        "--repair-readers",
+        action="store_true",
+        help="with --repair, refit linear_qkv and linear_fc1 too: from the kept hidden channels to "
+        "what the dense model's would read",
+    )
+    group.add_argument(
+        "--repair-readers-damping",
+        type=float,
+        default=READERS_DAMPING,
+        metavar="X",
+        help=f"default {READERS_DAMPING}",
     )
     group.add_argument(
         "--repair-tensor-parallel-size",
@@ -100,8 +117,15 @@ def check_repair(args: argparse.Namespace) -> bool:
             "--norm-rescale without --data or --scores: it needs text to calibrate on, or the "
             "statistics that `score` keeps"
         )
-    if not (math.isfinite(args.repair_damping) and args.repair_damping >= 0):
-        raise ConfigError(f"--repair-damping {args.repair_damping}: wanted 0 or more")
+    for flag in ("repair_damping", "repair_readers_damping"):
+        value = getattr(args, flag)
+        if not (math.isfinite(value) and value >= 0):
+            raise ConfigError(f"--{flag.replace('_', '-')} {value}: wanted 0 or more")
+    if args.repair_readers and args.repair_statistics == "dense":
+        raise ConfigError(
+            "--repair-statistics dense fits from the dense model's own state; --repair-readers "
+            "needs sequential"
+        )
     if args.repair_statistics == "dense" and args.repair_target != "own":
         raise ConfigError(
             f"--repair-statistics dense fits the dense model's own output; --repair-target "
@@ -153,7 +177,7 @@ def _to_do(args: argparse.Namespace, plan: PrunePlan) -> set[str]:
     kept, does = plan.kept, set()
     lost_inputs = any(x is not None for x in (kept.heads, kept.query_groups, kept.ffn))
     if args.repair:
-        if lost_inputs or args.repair_target != "own":
+        if lost_inputs or args.repair_target != "own" or args.repair_readers:
             does.add("projections")
         else:
             options.say("--repair: the plan drops no heads and no FFN channels; nothing to fit")
@@ -228,14 +252,20 @@ def _run(
                 damping=args.repair_damping,
                 statistics=args.repair_statistics,
                 target=args.repair_target,
+                readers=args.repair_readers,
+                readers_damping=args.repair_readers_damping,
             )
-            done |= repair_projections(source, plan, windows, how, groups, tensors, bar.update)
+            done |= repair_projections(
+                source, plan, windows, how, groups, tensors, done, bar.update
+            )
     settings: dict[str, Any] = {
         "norm_rescale": "norms" in does,
         "least_squares": "projections" in does,
         "damping": args.repair_damping,
         "statistics": args.repair_statistics,
         "target": args.repair_target,
+        "readers": args.repair_readers,
+        "readers_damping": args.repair_readers_damping,
         "norm_energy_from": "data" if observes_norms else "scores" if "norms" in does else None,
         "dtype": model.dtype,
         "data_digest": hashlib.sha256(windows.numpy().tobytes()).hexdigest(),
@@ -253,14 +283,14 @@ def _run(
 
 def show_repair(record: Repair) -> None:
     """One line a kind: how many tensors, and what it did to them."""
-    fitted = [t for t in record.tensors.values() if t.error_after is not None]
+    fitted = {how: [t for t in record.tensors.values() if t.how == how] for how in _FITTED}
     ratios = [t.ratio for t in record.tensors.values() if t.ratio is not None]
     if ratios:
         options.show(f"rescaled {len(ratios)} norms by {min(ratios):.4f} to {max(ratios):.4f}")
-    if fitted:
-        before = sum(t.error_before or 0 for t in fitted) / len(fitted)
-        after = sum(t.error_after or 0 for t in fitted) / len(fitted)
-        options.show(
-            f"refitted {len(fitted)} projections: relative error of their outputs {before:.4f} -> "
-            f"{after:.4f} on average"
-        )
+    for how, tensors in fitted.items():
+        if tensors:
+            before = sum(t.error_before or 0 for t in tensors) / len(tensors)
+            after = sum(t.error_after or 0 for t in tensors) / len(tensors)
+            options.show(
+                f"refitted {len(tensors)} {_FITTED[how]} {before:.4f} -> {after:.4f} on average"
+            )

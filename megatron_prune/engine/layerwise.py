@@ -234,7 +234,7 @@ def _norm_means(
     def mean(norm: str) -> Tensor:
         total = measure(torch.zeros(1, source.config.shape.hidden_size, device=groups.device))
         for x in stream:  # none where there are more ranks than windows
-            total += measure(_normalised(x, epsilon))
+            total += measure(normalised(x, epsilon))
         dist.all_reduce(total, group=groups.dp_group)
         if not bool(total.isfinite().all()):
             raise DamagedError(
@@ -256,6 +256,7 @@ def _norm_means(
     yield mean(FINAL_NORM.name)
 
 
-def _normalised(x_sbD: Tensor, epsilon: float) -> Tensor:
+def normalised(x_sbD: Tensor, epsilon: float) -> Tensor:
+    """A hidden state as RMSNorm sees it, before its weight: [T, D] float32."""
     x_TD = x_sbD[:, 0].float()
     return x_TD * (x_TD.square().mean(-1, keepdim=True) + epsilon).rsqrt()
