@@ -26,7 +26,7 @@ AXES = "DQKFL"
 Criterion = Callable[[str, int, int | None, int], Tensor]
 """(axis letter, its size, source layer or None for a model-wide axis, seed) -> [size] scores."""
 
-_WORDS = {"D": "hidden", "Q": "heads", "K": "query-groups", "F": "ffn", "L": "layers"}
+AXIS_WORDS = {"D": "hidden", "Q": "heads", "K": "query-groups", "F": "ffn", "L": "layers"}
 _VERSION = "1"
 _KEY = "megatron_prune.scores"
 _STATISTICS = "statistics"
@@ -62,7 +62,7 @@ class Scores:
     def __post_init__(self) -> None:
         for name, axes in self.criteria.items():
             for axis, x in axes.items():
-                if axis not in _WORDS:
+                if axis not in AXIS_WORDS:
                     raise DamagedError(f"scores {name} of axis {axis!r}, which no model has")
                 wanted = score_shape(axis, self.shape)
                 if tuple(x.shape) != wanted:
@@ -88,8 +88,8 @@ class Scores:
             terms = by_axis.get(axis, by_axis.get(""))
             if terms is None:
                 raise PlanError(
-                    f"--criterion {expression}: says nothing of {_WORDS[axis]}; add "
-                    f"{_WORDS[axis]}=NAME ({self._scoring(axis)})"
+                    f"--criterion {expression}: says nothing of {AXIS_WORDS[axis]}; add "
+                    f"{AXIS_WORDS[axis]}=NAME ({self._scoring(axis)})"
                 )
             found = [(weight, self._scores(name, axis, size, layer)) for weight, name in terms]
             if len(found) == 1:
@@ -128,7 +128,7 @@ class Scores:
             return heads.square().sum(1).sqrt()  # a group is as good as its heads together
         if axis not in held:
             raise PlanError(
-                f"--criterion {name} does not score {_WORDS[axis]}; {self._scoring(axis)}"
+                f"--criterion {name} does not score {AXIS_WORDS[axis]}; {self._scoring(axis)}"
             )
         x = held[axis] if layer is None or axis in "DL" else held[axis][layer]
         assert x.numel() == size, (axis, x.shape, size)
@@ -138,7 +138,7 @@ class Scores:
 def _by_axis(expression: str) -> dict[str, str]:
     """Axis letter -> its part of an expression; "" -> the part for all axes."""
     parts: dict[str, str] = {}
-    letters = {word: letter for letter, word in _WORDS.items()}
+    letters = {word: letter for letter, word in AXIS_WORDS.items()}
     for part in expression.split(","):
         word, equals, text = part.strip().rpartition("=")
         if (equals and word not in letters) or not text:

@@ -19,7 +19,7 @@ LAYERS = (
     ("axes", "tensors", "grid", "least_squares"),
     ("plan", "budget", "source", "scores"),
     ("store", "criteria", "data", "latency", "score_mass"),
-    ("planning", "digest", "repair", "search"),
+    ("planning", "margins", "digest", "repair", "search"),
     ("surgery", "verify"),
     ("engine",),
     ("evaluate", "report"),

@@ -34,6 +34,7 @@ from megatron_prune.cli.plan_search import (
 from megatron_prune.criteria import CRITERIA, Criterion
 from megatron_prune.digest import source_digest
 from megatron_prune.errors import ConfigError, PlanError, StorageError
+from megatron_prune.margins import decisions, rounding_text
 from megatron_prune.plan import PRUNE_TYPES, PrunePlan
 from megatron_prune.planning import Targets, make_plan, parse_layers
 from megatron_prune.scores import load_scores
@@ -172,7 +173,17 @@ def plan_from(args: argparse.Namespace, source: Source) -> PrunePlan:
     )
     if asks_for_search(args):
         targets = search_targets(args, source, criterion, planner, targets)
-    return planner(targets)
+    plan = planner(targets)
+    if args.scores is not None:
+        tell_margins(plan, criterion, targets)
+    return plan
+
+
+def tell_margins(plan: PrunePlan, criterion: Criterion, targets: Targets) -> None:
+    """Say which decisions are within rounding; layers that were named were no decision."""
+    text = rounding_text([*decisions(plan, criterion, "DQKF" if targets.drop_layers else "DQKFL")])
+    if text is not None:
+        options.say(f"warning: {text}")
 
 
 def warn_not_loadable(config: ModelConfig) -> None:

@@ -340,6 +340,32 @@ def test_what_cannot_be_planned_by_scores_is_refused(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_decisions_within_rounding_are_told(models: Models, scores: Path, tmp_path: Path) -> None:
+    """By `plan` and by `prune` that makes its own; nothing of it when all is clear, or random."""
+    known = load_scores(scores)
+    found = {axis: x.clone() for axis, x in known.criteria["activation"].items()}
+    order = found["D"].sort(descending=True).indices.tolist()
+    found["D"][order[30]] = found["D"][order[29]]
+    tied = tmp_path / "tied"
+    tied.write_bytes(
+        scores_bytes(type(known)(**{**vars(known), "criteria": {"activation": found}}))
+    )
+    load = ("--load", models("gqa"), *HIDDEN, "--criterion", "activation", "--scores")
+    prune = ("prune", "--save", tmp_path / "m", "--to", "hf", "--dry-run")
+    for command in (("plan", "--save", tmp_path / "p", "--overwrite"), prune):
+        err = ok(*command, *load, tied).err
+        kept, dropped = sorted(order[29:31])
+        assert "warning: 1 of 1 decisions are within rounding" in err
+        assert f": hidden: {kept} over {dropped}\n" in err
+        assert "rounding" not in ok(*command, *load, scores).err
+        random = ok(*command, "--load", models("gqa"), *HIDDEN)
+        assert "rounding" not in random.err
+    named = ("--load", models("gqa"), "--drop-layers", 1, "--criterion", "activation")
+    flat = {axis: x * 0 + 1 for axis, x in found.items()}
+    tied.write_bytes(scores_bytes(type(known)(**{**vars(known), "criteria": {"activation": flat}})))
+    assert "rounding" not in ok("plan", "--save", tmp_path / "q", *named, "--scores", tied).err
+
+
 def test_damaged_scores_are_refused_with_exit_3(
     models: Models, scores: Path, tmp_path: Path
 ) -> None:
