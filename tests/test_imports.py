@@ -20,7 +20,7 @@ LAYERS = (
     ("plan", "budget", "source", "scores"),
     ("store", "criteria", "data", "latency", "score_mass"),
     ("planning", "margins", "digest", "repair", "search"),
-    ("surgery", "verify"),
+    ("surgery", "verify", "rounds"),
     ("engine",),
     ("evaluate", "report"),
     ("cli",),

@@ -2,48 +2,58 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from megatron_prune.margins import ROUNDING, Decision, decisions, rounding_text
+from megatron_prune.margins import ROUNDING, Decision, decisions, renumbered, rounding_text
 from megatron_prune.plan import PrunePlan
 from megatron_prune.planning import Targets, make_plan
+from megatron_prune.scores import Terms, combined
 from tests.test_planning import shape
 
-CLOSE = ROUNDING / 2
+Units = Callable[[str, int, int | None], Tensor]
 
 
-def spread(axis: str, size: int, layer: int | None, seed: int) -> Tensor:
+def spread(axis: str, size: int, layer: int | None) -> Tensor:
     """Every unit clearly above the next."""
     return torch.arange(size, 0, -1, dtype=torch.float64)
 
 
-def nudged(where: tuple[str, int | None], values: dict[int, float]) -> Any:
+def with_values(where: tuple[str, int | None], values: dict[int, float]) -> Units:
     """`spread` with other scores of some units of one axis and layer."""
 
-    def scores(axis: str, size: int, layer: int | None, seed: int) -> Tensor:
-        x = spread(axis, size, layer, seed)
+    def scores(axis: str, size: int, layer: int | None) -> Tensor:
+        x = spread(axis, size, layer)
         if (axis, layer) == where:
-            for unit, value in values.items():
-                x[unit] = value
+            x[list(values)] = torch.tensor([*values.values()], dtype=torch.float64)
         return x
 
     return scores
 
 
-def plan_of(criterion: Any, *, ranks: int = 1, **targets: Any) -> PrunePlan:
+def terms_of(*each: Units) -> Terms:
+    return lambda axis, size, layer: [(1.0, one(axis, size, layer)) for one in each]
+
+
+def plan_of(terms: Terms, *, ranks: int = 1, **targets: Any) -> PrunePlan:
+    def criterion(axis: str, size: int, layer: int | None, seed: int) -> Tensor:
+        return combined(terms(axis, size, layer))
+
     return make_plan(
         shape(), Targets(**targets), criterion, criterion_name="c", seed=0, prune_type="balance",
         balance_for=ranks, source_digest="d",
     )  # fmt: skip
 
 
-def close(criterion: Any, *, ranks: int = 1, **targets: Any) -> list[Decision]:
-    found = decisions(plan_of(criterion, ranks=ranks, **targets), criterion)
-    return [decision for decision in found if decision.margin < ROUNDING]
+def close(*each: Units, ranks: int = 1, **targets: Any) -> list[str]:
+    """The decisions within rounding, as they are told."""
+    terms = terms_of(*each)
+    found = decisions(plan_of(terms, ranks=ranks, **targets), terms)
+    return [str(decision) for decision in found if decision.is_close]
 
 
 @pytest.mark.parametrize(
@@ -58,63 +68,79 @@ def close(criterion: Any, *, ranks: int = 1, **targets: Any) -> list[Decision]:
 def test_a_unit_just_below_the_lowest_kept_is_within_rounding(
     where: tuple[str, int | None], targets: dict[str, int], dropped: int, kept: int, says: str
 ) -> None:
-    lowest = float(spread(where[0], shape().size(where[0]), None, 0)[kept])
-    largest = float(shape().size(where[0]))
+    lowest = float(spread(where[0], shape().size(where[0]), None)[kept])
     assert close(spread, **targets) == []
-    found = close(nudged(where, {dropped: lowest - CLOSE * largest}), **targets)
-    assert [str(decision) for decision in found] == [says]
-    assert found[0].margin == pytest.approx(CLOSE, rel=1e-3)
-    assert close(nudged(where, {dropped: lowest - 3 * CLOSE * largest}), **targets) == []
+    for off, wanted in ((0.5, [says]), (1.5, [])):
+        nudged = with_values(where, {dropped: lowest * (1 - off * ROUNDING)})
+        assert close(nudged, **targets) == wanted
 
 
-def test_an_exact_tie_counts_and_so_do_scores_of_nothing_but_zeros() -> None:
-    tie = close(nudged(("D", None), {36: 13.0}), hidden_size=36)
-    assert [(d.kept, d.dropped, d.margin) for d in tie] == [(35, 36, 0.0)]
-    zeros = close(lambda axis, size, layer, seed: torch.zeros(size), hidden_size=36)
-    assert [d.margin for d in zeros] == [0.0]
+def test_exact_ties_count_and_so_do_scores_of_nothing_but_zeros() -> None:
+    assert close(with_values(("D", None), {36: 13.0}), hidden_size=36) == ["hidden: 35 over 36"]
+    zeros = close(lambda axis, size, layer: torch.zeros(size), hidden_size=36)
+    assert zeros == ["hidden: 35 over 36"]
 
 
 def test_heads_are_held_against_the_heads_of_their_group() -> None:
     """Two heads in each of three groups; a head as good as another group's is no close call."""
-    alike = nudged(("Q", 3), {0: 9.0, 1: 1.0, 2: 9.0, 3: 1.0, 4: 9.0, 5: 9.0 * (1 - CLOSE)})
-    found = close(alike, num_attention_heads=3)
-    assert [str(decision) for decision in found] == ["heads of layer 3: 4 over 5"]
-    without = close(alike, num_attention_heads=4, num_query_groups=2)
-    assert without == []  # the kept groups keep both of their heads
+    alike = with_values(("Q", 3), {0: 9, 1: 1, 2: 9, 3: 1, 4: 9, 5: 9 * (1 - ROUNDING / 2)})
+    assert close(alike, num_attention_heads=3) == ["heads of layer 3: 4 over 5"]
+    both = close(alike, num_attention_heads=4, num_query_groups=2)
+    assert both == []  # the kept groups keep both of their heads
 
 
 def test_a_balance_rank_is_a_block_of_its_own() -> None:
     """The closest units of the layer lie on two ranks, which choose for themselves."""
     values = dict.fromkeys(range(96), 1.0)
     values |= {unit: 2.0 for first in (0, 32, 64) for unit in range(first, first + 16)}
-    values |= {16: 2.0 - 1.5 * CLOSE}  # of the first of three ranks
-    criterion = nudged(("F", 0), values)
-    balanced = close(criterion, ranks=3, ffn_hidden_size=48)
-    assert [str(decision) for decision in balanced] == ["ffn of layer 0: 0 over 16"]
-    assert close(criterion, ffn_hidden_size=51)[0].dropped == 19  # one block: ties of ones
+    values |= {16: 2 - ROUNDING, 32 + 16: 1.5}  # of the first rank, and of the second
+    scores = with_values(("F", 0), values)
+    assert close(scores, ranks=3, ffn_hidden_size=48) == ["ffn of layer 0: 15 over 16"]
+    assert close(scores, ffn_hidden_size=48) == ["ffn of layer 0: 79 over 16"]
 
 
-def test_the_margin_is_a_share_of_the_blocks_largest_absolute_score() -> None:
-    small = nudged(("F", 0), {unit: 1e-9 * (96 - unit) for unit in range(96)})
-    assert close(small, ffn_hidden_size=60) == []  # small beside other layers, clear by themselves
-    negative = nudged(("L", None), {0: -100.0, 1: -1.0, 2: -1.0002, 3: -1.0004})
-    assert [str(d) for d in close(negative, num_layers=2)] == ["layers: 2 over 3"]
+def test_a_score_is_held_to_its_own_size() -> None:
+    """Neither another layer's nor an outlier's beside it."""
+    tiny = {unit: 1e-9 * (96 - unit) for unit in range(1, 96)}
+    assert close(with_values(("F", 0), tiny | {0: 1e9}), ffn_hidden_size=60) == []
+    negative = with_values(("L", None), {0: -1.0, 1: -100.0, 2: -100.0 - ROUNDING, 3: -200.0})
+    assert close(negative, num_layers=2) == ["layers: 1 over 2"]
+
+
+def test_a_composite_is_close_when_ranks_within_rounding_could_turn_it() -> None:
+    """Equal sums of clear ranks go by index at any layout; a blurred rank may change its sum."""
+    one = with_values(("L", None), {0: 4, 1: 3, 2: 2, 3: 1})
+    other = with_values(("L", None), {0: 4, 1: 2, 2: 3, 3: 1})
+    assert close(one, other, num_layers=2) == []  # 1 and 2 tie, both ranked clearly
+    blurred = with_values(("L", None), {0: 4, 1: 3, 2: 3 * (1 - ROUNDING / 3), 3: 1})
+    assert close(blurred, other, num_layers=2) == ["layers: 1 over 2"]
+    assert close(blurred, blurred, num_layers=2) == ["layers: 1 over 2"]
+    assert close(blurred, other, num_layers=3) == []
 
 
 def test_layers_that_were_named_are_no_decision() -> None:
-    plan = plan_of(spread, drop_layers=(0,), hidden_size=36)
-    assert {decision.axis for decision in decisions(plan, spread, "DQKF")} == {"D"}
+    terms = terms_of(spread)
+    plan = plan_of(terms, drop_layers=(0,), hidden_size=36)
+    assert {decision.axis for decision in decisions(plan, terms, "DQKF")} == {"D"}
+
+
+def test_a_decision_about_a_pruned_model_is_told_in_the_sources_numbers() -> None:
+    before = plan_of(terms_of(spread), drop_layers=(0,), ffn_hidden_size=60)
+    about = {"axis": "F", "kept": 3, "dropped": 59, "is_close": True}
+    found = renumbered(Decision(layer=1, **about), before)
+    wanted = before.indices("F", 2)
+    assert (found.layer, found.kept, found.dropped) == (2, wanted[3], wanted[59])
+    layers = renumbered(Decision(axis="L", layer=None, kept=0, dropped=2, is_close=True), before)
+    assert (layers.kept, layers.dropped) == (1, 3)
 
 
 def test_the_message_counts_by_axis_and_names_the_first_few() -> None:
-    def ties(axis: str, size: int, layer: int | None, seed: int) -> Tensor:
-        return torch.ones(size)
-
+    ties = terms_of(lambda axis, size, layer: torch.ones(size))
     plan = plan_of(ties, hidden_size=36, num_attention_heads=3)
-    assert rounding_text([*decisions(plan, spread)]) is None
+    assert rounding_text([*decisions(plan, terms_of(spread))]) is None
     assert rounding_text([*decisions(plan, ties)]) == (
-        "13 of 13 decisions are within rounding (less than 1e-05 of the largest score beside "
-        "them), 1 on hidden, 12 on heads; another layout may take them the other way: "
-        "hidden: 0 over 36, heads of layer 0: 0 over 1, heads of layer 0: 2 over 3, "
+        "13 of 13 decisions are within rounding (scores less than 1e-05 of themselves apart), "
+        "1 on hidden, 12 on heads; another layout may take them the other way: "
+        "hidden: 35 over 36, heads of layer 0: 0 over 1, heads of layer 0: 2 over 3, "
         "heads of layer 0: 4 over 5, and 9 more"
     )

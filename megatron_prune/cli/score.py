@@ -16,8 +16,14 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_prune.cli.engine_flags import add_engine, dtype_of
-from megatron_prune.cli.options import grid_from, positive
+from megatron_prune.cli.calibration import (
+    add_calibration,
+    calibration_windows,
+    check_data,
+    score_options,
+)
+from megatron_prune.cli.engine_flags import add_engine
+from megatron_prune.cli.options import grid_from
 from megatron_prune.criteria import SCORED
 from megatron_prune.errors import ConfigError, StorageError
 from megatron_prune.scores import Scores, load_scores, scores_bytes
@@ -45,33 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME[,NAME...]",
         help=f"any of {', '.join(SCORED)}",
     )
-    group = parser.add_argument_group("calibration")
-    group.add_argument("--data", type=Path, metavar="CALIB", help="text, or JSON lines with 'text'")
-    group.add_argument(
-        "--num-samples", type=positive, default=1024, metavar="N", help="at most (default 1024)"
-    )
-    group.add_argument(
-        "--seq-length", type=positive, default=4096, metavar="N", help="of a sample (default 4096)"
-    )
-    group.add_argument(
-        "--micro-batch-size", type=positive, default=1, metavar="N", help="default 1"
-    )
-    group.add_argument(
-        "--removal-samples",
-        type=positive,
-        default=8,
-        metavar="N",
-        help="samples of perplexity: it runs them once for each layer (default 8)",
-    )
-    group.add_argument(
-        "--removal-layers",
-        type=positive,
-        metavar="N",
-        help="layers that perplexity-greedy removes (default: a quarter)",
-    )
-    group.add_argument(
-        "--tokenizer-model", type=Path, metavar="PATH", help="default: the checkpoint's own"
-    )
+    add_calibration(parser)
     add_engine(parser)
 
 
@@ -89,26 +69,15 @@ def _criteria(text: str) -> tuple[str, ...]:
 def run(args: argparse.Namespace) -> None:
     from megatron_prune.engine.failures import named_failures
     from megatron_prune.engine.groups import data_parallel_size, model_parallel, world_size
-    from megatron_prune.engine.model import ModelOptions, check_model
-    from megatron_prune.engine.score import ScoreOptions
+    from megatron_prune.engine.model import check_model
     from megatron_prune.store import open_source
 
-    grid = grid_from(args)
+    grid, criteria = grid_from(args), _criteria(args.criterion)
     data_parallel_size(grid, world_size())
-    options = ScoreOptions(
-        criteria=_criteria(args.criterion),
-        model=ModelOptions(
-            seq_length=args.seq_length,
-            dtype=dtype_of(args),
-            transformer_impl=args.transformer_impl,
-            sequence_parallel=args.sequence_parallel,
-        ),
-        micro_batch_size=args.micro_batch_size,
-        removal_samples=args.removal_samples,
-        removal_layers=args.removal_layers,
-    )
-    _check_paths(args, options)
+    check_data(args, criteria)
+    _check_save(args)
     source = open_source(args.load, family=args.family)
+    options = score_options(args, criteria, source.config)
     grid.check(source.config.shape)
     check_model(source.config, options.model, grid.tensor_parallel)
     with (
@@ -118,10 +87,7 @@ def run(args: argparse.Namespace) -> None:
         _score(args, source, options, groups)
 
 
-def _check_paths(args: argparse.Namespace, options: ScoreOptions) -> None:
-    text = [n for n in options.criteria if n != "magnitude"]
-    if text and args.data is None:
-        raise ConfigError(f"--data is missing: {', '.join(text)} look at the model at work on text")
+def _check_save(args: argparse.Namespace) -> None:
     if args.save.is_dir():
         raise ConfigError(f"--save {args.save}: is a directory; wanted a file")
     if not args.save.absolute().parent.is_dir():
@@ -136,7 +102,7 @@ def _score(args: argparse.Namespace, source: Source, options: ScoreOptions, grou
 
     assert isinstance(groups, Groups)
     first = groups.ranks.is_first
-    windows, known = on_first_rank(groups.ranks, lambda: _prepare(args, source))
+    windows, known = on_first_rank(groups.ranks, lambda: _prepare(args, source, options))
 
     def save(scores: Scores) -> None:
         if first:
@@ -147,21 +113,14 @@ def _score(args: argparse.Namespace, source: Source, options: ScoreOptions, grou
         _tell(args, scores)
 
 
-def _prepare(args: argparse.Namespace, source: Source) -> tuple[Tensor | None, Scores | None]:
+def _prepare(
+    args: argparse.Namespace, source: Source, options: ScoreOptions
+) -> tuple[Tensor | None, Scores | None]:
     """The calibration windows, and what an earlier run found: of this model and these windows."""
-    from megatron_prune.data.windows import model_windows
     from megatron_prune.digest import source_digest
     from megatron_prune.engine.score import data_digest
 
-    windows = None
-    if args.data is not None:
-        windows, _ = model_windows(
-            args.data,
-            args.tokenizer_model or args.load,
-            seq_length=args.seq_length,
-            max_windows=args.num_samples,
-            vocab_size=source.config.shape.vocab_size,
-        )
+    windows = calibration_windows(args, source, options.model.seq_length)
     if not args.save.exists():
         return windows, None
     try:
