@@ -35,6 +35,9 @@ if TYPE_CHECKING:
     from megatron_prune.source import Source
 
 
+_REMOVING = tuple(name for name, needs in SCORED.items() if needs.removal)
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--load", type=Path, required=True, metavar="CKPT_OR_HF", help="checkpoint of any format"
@@ -118,7 +121,6 @@ def _prepare(
 ) -> tuple[Tensor | None, Scores | None]:
     """The calibration windows, and what an earlier run found: of this model and these windows."""
     from megatron_prune.digest import source_digest
-    from megatron_prune.engine.score import data_digest
 
     windows = calibration_windows(args, source, options.model.seq_length)
     if not args.save.exists():
@@ -129,20 +131,38 @@ def _prepare(
         if args.overwrite:
             return windows, None
         raise
-    same_model = known.source_digest == source_digest(source)
-    same_data = (
-        windows is None
-        or not known.provenance.get("tokens")  # magnitude alone goes with any data
-        or known.provenance.get("data_digest") == data_digest(windows)
-    )
-    if same_model and same_data:
+    other = _difference(known, source_digest(source), windows, options)
+    if other is None:
         return windows, known
     if args.overwrite:
         return windows, None
-    what = "other data" if same_model else "another model"
     raise ConfigError(
-        f"--save {args.save}: holds scores of {what}; choose another file or use --overwrite"
+        f"--save {args.save}: holds scores of {other}; choose another file or use --overwrite"
     )
+
+
+def _difference(
+    known: Scores, digest: str, windows: Tensor | None, options: ScoreOptions
+) -> str | None:
+    """What scores in the file are of and this run's are not; None when they go together."""
+    from megatron_prune.engine.score import data_digest
+
+    if known.source_digest != digest:
+        return "another model"
+    facts = known.provenance
+    if windows is None or not facts.get("tokens"):
+        return None  # magnitude alone goes with any data
+    if facts.get("data_digest") != data_digest(windows):
+        return "other data"
+    if facts.get("dtype") != options.model.dtype:
+        return f"a model run in {facts.get('dtype')}, this run is {options.model.dtype}"
+    wanted = options.removal_facts(len(windows), known.shape.num_layers)
+    for fact, value in wanted.items():
+        uses = ("perplexity-greedy",) if fact == "removal_layers" else _REMOVING
+        if facts.get(fact) != value and any(name in known.criteria for name in uses):
+            flag = fact.replace("_", "-")
+            return f"--{flag} {facts.get(fact, 'unrecorded')}, this run's is {value}"
+    return None
 
 
 def _tell(args: argparse.Namespace, scores: Scores) -> None:

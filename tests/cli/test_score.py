@@ -215,6 +215,48 @@ def test_more_samples_are_other_data(
     refused("score", *given, *save, says="holds scores of other data")
 
 
+def test_another_dtype_is_not_mixed_in(
+    models: Models, text: Path, scores: Path, tmp_path: Path
+) -> None:
+    shutil.copy(scores, tmp_path / "s")
+    given = ("score", "--load", models("gqa"), "--data", text, *SIZES, "--save", tmp_path / "s")
+    says = "holds scores of a model run in fp32, this run is bf16; choose another file or use"
+    refused(*given, "--criterion", "wanda", "--bf16", says=says)
+    assert (tmp_path / "s").read_bytes() == scores.read_bytes()
+    ok(*given, "--criterion", "wanda", "--bf16", "--overwrite")
+    assert load_scores(tmp_path / "s").provenance["dtype"] == "bf16"
+    assert set(load_scores(tmp_path / "s").criteria) == {"wanda"}
+
+
+def test_other_removals_are_not_mixed_in(
+    models: Models, text: Path, scores: Path, tmp_path: Path
+) -> None:
+    """Where removals are in the file and asked for; other criteria do not look at them."""
+    shutil.copy(scores, tmp_path / "s")
+    assert load_scores(scores).provenance["removal_samples"] == SAMPLES  # as many as there are
+    given = ("score", "--load", models("gqa"), "--data", text, *SIZES, "--save", tmp_path / "s")
+    says = "holds scores of --removal-samples 4, this run's is 2; choose another file or use"
+    for name in ("perplexity", "perplexity-greedy"):
+        refused(*given, "--removal-samples", 2, "--criterion", name, says=says)
+    ok(*given, "--removal-samples", 2, "--criterion", "residual-energy")
+    ok(*given, "--removal-samples", SAMPLES + 1, "--criterion", "perplexity-greedy")
+    assert load_scores(tmp_path / "s").provenance["removal_layers"] == 1
+    says = "holds scores of --removal-layers 1, this run's is 2"
+    refused(*given, "--removal-layers", 2, "--criterion", "perplexity-greedy", says=says)
+
+
+def test_without_seq_length_it_is_what_the_model_takes(
+    models: Models, text: Path, tmp_path: Path
+) -> None:
+    samples, save = ("--num-samples", SAMPLES), ("--save", tmp_path / "s", "--overwrite")
+    for kind, takes in (("gqa", 128), ("mistral", 64)):  # its positions, its window
+        given = ("score", "--load", models(kind), *samples, *save, "--criterion")
+        done = ok(*given, "residual-energy", "--data", text)
+        assert load_scores(tmp_path / "s").provenance["seq_length"] == takes
+        assert f"--seq-length {takes}: as much as the model takes" in done.err
+        assert "--seq-length" not in ok(*given, "magnitude").err  # which looks at no text
+
+
 def test_a_file_that_holds_no_scores_is_kept_without_overwrite(
     models: Models, text: Path, tmp_path: Path
 ) -> None:
