@@ -19,6 +19,7 @@ import shutil
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 FFN, HEADS, HIDDEN, LAYERS = (
@@ -34,46 +35,90 @@ TARGETS = {
     "24 layers": LAYERS,
     "all four": [*FFN, *HEADS, *HIDDEN, *LAYERS],
 }
-SCORED = (
-    "magnitude,activation,wanda,flap,residual-energy,taylor,fisher,perplexity,perplexity-greedy"
-)
-REPAIR, RESCALE = ["--repair"], ["--norm-rescale"]
-BEST = "hidden=residual-energy,heads=wanda,ffn=wanda,layers=perplexity-greedy"
-# target -> recipe -> criterion, flags of prune
-ROWS: dict[str, dict[str, tuple[str, list[str]]]] = {
-    "FFN 1024": {
-        "random": ("random", []),
-        **{name: (name, []) for name in ("magnitude", "activation", "wanda", "flap", "taylor")},
-        "activation, repaired": ("activation", REPAIR),
-        "wanda, repaired": ("wanda", REPAIR),
-    },
-    "heads 6": {
-        "random": ("random", []),
-        **{name: (name, []) for name in ("magnitude", "activation", "wanda", "flap", "taylor")},
-        "activation, repaired": ("activation", REPAIR),
-        "wanda, repaired": ("wanda", REPAIR),
-    },
-    "hidden 384": {
-        "random": ("random", []),
-        **{n: (n, []) for n in ("magnitude", "activation", "wanda", "taylor", "residual-energy")},
-        "activation, rescaled": ("activation", RESCALE),
-        "residual-energy, rescaled": ("residual-energy", RESCALE),
-        "residual-energy, rescaled, repaired": ("residual-energy", [*RESCALE, *REPAIR]),
-    },
-    "24 layers": {
-        "random": ("random", []),
-        **{
-            n: (n, [])
-            for n in ("magnitude", "activation", "taylor", "perplexity", "perplexity-greedy")
-        },
-        "perplexity-greedy, repaired": ("perplexity-greedy", REPAIR),
-    },
-    "all four": {
-        "activation": ("activation", []),
-        "best of each axis": (BEST, []),
-        "best of each axis, rescaled": (BEST, RESCALE),
-        "best of each axis, rescaled, repaired": (BEST, [*RESCALE, *REPAIR]),
-    },
+SCORED = "magnitude,activation,wanda,flap,residual-energy,taylor,fisher,perplexity"
+# removes as many layers as the target; slow, so last
+GREEDY = "perplexity-greedy"
+OWN = ["--repair"]
+FULL = ["--repair", "--repair-target", "stream", "--repair-readers", "--repair-damping", "0.1"]
+RESCALE = ["--norm-rescale"]
+BEST = "hidden=residual-energy,heads=wanda,ffn=wanda,layers="
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """How a row is made.
+
+    Attributes:
+        flags: of `prune`.
+        rotated: start from ``convert --rotate``, scored anew by residual-energy.
+    """
+
+    criterion: str
+    flags: tuple[str, ...] = ()
+    rotated: bool = False
+
+
+def _units(*criteria: str) -> dict[str, Recipe]:
+    """Each criterion cut only and repaired, for heads and FFN."""
+    found = {"wanda, repaired in full": Recipe(criterion="wanda", flags=(*FULL,))}
+    for name in criteria:
+        found[name] = Recipe(criterion=name)
+        found[f"{name}, repaired"] = Recipe(criterion=name, flags=(*OWN,))
+    return found
+
+
+def _hidden(*criteria: str) -> dict[str, Recipe]:
+    found = {}
+    for name in criteria:
+        found[name] = Recipe(criterion=name)
+        found[f"{name}, rescaled"] = Recipe(criterion=name, flags=(*RESCALE,))
+        found[f"{name}, rescaled, repaired in full"] = Recipe(
+            criterion=name, flags=(*RESCALE, *FULL)
+        )
+    for what, flags in (
+        ("rescaled", RESCALE),
+        ("rescaled, repaired in full", (*RESCALE, *FULL)),
+    ):
+        found[f"rotated, residual-energy, {what}"] = Recipe(
+            criterion="residual-energy", flags=(*flags,), rotated=True
+        )
+    return found
+
+
+def _layers(*criteria: str) -> dict[str, Recipe]:
+    found = {}
+    for name in criteria:
+        found[name] = Recipe(criterion=name)
+        found[f"{name}, repaired in full"] = Recipe(criterion=name, flags=(*FULL,))
+    return found
+
+
+def _all(layers: str) -> dict[str, Recipe]:
+    best = BEST + layers
+    return {
+        "activation, rescaled, repaired in full": Recipe(
+            criterion="activation", flags=(*RESCALE, *FULL)
+        ),
+        f"best, layers={layers}": Recipe(criterion=best),
+        f"best, layers={layers}, rescaled": Recipe(criterion=best, flags=(*RESCALE,)),
+        f"best, layers={layers}, rescaled, repaired": Recipe(
+            criterion=best, flags=(*RESCALE, *OWN)
+        ),
+        f"best, layers={layers}, rescaled, repaired in full": Recipe(
+            criterion=best, flags=(*RESCALE, *FULL)
+        ),
+        f"best, layers={layers}, rotated, rescaled, repaired in full": Recipe(
+            criterion=best, flags=(*RESCALE, *FULL), rotated=True
+        ),
+    }
+
+
+ROWS: dict[str, dict[str, Recipe]] = {
+    "FFN 1024": _units("wanda", "activation", "flap", "taylor", "fisher", "magnitude", "random"),
+    "heads 6": _units("wanda", "activation", "flap", "taylor", "fisher", "magnitude", "random"),
+    "hidden 384": _hidden("residual-energy", "activation", "wanda", "taylor", "magnitude"),
+    "24 layers": _layers("activation", "perplexity", GREEDY, "taylor", "magnitude", "random"),
+    "all four": {**_all("activation"), **_all(GREEDY)},
 }
 
 
@@ -99,28 +144,47 @@ class Bench:
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args, self.work = args, args.work
+        self.bf16 = ["--bf16"] if args.bf16 else []
+        self.text = ["--data", args.calibration, "--num-samples", args.samples,
+                     "--seq-length", 1024]  # fmt: skip
         self.work.mkdir(parents=True, exist_ok=True)
-        self.scores = self.work / "scores.safetensors"
 
-    def row(self, target: str, recipe: str, criterion: str, flags: list[str]) -> float:
-        """The loss of one recipe at one target, and how long its repair took."""
-        name = f"{target} {recipe}".replace(" ", "_").replace(",", "")
-        result = self.work / f"{name}.json"
+    def sources(self, rotated: bool) -> tuple[Path, Path]:
+        """The model to prune and its scores, made where they are not there yet."""
+        model, scores = self.args.model, self.work / "scores.safetensors"
+        criteria = SCORED
+        if rotated:
+            model, scores = self.work / "rotated", self.work / "rotated.safetensors"
+            criteria = "activation,wanda,residual-energy"
+            if not model.exists():
+                seconds = run("convert", "--load", self.args.model, "--save", model, "--to", "hf",
+                              "--rotate", *self.text, *self.bf16)  # fmt: skip
+                print(f"rotation: {seconds:.0f} s", file=sys.stderr)
+        if not scores.exists():
+            removal = ["--removal-samples", self.args.removal_samples, "--removal-layers", 6]
+            for names in (criteria, GREEDY):
+                seconds = run("score", "--load", model, "--criterion", names, "--save", scores,
+                              *self.text, *removal, *self.bf16)  # fmt: skip
+                print(f"scores {names}: {seconds:.0f} s", file=sys.stderr)
+        return model, scores
+
+    def row(self, target: str, name: str, recipe: Recipe) -> float:
+        """The loss of one recipe at one target."""
+        stem = f"{target} {name}".replace(" ", "_").replace(",", "").replace("=", "-")
+        result = self.work / f"{stem}.json"
         if result.exists():
             return float(json.loads(result.read_text())["loss"])
-        plan, pruned = self.work / f"{name}.plan.json", self.work / "pruned"
-        scores = [] if criterion == "random" else ["--scores", self.scores]
-        run("plan", "--load", self.args.model, "--save", plan, "--overwrite", "--criterion",
-            criterion, *scores, *TARGETS[target])  # fmt: skip
+        model, scores = self.sources(recipe.rotated)
+        plan, pruned = self.work / f"{stem}.plan.json", self.work / "pruned"
+        given = [] if recipe.criterion == "random" else ["--scores", scores]
+        run("plan", "--load", model, "--save", plan, "--overwrite", "--criterion",
+            recipe.criterion, *given, *TARGETS[target])  # fmt: skip
         shutil.rmtree(pruned, ignore_errors=True)
-        if flags:
-            flags = [*flags, "--data", str(self.args.calibration), "--num-samples",
-                     str(self.args.samples), "--seq-length", "1024"]  # fmt: skip
-            flags += ["--bf16"] if self.args.bf16 else []
-        seconds = run("prune", "--load", self.args.model, "--plan", plan, "--save", pruned,
-                      "--to", "hf", *flags)  # fmt: skip
+        repair = [*recipe.flags, *self.text, *self.bf16] if recipe.flags else []
+        seconds = run("prune", "--load", model, "--plan", plan, "--save", pruned, "--to", "hf",
+                      *repair)  # fmt: skip
         loss = evaluate(pruned, self.args.text, self.args.windows, result, self.args.bf16)
-        print(f"{target}, {recipe}: loss {loss:.4f}, prune {seconds:.0f} s", file=sys.stderr)
+        print(f"{target}, {name}: loss {loss:.4f}, prune {seconds:.0f} s", file=sys.stderr)
         return loss
 
 
@@ -136,25 +200,20 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("runs/criteria"), help="where to work")
     parser.add_argument("--only", default="", help="part of a target's or a recipe's name")
     args = parser.parse_args()
-    bench, bf16 = Bench(args), ["--bf16"] if args.bf16 else []
-    dense = bench.work / "dense.json"
+    bench, dense = Bench(args), args.work / "dense.json"
     if not dense.exists():
         evaluate(args.model, args.text, args.windows, dense, args.bf16)
     dense_loss = float(json.loads(dense.read_text())["loss"])
-    seconds = run("score", "--load", args.model, "--data", args.calibration, "--criterion", SCORED,
-                  "--num-samples", args.samples, "--seq-length", 1024, "--save", bench.scores,
-                  "--removal-layers", 6, "--removal-samples", args.removal_samples,
-                  *bf16)  # fmt: skip
-    print(f"scores: {seconds:.0f} s", file=sys.stderr)
     print(f"dense: loss {dense_loss:.4f}, perplexity {math.exp(dense_loss):.1f}\n")
     print("| target | recipe | loss | perplexity | excess / activation's |\n|---|---|---|---|---|")
     for target, recipes in ROWS.items():
-        baseline = bench.row(target, "activation", "activation", []) - dense_loss
-        for recipe, (criterion, flags) in recipes.items():
-            if args.only not in target and args.only not in recipe:
+        base = Recipe(criterion="activation")
+        baseline = bench.row(target, "activation", base) - dense_loss
+        for name, recipe in {"activation": base, **recipes}.items():
+            if args.only not in target and args.only not in name:
                 continue
-            loss = bench.row(target, recipe, criterion, flags)
-            print(f"| {target} | {recipe} | {loss:.4f} | {math.exp(loss):.1f} "
+            loss = bench.row(target, name, recipe)
+            print(f"| {target} | {name} | {loss:.4f} | {math.exp(loss):.1f} "
                   f"| {(loss - dense_loss) / baseline:.3f} |", flush=True)  # fmt: skip
 
 

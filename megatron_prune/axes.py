@@ -89,6 +89,22 @@ def axes_of(name: str) -> str:
     return _AXES[split_layer(name)[1]]
 
 
+_NORM_BEFORE = {
+    "self_attention": "input_layernorm.weight",
+    "mlp": "pre_mlp_layernorm.weight",
+}
+
+
+def norm_before(name: str) -> str | None:
+    """The norm whose output a weight reads; None for one that reads something else."""
+    if name == OUTPUT.name:
+        return FINAL_NORM.name
+    layer, rest = split_layer(name)
+    if layer is None or not axes_of(name).endswith("D") or axes_of(name) == "D":
+        return None
+    return layer_name(layer, _NORM_BEFORE[rest.partition(".")[0]])
+
+
 def split_dim(axes: str) -> int | None:
     """The dim that tensor parallelism splits, None for a replicated tensor."""
     return next((dim for dim, axis in enumerate(axes) if axis in SPLIT_AXES), None)

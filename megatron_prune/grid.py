@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megatron_prune.errors import ShapeError
 from megatron_prune.shape import ModelShape
@@ -79,6 +79,23 @@ class ParallelGrid:
         if self.last_stage_layers is not None:
             stages = [*stages, self.last_stage_layers]
         return stages
+
+    def for_layers(self, num_layers: int) -> ParallelGrid:
+        """This grid with stages for any number of layers, at least one each: as even as the first
+        and last stage can make them, which alone may differ."""
+        even = replace(self, first_stage_layers=None, last_stage_layers=None)
+        stages = self.pipeline_parallel
+        if num_layers % stages == 0 or num_layers < stages:
+            return even  # too few are refused by `check`
+        if stages == 2:
+            return replace(even, first_stage_layers=-(-num_layers // 2))
+        below = num_layers // stages
+        middle = min(
+            (n for n in (below, below + 1) if num_layers - n * (stages - 2) >= 2),
+            key=lambda n: max(n, -(-(num_layers - n * (stages - 2)) // 2)),
+        )
+        ends = num_layers - middle * (stages - 2)
+        return replace(even, first_stage_layers=-(-ends // 2), last_stage_layers=ends // 2)
 
     def stage_layers(self, num_layers: int, pp_rank: int) -> range:
         """The layers of one stage, in the model's numbering."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -193,6 +194,56 @@ class PrunePlan:
         top = [f" {json.dumps(key)}: {json.dumps(value)}" for key, value in values.items()]
         top[-1] = ' "kept": ' + _kept_lines(values["kept"])
         return "{\n" + ",\n".join(top) + "\n}\n"
+
+
+def compose(first: PrunePlan, second: PrunePlan) -> PrunePlan:
+    """One plan that does what ``first`` and then ``second`` do, in the numbers of the first source.
+
+    Takes criterion and seed of ``second``. Balanced only for what both are: as many on each of n
+    ranks, of which as many on each are kept.
+
+    Raises:
+        PlanError: ``second`` was not made for a model of the shape that ``first`` leaves.
+    """
+    if second.source != first.target:
+        raise PlanError(
+            f"the first plan leaves {first.target.as_dict()}, the second was made for "
+            f"{second.source.as_dict()}; plan the second on what the first leaves"
+        )
+
+    def whole(axis: str, *kept: tuple[int, ...] | None) -> tuple[int, ...] | None:
+        if kept == (None, None):
+            return None
+        return tuple(first.indices(axis)[i] for i in second.indices(axis))
+
+    def per_layer(axis: str, *kept: PerLayer | None) -> PerLayer | None:
+        if kept == (None, None):
+            return None
+        found = {}
+        for layer in second.layers:
+            units = first.indices(axis, first.layers[layer])
+            found[first.layers[layer]] = tuple(units[i] for i in second.indices(axis, layer))
+        return found
+
+    one, other = first.kept, second.kept
+    is_balanced = first.prune_type == second.prune_type == "balance"
+    return PrunePlan(
+        source=first.source,
+        kept=Kept(
+            layers=whole("L", one.layers, other.layers),
+            hidden=whole("D", one.hidden, other.hidden),
+            heads=per_layer("Q", one.heads, other.heads),
+            query_groups=per_layer("K", one.query_groups, other.query_groups),
+            ffn=per_layer("F", one.ffn, other.ffn),
+            vocab=whole("V", one.vocab, other.vocab),
+        ),
+        criterion=second.criterion,
+        seed=second.seed,
+        prune_type="balance" if is_balanced else "unbalance",
+        balance_for=math.gcd(first.balance_for, second.balance_for),
+        source_digest=first.source_digest,
+        uniform=first.uniform and second.uniform,
+    )
 
 
 def _kept_lines(kept: Any) -> str:

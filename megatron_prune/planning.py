@@ -77,7 +77,7 @@ def make_plan(
         PlanError: a target that this model, or this balance, does not allow; says which are near.
     """
     ranks = balance_for if prune_type == "balance" else 1
-    targets = _checked(shape, targets, ranks)
+    targets = check_targets(shape, targets, ranks)
     if targets.num_layers is not None:
         kept_layers = keep_top(criterion("L", shape.num_layers, None, seed), targets.num_layers)
         dropped = set(range(shape.num_layers)) - set(kept_layers)
@@ -127,32 +127,12 @@ def make_plan(
     )
 
 
-def keep_top(scores: Tensor, keep: int, blocks: int = 1) -> tuple[int, ...]:
-    """The best ``keep / blocks`` of each of ``blocks`` equal parts of an axis, sorted.
+def check_targets(shape: ModelShape, targets: Targets, ranks: int) -> Targets:
+    """The targets with what follows from them filled in; axes kept whole become None.
 
-    Args:
-        scores: [n] any float dtype; equal scores prefer the lower index.
+    Raises:
+        PlanError: see `make_plan`; ``ranks`` are those to balance for, 1 for none.
     """
-    rows = scores.view(blocks, -1)
-    order = torch.sort(rows, dim=1, descending=True, stable=True).indices[:, : keep // blocks]
-    first = torch.arange(blocks)[:, None] * rows.shape[1]
-    return tuple(sorted((order + first).flatten().tolist()))
-
-
-def keep_in_groups(
-    scores: Tensor, groups: Iterable[int], per_group: int, heads_per_group: int
-) -> tuple[int, ...]:
-    """The best ``per_group`` heads of each kept group, sorted. ``scores`` is [heads]."""
-    kept: list[int] = []
-    for group in groups:
-        first = group * heads_per_group
-        mine = scores[first : first + heads_per_group]
-        kept += [first + head for head in keep_top(mine, per_group)]
-    return tuple(sorted(kept))
-
-
-def _checked(shape: ModelShape, targets: Targets, ranks: int) -> Targets:
-    """The targets with what follows from them filled in; axes kept whole become None."""
     _check_layers(shape, targets.drop_layers)
     if targets.num_layers is not None and targets.drop_layers:
         raise PlanError("--num-layers-remain and --drop-layers: give one of the two")
@@ -189,6 +169,30 @@ def _checked(shape: ModelShape, targets: Targets, ranks: int) -> Targets:
         num_layers=changed(targets.num_layers, shape.num_layers),
         drop_layers=targets.drop_layers,
     )
+
+
+def keep_top(scores: Tensor, keep: int, blocks: int = 1) -> tuple[int, ...]:
+    """The best ``keep / blocks`` of each of ``blocks`` equal parts of an axis, sorted.
+
+    Args:
+        scores: [n] any float dtype; equal scores prefer the lower index.
+    """
+    rows = scores.view(blocks, -1)
+    order = torch.sort(rows, dim=1, descending=True, stable=True).indices[:, : keep // blocks]
+    first = torch.arange(blocks)[:, None] * rows.shape[1]
+    return tuple(sorted((order + first).flatten().tolist()))
+
+
+def keep_in_groups(
+    scores: Tensor, groups: Iterable[int], per_group: int, heads_per_group: int
+) -> tuple[int, ...]:
+    """The best ``per_group`` heads of each kept group, sorted. ``scores`` is [heads]."""
+    kept: list[int] = []
+    for group in groups:
+        first = group * heads_per_group
+        mine = scores[first : first + heads_per_group]
+        kept += [first + head for head in keep_top(mine, per_group)]
+    return tuple(sorted(kept))
 
 
 def _attention_targets(shape: ModelShape, targets: Targets) -> tuple[int | None, int | None]:

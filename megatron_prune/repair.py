@@ -20,7 +20,7 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from megatron_prune.axes import FINAL_NORM, axes_of, split_dim, split_layer
+from megatron_prune.axes import FINAL_NORM, axes_of, norm_before, split_dim, split_layer
 from megatron_prune.errors import DamagedError
 from megatron_prune.plan import PrunePlan
 from megatron_prune.source import DTYPES, Source
@@ -33,6 +33,11 @@ PROJECTIONS = ("self_attention.linear_proj", "mlp.linear_fc2")
 NORMS = ("input_layernorm.weight", "pre_mlp_layernorm.weight")
 _REPLACEABLE = {FINAL_NORM.name, *NORMS, *(f"{p}.weight" for p in PROJECTIONS)}
 _REPLACEABLE |= {f"{p}.bias" for p in PROJECTIONS}
+READERS = (
+    *(f"self_attention.linear_{part}.weight" for part in "qkv"),
+    *(f"mlp.linear_{part}.weight" for part in ("gate", "up")),
+)
+_REPLACEABLE |= {*READERS}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +45,7 @@ class Replaced:
     """One tensor that is not the planned slice of the source.
 
     Attributes:
-        how: least-squares or norm-rescale.
+        how: least-squares, readers, norm-rescale, or folded (a norm's weight, into its readers).
         sha256: dtype name -> of the tensor's bytes in that dtype, row by row; so a checkpoint that
             was cast on the way out can be checked too.
         error_before, error_after: relative error of the projection's output on the calibration
@@ -134,8 +139,9 @@ class Tensors(Mapping[str, Tensor]):
         self._directory, self._names = directory, dict[str, None]()
 
     def put(self, name: str, x: Tensor, *, here: bool = True) -> None:
-        """Add a tensor; every rank says so, and the one with ``here`` writes it."""
+        """Add or replace a tensor; every rank says so, and the one with ``here`` writes it."""
         if here:
+            self._path(name).unlink(missing_ok=True)
             write_file(self._path(name), save({"x": x.contiguous()}))
         self._names[name] = None
 
@@ -188,6 +194,38 @@ class RepairedSource(Source):
 
     def close(self) -> None:
         self._source.close()
+
+
+class MixedSource(Source):
+    """A pruned model whose readers of some norms take mixtures of the hidden channels.
+
+    Args:
+        wide: the same pruned model with all hidden channels.
+        mixes: norm -> [D, kept D] float32 on any device: the norm's input, as estimated from the
+            kept channels. The norm's weight is folded into the readers and becomes 1.
+    """
+
+    def __init__(self, pruned: Source, wide: Source, mixes: Mapping[str, Tensor]) -> None:
+        self.path, self.format, self.grid = pruned.path, pruned.format, pruned.grid
+        self.companion_files, self.iteration = pruned.companion_files, pruned.iteration
+        self.config = pruned.config
+        self._pruned, self._wide, self._mixes = pruned, wide, mixes
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self._pruned.dtype(name)
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
+        if name in self._mixes:
+            return torch.ones_like(self._pruned.read(name))
+        norm = norm_before(name)
+        if norm is None or norm not in self._mixes:
+            return self._pruned.read(name, start, stop)
+        mix, x = self._mixes[norm], self._wide.read(name, start, stop)
+        scaled = x.to(mix.device).float() * self._wide.read(norm).to(mix.device).float()
+        return (scaled @ mix).to(x.dtype).cpu()
+
+    def close(self) -> None:
+        self._pruned.close()
 
 
 def without_units(plan: PrunePlan) -> PrunePlan:

@@ -25,8 +25,10 @@ from megatron_prune.shape import ModelShape
 AXES = "DQKFL"
 Criterion = Callable[[str, int, int | None, int], Tensor]
 """(axis letter, its size, source layer or None for a model-wide axis, seed) -> [size] scores."""
+Terms = Callable[[str, int, int | None], list[tuple[float, Tensor]]]
+"""(axis letter, its size, layer as above) -> weights and [size] scores; `combined` is the whole."""
 
-_WORDS = {"D": "hidden", "Q": "heads", "K": "query-groups", "F": "ffn", "L": "layers"}
+AXIS_WORDS = {"D": "hidden", "Q": "heads", "K": "query-groups", "F": "ffn", "L": "layers"}
 _VERSION = "1"
 _KEY = "megatron_prune.scores"
 _STATISTICS = "statistics"
@@ -62,7 +64,7 @@ class Scores:
     def __post_init__(self) -> None:
         for name, axes in self.criteria.items():
             for axis, x in axes.items():
-                if axis not in _WORDS:
+                if axis not in AXIS_WORDS:
                     raise DamagedError(f"scores {name} of axis {axis!r}, which no model has")
                 wanted = score_shape(axis, self.shape)
                 if tuple(x.shape) != wanted:
@@ -82,35 +84,30 @@ class Scores:
             PlanError: not an expression, or a criterion the file does not hold; when called, an
                 axis that is not scored: says which criteria do.
         """
+        terms = self.terms(expression)
+        return lambda axis, size, layer, seed: combined(terms(axis, size, layer))
+
+    def terms(self, expression: str) -> Terms:
+        """What the scores of an expression are made of; see `criterion`."""
         by_axis = {axis: self._parsed(text) for axis, text in _by_axis(expression).items()}
 
-        def scores(axis: str, size: int, layer: int | None, seed: int) -> Tensor:
+        def found(axis: str, size: int, layer: int | None) -> list[tuple[float, Tensor]]:
             terms = by_axis.get(axis, by_axis.get(""))
             if terms is None:
                 raise PlanError(
-                    f"--criterion {expression}: says nothing of {_WORDS[axis]}; add "
-                    f"{_WORDS[axis]}=NAME ({self._scoring(axis)})"
+                    f"--criterion {expression}: says nothing of {AXIS_WORDS[axis]}; add "
+                    f"{AXIS_WORDS[axis]}=NAME ({self._scoring(axis)})"
                 )
-            found = [(weight, self._scores(name, axis, size, layer)) for weight, name in terms]
-            if len(found) == 1:
-                return found[0][1]
-            return torch.stack([weight * _ranks(x) for weight, x in found]).sum(0)
+            return [(weight, self._scores(name, axis, size, layer)) for weight, name in terms]
 
-        return scores
+        return found
 
     def _parsed(self, text: str) -> list[tuple[float, str]]:
-        terms = []
-        for term in text.split("+"):
-            weight, _, name = term.rpartition("*")
-            try:
-                terms.append((float(weight or 1), name.strip()))
-                if not math.isfinite(terms[-1][0]):
-                    raise ValueError
-            except ValueError:
-                raise PlanError(f"--criterion {text}: {weight!r} is not a weight") from None
-            if name.strip() not in self.criteria:
+        terms = _terms(text)
+        for _, name in terms:
+            if name not in self.criteria:
                 raise PlanError(
-                    f"--criterion {name.strip()}: not in the scores, which hold "
+                    f"--criterion {name}: not in the scores, which hold "
                     f"{', '.join(sorted(self.criteria))}"
                 )
         return terms
@@ -128,17 +125,53 @@ class Scores:
             return heads.square().sum(1).sqrt()  # a group is as good as its heads together
         if axis not in held:
             raise PlanError(
-                f"--criterion {name} does not score {_WORDS[axis]}; {self._scoring(axis)}"
+                f"--criterion {name} does not score {AXIS_WORDS[axis]}; {self._scoring(axis)}"
             )
         x = held[axis] if layer is None or axis in "DL" else held[axis][layer]
         assert x.numel() == size, (axis, x.shape, size)
         return x.double()
 
 
+def criteria_named(expression: str) -> dict[str, tuple[str, ...]]:
+    """Axis letter -> the criteria that an expression decides by along it, in the order they stand;
+    axes it says nothing of are left out.
+
+    Raises:
+        PlanError: not an expression.
+    """
+    by_axis = _by_axis(expression)
+    parts = {axis: by_axis.get(axis, by_axis.get("")) for axis in AXES}
+    return {
+        axis: tuple(dict.fromkeys(name for _, name in _terms(text)))
+        for axis, text in parts.items()
+        if text is not None
+    }
+
+
+def narrowed(expression: str, axes: str) -> str:
+    """What an expression says of some axes, as an expression that says nothing of others."""
+    by_axis = _by_axis(expression)
+    return ",".join(f"{AXIS_WORDS[axis]}={by_axis.get(axis) or by_axis['']}" for axis in axes)
+
+
+def _terms(text: str) -> list[tuple[float, str]]:
+    """``a+2*b`` -> weights and names."""
+    terms = []
+    for term in text.split("+"):
+        weight, _, name = term.rpartition("*")
+        try:
+            terms.append((float(weight or 1), name.strip()))
+            if not math.isfinite(terms[-1][0]):
+                raise ValueError
+        except ValueError:
+            raise PlanError(f"--criterion {text}: {weight!r} is not a weight") from None
+    return terms
+
+
 def _by_axis(expression: str) -> dict[str, str]:
     """Axis letter -> its part of an expression; "" -> the part for all axes."""
     parts: dict[str, str] = {}
-    letters = {word: letter for letter, word in _WORDS.items()}
+    letters = {word: letter for letter, word in AXIS_WORDS.items()}
     for part in expression.split(","):
         word, equals, text = part.strip().rpartition("=")
         if (equals and word not in letters) or not text:
@@ -148,6 +181,13 @@ def _by_axis(expression: str) -> dict[str, str]:
             )
         parts[letters.get(word, "")] = text
     return parts
+
+
+def combined(terms: list[tuple[float, Tensor]]) -> Tensor:
+    """[n] one term's own scores, or the sum of several ones' ranks, each times its weight."""
+    if len(terms) == 1:
+        return terms[0][1]
+    return torch.stack([weight * _ranks(x) for weight, x in terms]).sum(0)
 
 
 def _ranks(x: Tensor) -> Tensor:

@@ -66,6 +66,11 @@ class Source(ABC):
     def dtype(self, name: str) -> torch.dtype:
         """The tensor's dtype, without reading it."""
 
+    @property
+    def stored_vocab_size(self) -> int:
+        """Rows of the embedding where it lies, padding included."""
+        return self.config.shape.vocab_size
+
     def stored_name(self, name: str) -> str:
         """What the tensor is called where it lies, for messages."""
         return name

@@ -90,3 +90,18 @@ def test_an_impossible_layout_is_refused_with_the_legal_sizes(
 ) -> None:
     with pytest.raises(ShapeError, match=message):
         grid.check(SHAPE)
+
+
+@given(st.integers(1, 90), st.integers(1, 9))
+def test_a_grid_for_any_number_of_layers_is_nearly_even(layers: int, stages: int) -> None:
+    grid = ParallelGrid(pipeline_parallel=stages, first_stage_layers=1).for_layers(layers)
+    if layers < stages:
+        with pytest.raises(ShapeError, match=f"{layers} layers"):
+            grid.layers_per_stage(layers)
+        return
+    found = grid.layers_per_stage(layers)
+    assert sum(found) == layers and len(found) == stages and min(found) >= 1
+    assert len(set(found[1:-1])) <= 1
+    if layers % stages == 0:
+        assert grid == ParallelGrid(pipeline_parallel=stages)
+    assert max(found) <= -(-layers // stages) + (stages + 1) // 2

@@ -1,4 +1,4 @@
-"""Flags that `train` and `evaluate` share beyond `options`: processes, precision, layers."""
+"""Flags that stages which run the model share beyond `options`: processes, precision, layers."""
 
 from __future__ import annotations
 
@@ -8,8 +8,12 @@ from megatron_prune.cli.options import add_layout
 from megatron_prune.store.names import FAMILIES
 
 
-def add_engine(parser: argparse.ArgumentParser) -> None:
-    """The layout, how long to wait for a rank, the precision and the kind of layers."""
+def add_engine(parser: argparse.ArgumentParser, *, family: bool = True) -> None:
+    """The layout, how long to wait for a rank, the precision and the kind of layers.
+
+    Args:
+        family: ``--family`` too, for stages that do not take it from `options.add_load`.
+    """
     add_layout(parser)
     group = parser.add_argument_group("processes, precision and layers")
     group.add_argument(
@@ -31,11 +35,12 @@ def add_engine(parser: argparse.ArgumentParser) -> None:
         default="auto",
         help="auto: Transformer Engine where it is installed and a GPU is there",
     )
-    group.add_argument(
-        "--family",
-        choices=FAMILIES,
-        help="of a stock Megatron checkpoint whose arguments do not tell",
-    )
+    if family:
+        group.add_argument(
+            "--family",
+            choices=FAMILIES,
+            help="of a stock Megatron checkpoint whose arguments do not tell",
+        )
 
 
 def dtype_of(args: argparse.Namespace) -> str:

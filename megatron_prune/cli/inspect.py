@@ -12,7 +12,7 @@ from typing import Any
 
 from megatron_prune.axes import count_parameters, names
 from megatron_prune.cli.options import opened, shape_table, show
-from megatron_prune.grid import padded_vocab_size
+from megatron_prune.grid import VOCAB_DIVISOR
 from megatron_prune.source import DTYPE_NAMES, Source
 from megatron_prune.store.names import FAMILIES
 
@@ -26,16 +26,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def facts(source: Source) -> dict[str, Any]:
     """The object ``--json`` prints."""
     config, grid = source.config, source.grid
-    shape, is_hf = config.shape, source.format == "hf"
     dtypes = sorted({DTYPE_NAMES.get(source.dtype(n), str(source.dtype(n))) for n in names(config)})
     return {
         "path": str(source.path),
         "format": source.format,
         "family": config.family,
-        "shape": shape.as_dict(),
-        "padded_vocab_size": shape.vocab_size
-        if is_hf
-        else padded_vocab_size(shape.vocab_size, grid.tensor_parallel),
+        "shape": config.shape.as_dict(),
+        "padded_vocab_size": source.stored_vocab_size,
+        # not padded yet: to multiples of this times TP, when it is converted
+        **({"make_vocab_size_divisible_by": VOCAB_DIVISOR} if source.format == "hf" else {}),
         "parameters": count_parameters(config),
         "tensor_model_parallel_size": grid.tensor_parallel,
         "pipeline_model_parallel_size": grid.pipeline_parallel,

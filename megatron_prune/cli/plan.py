@@ -13,8 +13,13 @@
   megatron-prune plan --load llama --save plan.json --scores scores.safetensors \\
       --criterion activation --target-params 3.4B --candidates 8 --evaluate-data valid.txt
 
+  torchrun --nproc-per-node 8 -m megatron_prune plan --load llama --save plan.json --rounds 3 \\
+      --criterion activation --data calibration.jsonl --tensor-model-parallel-size 8 \\
+      --balance-for 8 --ffn-hidden-size-remain 8256
+
 Every target is optional; what is not named is kept whole, or with a budget as large as fits. Reads
-a few values of the source to fingerprint it, no tensor; --evaluate-data runs the pruned models.
+a few values of the source to fingerprint it, no tensor; --evaluate-data runs the pruned models, and
+--rounds scores the model again as it shrinks.
 """
 
 from __future__ import annotations
@@ -35,12 +40,15 @@ from megatron_prune.cli.plan_search import (
     check_search,
     search_targets,
 )
-from megatron_prune.criteria import CRITERIA, Criterion
+from megatron_prune.cli.rounds import add_round_arguments, check_rounds, plan_in_rounds
+from megatron_prune.criteria import CRITERIA
 from megatron_prune.digest import source_digest
 from megatron_prune.errors import ConfigError, PlanError, StorageError
+from megatron_prune.margins import decisions, rounding_text
 from megatron_prune.plan import PRUNE_TYPES, PrunePlan
 from megatron_prune.planning import Targets, make_plan, parse_layers
-from megatron_prune.scores import load_scores
+from megatron_prune.ranks import is_first_rank
+from megatron_prune.scores import Scores, load_scores
 from megatron_prune.shape import ModelConfig
 from megatron_prune.source import Source
 from megatron_prune.store.block_configs import FFN_MULTIPLE, says_ffn_mult
@@ -130,6 +138,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dry-run", action="store_true", help="print, write nothing")
     add_plan_arguments(parser)
     add_search_arguments(parser)
+    add_round_arguments(parser)
 
 
 def asks_for_pruning(args: argparse.Namespace) -> bool:
@@ -184,6 +193,10 @@ def nonuniform_from(args: argparse.Namespace) -> Nonuniform | None:
         if given:
             raise ConfigError(f"--nonuniform-{next(iter(given))}: needs --nonuniform")
         return None
+    if getattr(args, "rounds", None) is not None:  # of plan alone
+        raise ConfigError(
+            "--nonuniform with --rounds: every round scores equal layers; leave one out"
+        )
     if targets_from(args).ffn_hidden_size is None:
         raise ConfigError(
             "--nonuniform: needs --ffn-hidden-size-remain, the FFN channels of a layer on average"
@@ -194,8 +207,8 @@ def nonuniform_from(args: argparse.Namespace) -> Nonuniform | None:
     return rules
 
 
-def criterion_from(args: argparse.Namespace, source: Source) -> Criterion:
-    """What the flags choose to decide by; a file of scores has to be of this very model.
+def scores_from(args: argparse.Namespace, source: Source) -> Scores | None:
+    """The scores that the flags choose to decide by, of this very model; None when by none.
 
     Raises:
         PlanError: no such criterion, or the scores of another model.
@@ -206,7 +219,7 @@ def criterion_from(args: argparse.Namespace, source: Source) -> Criterion:
                 f"--criterion {args.criterion}: without --scores only {', '.join(CRITERIA)}; make "
                 "scores with `megatron-prune score`"
             )
-        return CRITERIA[args.criterion]
+        return None
     if args.criterion in CRITERIA:
         raise ConfigError(f"--scores with --criterion {args.criterion}, which needs none; name one")
     scores, found = load_scores(args.scores), source_digest(source)
@@ -215,7 +228,7 @@ def criterion_from(args: argparse.Namespace, source: Source) -> Criterion:
             f"--scores {args.scores}: of another model ({scores.source_digest[:12]}..., this one "
             f"is {found[:12]}...); score {source.path}"
         )
-    return scores.criterion(args.criterion)
+    return scores
 
 
 def plan_from(args: argparse.Namespace, source: Source) -> PrunePlan:
@@ -233,7 +246,8 @@ def plan_from(args: argparse.Namespace, source: Source) -> PrunePlan:
                 "--nonuniform with a budget: a search looks at equal layers; take the FFN size it "
                 "finds as --ffn-hidden-size-remain"
             )
-    criterion, targets = criterion_from(args, source), targets_from(args)
+    scores, targets = scores_from(args, source), targets_from(args)
+    criterion = CRITERIA[args.criterion] if scores is None else scores.criterion(args.criterion)
     planner = partial(
         make_plan,
         source.config.shape,
@@ -247,7 +261,12 @@ def plan_from(args: argparse.Namespace, source: Source) -> PrunePlan:
     )
     if asks_for_search(args):
         targets = search_targets(args, source, criterion, planner, targets)
-    return planner(targets)
+    plan = planner(targets)
+    if scores is not None:
+        axes = "DQKF" if targets.drop_layers else "DQKFL"  # layers that are named are no decision
+        if text := rounding_text([*decisions(plan, scores.terms(args.criterion), axes)]):
+            options.say(f"warning: {text}")
+    return plan
 
 
 def warn_not_loadable(config: ModelConfig) -> None:
@@ -285,15 +304,21 @@ def show_plan(source: Source, plan: PrunePlan) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    targets_from(args)  # what is malformed is refused before the source is opened
+    targets = targets_from(args)  # what is malformed is refused before the source is opened
     nonuniform_from(args)
     check_search(args)
+    check_rounds(args, has_target=asks_for_pruning(args))
+    if args.save.is_dir():
+        raise ConfigError(f"--save {args.save}: is a directory; wanted a file")
     if args.save.exists() and not args.overwrite:
         raise ConfigError(f"--save {args.save}: exists; remove it or use --overwrite")
     if not args.save.absolute().parent.is_dir():
         raise StorageError(f"--save {args.save}: {args.save.parent} does not exist; make it first")
     with options.opened(args.load, args.family) as source:
-        plan = plan_from(args, source)
+        if args.rounds is None:
+            plan = plan_from(args, source)
+        else:
+            plan = plan_in_rounds(args, source, targets)
         show_plan(source, plan)
-    if not args.dry_run:
+    if not args.dry_run and is_first_rank():
         replace_file(args.save, plan.to_json().encode())

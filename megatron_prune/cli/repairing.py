@@ -9,15 +9,19 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from tqdm import tqdm
 
 from megatron_prune.cli import options
+from megatron_prune.cli.calibration import (
+    add_calibration_arguments,
+    calibration_grid,
+    calibration_windows,
+    longest_window,
+)
 from megatron_prune.errors import ConfigError, PlanError
-from megatron_prune.grid import ParallelGrid
 from megatron_prune.plan import PrunePlan
 from megatron_prune.ranks import Ranks
 from megatron_prune.repair import STATISTICS, TARGETS, Repair, RepairedSource, Replaced, Tensors
@@ -32,8 +36,11 @@ if TYPE_CHECKING:
     from megatron_prune.engine.groups import Groups
     from megatron_prune.engine.model import ModelOptions
 
-DAMPING = 0.01
-_SEQ_LENGTH = 1024
+_FITTED = {
+    "least-squares": "projections: relative error of their outputs",
+    "readers": "weights that read a norm: relative error of the state they read",
+}
+DAMPING, READERS_DAMPING = 0.01, 0.01
 
 
 def add_repair_arguments(parser: argparse.ArgumentParser) -> None:
@@ -45,16 +52,7 @@ def add_repair_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--norm-rescale", action="store_true", help="adapt norm weights to fewer hidden channels"
     )
-    group.add_argument("--data", type=Path, metavar="CALIB", help="text, or JSON lines with 'text'")
-    group.add_argument(
-        "--num-samples", type=options.positive, default=128, metavar="N", help="windows of CALIB"
-    )
-    group.add_argument(
-        "--seq-length",
-        type=options.positive,
-        metavar="N",
-        help=f"tokens of a window (default: {_SEQ_LENGTH}, or what the model takes)",
-    )
+    add_calibration_arguments(group)
     group.add_argument(
         "--repair-damping", type=float, default=DAMPING, metavar="X", help=f"default {DAMPING}"
     )
@@ -72,18 +70,24 @@ def add_repair_arguments(parser: argparse.ArgumentParser) -> None:
         "the hidden state to the dense model's",
     )
     group.add_argument(
+        "--repair-readers",
+        action="store_true",
+        help="with --repair, refit linear_qkv and linear_fc1 too: from the kept hidden channels to "
+        "what the dense model's would read",
+    )
+    group.add_argument(
+        "--repair-readers-damping",
+        type=float,
+        default=READERS_DAMPING,
+        metavar="X",
+        help=f"default {READERS_DAMPING}",
+    )
+    group.add_argument(
         "--repair-tensor-parallel-size",
         type=options.positive,
         metavar="N",
         help="ranks that share a layer; all others take other windows (default: the target's "
         "TP, where it divides ranks and source, else 1)",
-    )
-    group.add_argument(
-        "--tokenizer-model", type=Path, metavar="PATH", help="default: the source's own"
-    )
-    group.add_argument("--bf16", action="store_true", help="calibrate in bfloat16 (default fp32)")
-    group.add_argument(
-        "--distributed-timeout-minutes", type=float, default=30, metavar="M", help="default 30"
     )
 
 
@@ -113,8 +117,15 @@ def check_repair(args: argparse.Namespace) -> bool:
             "--norm-rescale without --data or --scores: it needs text to calibrate on, or the "
             "statistics that `score` keeps"
         )
-    if not (math.isfinite(args.repair_damping) and args.repair_damping >= 0):
-        raise ConfigError(f"--repair-damping {args.repair_damping}: wanted 0 or more")
+    for flag in ("repair_damping", "repair_readers_damping"):
+        value = getattr(args, flag)
+        if not (math.isfinite(value) and value >= 0):
+            raise ConfigError(f"--{flag.replace('_', '-')} {value}: wanted 0 or more")
+    if args.repair_readers and args.repair_statistics == "dense":
+        raise ConfigError(
+            "--repair-statistics dense fits from the dense model's own state; --repair-readers "
+            "needs sequential"
+        )
     if args.repair_statistics == "dense" and args.repair_target != "own":
         raise ConfigError(
             f"--repair-statistics dense fits the dense model's own output; --repair-target "
@@ -134,14 +145,14 @@ def repaired(args: argparse.Namespace, source: Source, plan: PrunePlan) -> Itera
         ConfigError: data, tokenizer or options that do not fit; nothing to repair.
     """
     from megatron_prune.engine.failures import named_failures
-    from megatron_prune.engine.groups import model_parallel, world_size
+    from megatron_prune.engine.groups import model_parallel
     from megatron_prune.engine.model import ModelOptions, check_model
 
     does = _to_do(args, plan)
     energy = _energy_of_scores(args, plan) if "norms" in does else None
-    grid = _grid(args, source, world_size())
+    grid = calibration_grid(args.repair_tensor_parallel_size, args, source)
     model = ModelOptions(
-        seq_length=args.seq_length or _longest(source),
+        seq_length=args.seq_length or longest_window(source),
         dtype="bf16" if args.bf16 else "fp32",
     )
     grid.check(source.config.shape)
@@ -166,7 +177,7 @@ def _to_do(args: argparse.Namespace, plan: PrunePlan) -> set[str]:
     kept, does = plan.kept, set()
     lost_inputs = any(x is not None for x in (kept.heads, kept.query_groups, kept.ffn))
     if args.repair:
-        if lost_inputs or args.repair_target != "own":
+        if lost_inputs or args.repair_target != "own" or args.repair_readers:
             does.add("projections")
         else:
             options.say("--repair: the plan drops no heads and no FFN channels; nothing to fit")
@@ -181,21 +192,6 @@ def _to_do(args: argparse.Namespace, plan: PrunePlan) -> set[str]:
             "--norm-rescale for those that drop hidden channels; leave them out"
         )
     return does
-
-
-def _longest(source: Source) -> int:
-    config = source.config
-    window = config.sliding_window or config.max_position_embeddings
-    return min(_SEQ_LENGTH, config.max_position_embeddings, window)
-
-
-def _grid(args: argparse.Namespace, source: Source, processes: int) -> ParallelGrid:
-    size = args.repair_tensor_parallel_size
-    if size is None:
-        size = args.tensor_model_parallel_size
-        legal = source.config.shape.legal_tensor_parallel_sizes()
-        size = size if processes % size == 0 and size in legal else 1
-    return ParallelGrid(tensor_parallel=size)
 
 
 def _energy_of_scores(args: argparse.Namespace, plan: PrunePlan) -> Tensor | None:
@@ -220,21 +216,6 @@ def _energy_of_scores(args: argparse.Namespace, plan: PrunePlan) -> Tensor | Non
     return None
 
 
-def _windows(args: argparse.Namespace, source: Source, seq_length: int) -> Tensor:
-    from megatron_prune.data.windows import model_windows
-
-    windows, _ = model_windows(
-        args.data,
-        args.tokenizer_model or args.load,
-        seq_length=seq_length,
-        max_windows=args.num_samples,
-        vocab_size=source.config.shape.vocab_size,
-    )
-    if len(windows) < args.num_samples:
-        options.say(f"{args.data}: {len(windows)} windows, fewer than --num-samples")
-    return windows
-
-
 def _run(
     args: argparse.Namespace,
     source: Source,
@@ -252,7 +233,9 @@ def _run(
     observes_norms = "norms" in does and energy is None
     windows = torch.empty(0, model.seq_length, dtype=torch.int64)
     if observes_norms or "projections" in does:
-        windows = on_first_rank(groups.ranks, lambda: _windows(args, source, model.seq_length))
+        windows = on_first_rank(
+            groups.ranks, lambda: calibration_windows(args, source, model.seq_length)
+        )
     done: dict[str, Replaced] = {}
     passes = plan.source.num_layers * observes_norms
     passes += plan.target.num_layers * ("projections" in does)
@@ -269,14 +252,20 @@ def _run(
                 damping=args.repair_damping,
                 statistics=args.repair_statistics,
                 target=args.repair_target,
+                readers=args.repair_readers,
+                readers_damping=args.repair_readers_damping,
             )
-            done |= repair_projections(source, plan, windows, how, groups, tensors, bar.update)
+            done |= repair_projections(
+                source, plan, windows, how, groups, tensors, done, bar.update
+            )
     settings: dict[str, Any] = {
         "norm_rescale": "norms" in does,
         "least_squares": "projections" in does,
         "damping": args.repair_damping,
         "statistics": args.repair_statistics,
         "target": args.repair_target,
+        "readers": args.repair_readers,
+        "readers_damping": args.repair_readers_damping,
         "norm_energy_from": "data" if observes_norms else "scores" if "norms" in does else None,
         "dtype": model.dtype,
         "data_digest": hashlib.sha256(windows.numpy().tobytes()).hexdigest(),
@@ -294,14 +283,14 @@ def _run(
 
 def show_repair(record: Repair) -> None:
     """One line a kind: how many tensors, and what it did to them."""
-    fitted = [t for t in record.tensors.values() if t.error_after is not None]
+    fitted = {how: [t for t in record.tensors.values() if t.how == how] for how in _FITTED}
     ratios = [t.ratio for t in record.tensors.values() if t.ratio is not None]
     if ratios:
         options.show(f"rescaled {len(ratios)} norms by {min(ratios):.4f} to {max(ratios):.4f}")
-    if fitted:
-        before = sum(t.error_before or 0 for t in fitted) / len(fitted)
-        after = sum(t.error_after or 0 for t in fitted) / len(fitted)
-        options.show(
-            f"refitted {len(fitted)} projections: relative error of their outputs {before:.4f} -> "
-            f"{after:.4f} on average"
-        )
+    for how, tensors in fitted.items():
+        if tensors:
+            before = sum(t.error_before or 0 for t in tensors) / len(tensors)
+            after = sum(t.error_after or 0 for t in tensors) / len(tensors)
+            options.show(
+                f"refitted {len(tensors)} {_FITTED[how]} {before:.4f} -> {after:.4f} on average"
+            )

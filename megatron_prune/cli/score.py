@@ -16,8 +16,14 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_prune.cli.engine_flags import add_engine, dtype_of
-from megatron_prune.cli.options import grid_from, positive
+from megatron_prune.cli.engine_flags import add_engine
+from megatron_prune.cli.options import grid_from
+from megatron_prune.cli.score_flags import (
+    add_score_arguments,
+    check_data,
+    score_options,
+    score_windows,
+)
 from megatron_prune.criteria import SCORED
 from megatron_prune.errors import ConfigError, StorageError
 from megatron_prune.scores import Scores, load_scores, scores_bytes
@@ -27,6 +33,9 @@ if TYPE_CHECKING:
 
     from megatron_prune.engine.score import ScoreOptions
     from megatron_prune.source import Source
+
+
+_REMOVING = tuple(name for name, needs in SCORED.items() if needs.removal)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -45,33 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME[,NAME...]",
         help=f"any of {', '.join(SCORED)}",
     )
-    group = parser.add_argument_group("calibration")
-    group.add_argument("--data", type=Path, metavar="CALIB", help="text, or JSON lines with 'text'")
-    group.add_argument(
-        "--num-samples", type=positive, default=1024, metavar="N", help="at most (default 1024)"
-    )
-    group.add_argument(
-        "--seq-length", type=positive, default=4096, metavar="N", help="of a sample (default 4096)"
-    )
-    group.add_argument(
-        "--micro-batch-size", type=positive, default=1, metavar="N", help="default 1"
-    )
-    group.add_argument(
-        "--removal-samples",
-        type=positive,
-        default=8,
-        metavar="N",
-        help="samples of perplexity: it runs them once for each layer (default 8)",
-    )
-    group.add_argument(
-        "--removal-layers",
-        type=positive,
-        metavar="N",
-        help="layers that perplexity-greedy removes (default: a quarter)",
-    )
-    group.add_argument(
-        "--tokenizer-model", type=Path, metavar="PATH", help="default: the checkpoint's own"
-    )
+    add_score_arguments(parser)
     add_engine(parser)
 
 
@@ -89,27 +72,16 @@ def _criteria(text: str) -> tuple[str, ...]:
 def run(args: argparse.Namespace) -> None:
     from megatron_prune.engine.failures import named_failures
     from megatron_prune.engine.groups import data_parallel_size, model_parallel, world_size
-    from megatron_prune.engine.model import ModelOptions, check_model
-    from megatron_prune.engine.score import ScoreOptions
+    from megatron_prune.engine.model import check_model
     from megatron_prune.store import open_source
 
-    grid = grid_from(args)
+    grid, criteria = grid_from(args), _criteria(args.criterion)
     data_parallel_size(grid, world_size())
-    options = ScoreOptions(
-        criteria=_criteria(args.criterion),
-        model=ModelOptions(
-            seq_length=args.seq_length,
-            dtype=dtype_of(args),
-            transformer_impl=args.transformer_impl,
-            sequence_parallel=args.sequence_parallel,
-        ),
-        micro_batch_size=args.micro_batch_size,
-        removal_samples=args.removal_samples,
-        removal_layers=args.removal_layers,
-    )
-    _check_paths(args, options)
+    check_data(args, criteria)
+    _check_save(args)
     source = open_source(args.load, family=args.family)
     source.config.shape.check_uniform("score", "score its source")
+    options = score_options(args, criteria, source.config)
     grid.check(source.config.shape)
     check_model(source.config, options.model, grid.tensor_parallel)
     with (
@@ -119,10 +91,7 @@ def run(args: argparse.Namespace) -> None:
         _score(args, source, options, groups)
 
 
-def _check_paths(args: argparse.Namespace, options: ScoreOptions) -> None:
-    text = [n for n in options.criteria if n != "magnitude"]
-    if text and args.data is None:
-        raise ConfigError(f"--data is missing: {', '.join(text)} look at the model at work on text")
+def _check_save(args: argparse.Namespace) -> None:
     if args.save.is_dir():
         raise ConfigError(f"--save {args.save}: is a directory; wanted a file")
     if not args.save.absolute().parent.is_dir():
@@ -137,7 +106,7 @@ def _score(args: argparse.Namespace, source: Source, options: ScoreOptions, grou
 
     assert isinstance(groups, Groups)
     first = groups.ranks.is_first
-    windows, known = on_first_rank(groups.ranks, lambda: _prepare(args, source))
+    windows, known = on_first_rank(groups.ranks, lambda: _prepare(args, source, options))
 
     def save(scores: Scores) -> None:
         if first:
@@ -148,21 +117,13 @@ def _score(args: argparse.Namespace, source: Source, options: ScoreOptions, grou
         _tell(args, scores)
 
 
-def _prepare(args: argparse.Namespace, source: Source) -> tuple[Tensor | None, Scores | None]:
+def _prepare(
+    args: argparse.Namespace, source: Source, options: ScoreOptions
+) -> tuple[Tensor | None, Scores | None]:
     """The calibration windows, and what an earlier run found: of this model and these windows."""
-    from megatron_prune.data.windows import model_windows
     from megatron_prune.digest import source_digest
-    from megatron_prune.engine.score import data_digest
 
-    windows = None
-    if args.data is not None:
-        windows, _ = model_windows(
-            args.data,
-            args.tokenizer_model or args.load,
-            seq_length=args.seq_length,
-            max_windows=args.num_samples,
-            vocab_size=source.config.shape.vocab_size,
-        )
+    windows = score_windows(args, source, options.model.seq_length)
     if not args.save.exists():
         return windows, None
     try:
@@ -171,20 +132,38 @@ def _prepare(args: argparse.Namespace, source: Source) -> tuple[Tensor | None, S
         if args.overwrite:
             return windows, None
         raise
-    same_model = known.source_digest == source_digest(source)
-    same_data = (
-        windows is None
-        or not known.provenance.get("tokens")  # magnitude alone goes with any data
-        or known.provenance.get("data_digest") == data_digest(windows)
-    )
-    if same_model and same_data:
+    other = _difference(known, source_digest(source), windows, options)
+    if other is None:
         return windows, known
     if args.overwrite:
         return windows, None
-    what = "other data" if same_model else "another model"
     raise ConfigError(
-        f"--save {args.save}: holds scores of {what}; choose another file or use --overwrite"
+        f"--save {args.save}: holds scores of {other}; choose another file or use --overwrite"
     )
+
+
+def _difference(
+    known: Scores, digest: str, windows: Tensor | None, options: ScoreOptions
+) -> str | None:
+    """What scores in the file are of and this run's are not; None when they go together."""
+    from megatron_prune.engine.score import data_digest
+
+    if known.source_digest != digest:
+        return "another model"
+    facts = known.provenance
+    if windows is None or not facts.get("tokens"):
+        return None  # magnitude alone goes with any data
+    if facts.get("data_digest") != data_digest(windows):
+        return "other data"
+    if facts.get("dtype") != options.model.dtype:
+        return f"a model run in {facts.get('dtype')}, this run is {options.model.dtype}"
+    wanted = options.removal_facts(len(windows), known.shape.num_layers)
+    for fact, value in wanted.items():
+        uses = ("perplexity-greedy",) if fact == "removal_layers" else _REMOVING
+        if facts.get(fact) != value and any(name in known.criteria for name in uses):
+            flag = fact.replace("_", "-")
+            return f"--{flag} {facts.get(fact, 'unrecorded')}, this run's is {value}"
+    return None
 
 
 def _tell(args: argparse.Namespace, scores: Scores) -> None:

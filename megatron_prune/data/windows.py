@@ -41,9 +41,13 @@ def read_text(path: str | Path, json_key: str = "text") -> str:
 
 
 def token_windows(
-    tokenizer: TextTokenizer, text: str, seq_length: int, max_windows: int | None = None
+    tokenizer: TextTokenizer,
+    text: str,
+    seq_length: int,
+    max_windows: int | None = None,
+    name: str = "the text",
 ) -> Tensor:
-    """The first windows of ``text``.
+    """The first windows of ``text``, which messages call ``name``.
 
     Returns:
         [windows, seq_length] int64; at most ``max_windows`` of them.
@@ -61,7 +65,7 @@ def token_windows(
     windows = len(ids) // seq_length
     if windows == 0:
         raise ConfigError(
-            f"the text has {len(ids)} tokens, one window takes {seq_length}; give more text or a "
+            f"{name} has {len(ids)} tokens, one window takes {seq_length}; give more text or a "
             "smaller --seq-length"
         )
     return ids[: windows * seq_length].view(windows, seq_length)[:max_windows]
@@ -81,7 +85,7 @@ def model_windows(
         ConfigError: no such text, less of it than one window, or a tokenizer of another model.
     """
     tokenizer = load_tokenizer(tokenizer_model)
-    windows = token_windows(tokenizer, read_text(data), seq_length, max_windows)
+    windows = token_windows(tokenizer, read_text(data), seq_length, max_windows, str(data))
     largest = int(windows.max())
     if largest >= vocab_size:
         raise ConfigError(

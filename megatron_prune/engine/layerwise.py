@@ -180,34 +180,83 @@ def norm_energy(
     Raises:
         DamagedError: the hidden states are not finite; names the norm.
     """
-    shape = source.config.shape
-    layer, stream = (
-        Layer(source.config, groups, options),
-        Stream(source, windows_WS, groups, options.dtype),
-    )
-    found = []
-    for number in range(shape.num_layers):
+
+    def squares(x_TD: Tensor) -> Tensor:
+        return x_TD.square().sum(0, dtype=torch.float64)
+
+    rows = list(_norm_means(squares, source, windows_WS, groups, options, progress))
+    return torch.stack(rows).float().cpu()
+
+
+def norm_moment(
+    source: Source,
+    windows_WS: Tensor,
+    groups: Groups,
+    options: ModelOptions,
+    progress: Callable[[int], object] = lambda layers: None,
+) -> Tensor:
+    """Second moment of the normalised residual stream, every norm's input counted alike.
+
+    Mean over norms and tokens of ``x x^T / rms(x)^2``. One pass through the model, and
+    ``D^2 * 24`` bytes on the device.
+
+    Returns:
+        [D, D] float64 on the host, the same on every rank; its trace is D.
+
+    Raises:
+        DamagedError: as `norm_energy`.
+    """
+
+    def products(x_TD: Tensor) -> Tensor:
+        return (x_TD.T @ x_TD).double()
+
+    size = source.config.shape.hidden_size
+    total = torch.zeros(size, size, dtype=torch.float64, device=groups.device)
+    for moment in _norm_means(products, source, windows_WS, groups, options, progress):
+        total += moment
+    return total.cpu() / (2 * source.config.shape.num_layers + 1)
+
+
+def _norm_means(
+    measure: Callable[[Tensor], Tensor],
+    source: Source,
+    windows_WS: Tensor,
+    groups: Groups,
+    options: ModelOptions,
+    progress: Callable[[int], object],
+) -> Iterator[Tensor]:
+    """For each norm in the forward pass's order: its input, normalised, measured, per token.
+
+    Args:
+        measure: [T, D] float32 of one window -> a sum over its tokens, float64.
+    """
+
+    def mean(norm: str) -> Tensor:
+        total = measure(torch.zeros(1, source.config.shape.hidden_size, device=groups.device))
+        for x in stream:  # none where there are more ranks than windows
+            total += measure(normalised(x, epsilon))
+        dist.all_reduce(total, group=groups.dp_group)
+        if not bool(total.isfinite().all()):
+            raise DamagedError(
+                f"{source.path}: the input of {source.stored_name(norm)} is not finite on the "
+                "calibration text; its weights hold values that are not finite, or the precision "
+                "is too narrow for it"
+            )
+        return total / windows_WS.numel()
+
+    epsilon = source.config.norm_epsilon
+    layer = Layer(source.config, groups, options)
+    stream = Stream(source, windows_WS, groups, options.dtype)
+    for number in range(source.config.shape.num_layers):
         layer.load(source, number)
         for half in HALVES:
-            name = layer_name(number, f"{half.norm}.weight")
-            found.append(_energy(stream, name, source, windows_WS.numel(), groups))
+            yield mean(layer_name(number, f"{half.norm}.weight"))
             stream.advance(layer, half)
         progress(1)
-    found.append(_energy(stream, FINAL_NORM.name, source, windows_WS.numel(), groups))
-    return torch.stack(found).float()
+    yield mean(FINAL_NORM.name)
 
 
-def _energy(stream: Stream, name: str, source: Source, tokens: int, groups: Groups) -> Tensor:
-    total = torch.zeros(source.config.shape.hidden_size, dtype=torch.float64, device=groups.device)
-    for x in stream:
-        square = x[:, 0].float().square()
-        scale = square.mean(-1, keepdim=True) + source.config.norm_epsilon
-        total += (square / scale).sum(0, dtype=torch.float64)
-    dist.all_reduce(total, group=groups.dp_group)
-    if not bool(total.isfinite().all()):
-        raise DamagedError(
-            f"{source.path}: the input of {source.stored_name(name)} is not finite on the "
-            "calibration text; its weights hold values that are not finite, or the precision is "
-            "too narrow for it"
-        )
-    return (total / tokens).cpu()
+def normalised(x_sbD: Tensor, epsilon: float) -> Tensor:
+    """A hidden state as RMSNorm sees it, before its weight: [T, D] float32."""
+    x_TD = x_sbD[:, 0].float()
+    return x_TD * (x_TD.square().mean(-1, keepdim=True) + epsilon).rsqrt()

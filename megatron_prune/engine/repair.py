@@ -11,6 +11,7 @@ Price: one forward pass (two with a dense target), and per projection one float6
 rank. Per rank ``K (K + D) / TP * 8`` bytes of moments, ``K (K + D) * 8`` while they are solved, K
 the kept inputs (a 70B keeping 18432 of 28672 channels at TP=8: 0.5 GiB and 3.7 GiB), and on the
 host the kept inputs of all windows, ``tokens / DP * K / TP`` values; on top of `layerwise`.
+Readers add two such problems a layer, hidden channels kept against all of them.
 
 Shape suffixes: s sequence, b batch (1), T tokens, D hidden, K kept inputs, N all inputs, n this
 rank's inputs.
@@ -18,19 +19,21 @@ rank's inputs.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from functools import partial
+from types import MappingProxyType
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_prune.axes import FINAL_NORM, layer_name
-from megatron_prune.engine.failures import together
+from megatron_prune.axes import FINAL_NORM, layer_name, names, norm_before
+from megatron_prune.engine.failures import on_first_rank, together
 from megatron_prune.engine.groups import Groups
-from megatron_prune.engine.layerwise import HALVES, Half, Layer, Stream
+from megatron_prune.engine.layerwise import HALVES, MLP, Half, Layer, Stream, normalised
 from megatron_prune.engine.model import ModelOptions
+from megatron_prune.engine.moments import MomentSums
 from megatron_prune.errors import DamagedError
 from megatron_prune.least_squares import Affine, Moments, fit, norm_ratio, relative_error
 from megatron_prune.plan import PrunePlan
@@ -38,6 +41,7 @@ from megatron_prune.repair import (
     NORMS,
     STATISTICS,
     TARGETS,
+    MixedSource,
     RepairedSource,
     Replaced,
     Tensors,
@@ -61,17 +65,32 @@ class RepairOptions:
         target: what the fitted output should be. ``own``: what the layer with all its heads and
             channels makes of the same input. ``dense``: what the unpruned model's layer makes of
             its own. ``stream``: what brings the hidden state to the unpruned model's, errors of all
-            layers before included.
+            layers before included, and what dropped layers would add next.
+        readers: whether ``linear_qkv`` and ``linear_fc1`` are fitted too, so that they read from
+            the kept channels what the unpruned model's norm would give them.
+        readers_damping: of these, see `least_squares.fit`.
     """
 
     model: ModelOptions
     damping: float
     statistics: str = "sequential"
     target: str = "own"
+    readers: bool = False
+    readers_damping: float = 0.0
 
     def __post_init__(self) -> None:
         assert self.statistics in STATISTICS and self.target in TARGETS
-        assert self.target == "own" or self.statistics == "sequential"
+        assert self.statistics == "sequential" or (self.target == "own" and not self.readers)
+
+    @property
+    def needs_dense(self) -> bool:
+        """Whether the dense model runs beside the pruned one."""
+        return self.statistics == "dense" or self.target != "own" or self.readers
+
+    @property
+    def moves_dense_first(self) -> bool:
+        """Whether the dense hidden states pass a half before it is fitted."""
+        return self.needs_dense and self.statistics != "dense" and self.target != "dense"
 
 
 def rescale_norms(
@@ -106,25 +125,28 @@ def repair_projections(
     options: RepairOptions,
     groups: Groups,
     into: Tensors,
+    rescaled: Mapping[str, Replaced] = MappingProxyType({}),
     progress: Callable[[int], object] = lambda layers: None,
 ) -> dict[str, Replaced]:
     """Fit every ``linear_proj`` and ``linear_fc2`` that lost inputs; returns what was replaced.
 
-    With a target other than ``own`` those that lost none are fitted too.
+    With a target other than ``own`` those that lost none are fitted too; with ``readers`` also
+    ``linear_qkv`` and ``linear_fc1``, whose norms become 1.
 
     Args:
         windows_WS: [W, S] int64 of the source's vocabulary, the same on every rank.
         into: holds the rescaled norms; is given the fitted weights.
+        rescaled: what `rescale_norms` returned.
         progress: told of each layer done.
 
     Raises:
-        DamagedError: moments that are not finite; names the tensor.
+        DamagedError: moments or fitted weights that are not finite; names the tensor.
         ConfigError: see `least_squares.fit`.
         DistributedError: the first rank met one of these.
     """
-    run = _Repairing(source, plan, windows_WS, options, groups, into)
-    for layer, old in enumerate(plan.layers):
-        run.layer(layer, old)
+    run = _Repairing(source, plan, windows_WS, options, groups, into, rescaled)
+    for layer in range(plan.target.num_layers):
+        run.layer(layer)
         progress(1)
     return run.done
 
@@ -132,66 +154,6 @@ def repair_projections(
 def _put(into: Tensors, name: str, x: Tensor, groups: Groups) -> None:
     """Keep a replaced tensor where all ranks can read it."""
     together(groups.ranks, lambda: into.put(name, x, here=groups.ranks.is_first))
-
-
-class _Sums:
-    """Moments while they grow: this tensor-parallel rank's rows of the matrices.
-
-    Products of one window are float32, sums over windows float64.
-
-    Attributes:
-        inputs: of each window, this rank's share of the kept inputs [T, rows], on the host; if it
-            ``keeps`` them.
-        rows: which of the kept inputs are its share.
-    """
-
-    def __init__(self, kept_K: Tensor, outputs: int, groups: Groups, *, keeps: bool) -> None:
-        inputs, parts, part = len(kept_K), groups.grid.tensor_parallel, groups.tp_rank
-        self._groups, self._kept_K, self._count = groups, kept_K.to(groups.device), 0
-        self.inputs: list[Tensor] = []
-        self._keeps = keeps
-        self.rows = slice(inputs * part // parts, inputs * (part + 1) // parts)
-        self._outs = slice(outputs * part // parts, outputs * (part + 1) // parts)
-        new = partial(torch.zeros, dtype=torch.float64, device=groups.device)
-        self._gram = new(self.rows.stop - self.rows.start, inputs)
-        self._cross = new(self._outs.stop - self._outs.start, inputs)
-        self._input_sum, self._target_sum, self._square = new(inputs), new(outputs), new(1)
-
-    def add(self, input_sbn: Tensor, target_TD: Tensor) -> None:
-        """One window: what entered the projection on this rank, and what should leave it."""
-        parts = [torch.empty_like(input_sbn) for _ in range(self._groups.grid.tensor_parallel)]
-        dist.all_gather(parts, input_sbn.contiguous(), group=self._groups.tp_group)
-        x_TK = torch.cat(parts, dim=-1).flatten(0, 1)[:, self._kept_K]
-        if self._keeps:
-            mine = x_TK[:, self.rows].clone(memory_format=torch.contiguous_format)
-            self.inputs.append(mine.cpu())
-        x_TK, target_TD = x_TK.float(), target_TD.float()
-        self._count += len(x_TK)
-        self._gram += x_TK[:, self.rows].T @ x_TK
-        self._cross += target_TD[:, self._outs].T @ x_TK
-        self._input_sum += x_TK.sum(0, dtype=torch.float64)
-        self._target_sum += target_TD.sum(0, dtype=torch.float64)
-        self._square += target_TD.double().square().sum()
-
-    def reduce(self) -> Moments:
-        """Over all windows; the same on every rank."""
-        size, device = len(self._input_sum), self._groups.device
-        gram = torch.zeros(size, size, dtype=torch.float64, device=device)
-        cross = torch.zeros(len(self._target_sum), size, dtype=torch.float64, device=device)
-        gram[self.rows], cross[self._outs] = self._gram, self._cross
-        for x in (gram, cross):
-            dist.all_reduce(x)  # joins the rows of TP ranks, sums over DP ranks
-        count = torch.tensor([float(self._count)], dtype=torch.float64, device=device)
-        for x in (count, self._input_sum, self._target_sum, self._square):
-            dist.all_reduce(x, group=self._groups.dp_group)
-        return Moments(
-            count=int(count),
-            gram_KK=gram,
-            cross_DK=cross,
-            input_sum_K=self._input_sum,
-            target_sum_D=self._target_sum,
-            target_square=float(self._square),
-        )
 
 
 class _Repairing:
@@ -205,99 +167,190 @@ class _Repairing:
         options: RepairOptions,
         groups: Groups,
         into: Tensors,
+        rescaled: Mapping[str, Replaced],
     ) -> None:
         self._plan, self._options, self._groups, self._into = plan, options, groups, into
-        self._source, self.done = source, dict[str, Replaced]()
+        self._source, self._rescaled, self.done = source, rescaled, dict[str, Replaced]()
         # norms have the same names in both plans; projections are replaced once they were read
         self._base = RepairedSource(PrunedSource(source, without_units(plan)), into)
         dtype = options.model.dtype
-        self._is_dense = options.statistics == "dense"
-        if not self._is_dense:
+        if options.statistics != "dense":
             self._layer = Layer(self._base.config, groups, options.model)
             self._stream = Stream(self._base, windows_WS, groups, dtype)
         self._dense_at, hidden = 0, plan.tensor("D")
         self._hidden = None if hidden is None else hidden.to(groups.device)
-        if self._is_dense or options.target != "own":
+        if options.needs_dense:
             self._dense_layer = Layer(source.config, groups, options.model)
             self._dense_stream = Stream(source, windows_WS, groups, dtype)
 
-    @property
-    def _needs_dense(self) -> bool:
-        return self._is_dense or self._options.target != "own"
+    def layer(self, layer: int) -> None:
+        """Both halves of a layer of the pruned model."""
+        options, old = self._options, self._plan.layers[layer]
+        if options.needs_dense:
+            self._advance_dense_to(old)
+            self._dense_layer.load(self._source, old)
+            self._dense_at += 1
+        if options.statistics != "dense":
+            self._layer.load(self._base, layer)
+        for half in HALVES:
+            if options.readers:
+                self._fit_readers(layer, half)
+            if options.moves_dense_first:
+                self._dense_stream.advance(self._dense_layer, half)
+                if half is MLP:  # the target makes good for dropped layers that come next
+                    above = (*self._plan.layers, self._plan.source.num_layers)[layer + 1]
+                    self._advance_dense_to(above)
+            kept = self._plan.tensor(half.axis, old)
+            if kept is not None or options.target != "own":
+                self._fit(layer, half, self._kept_inputs(half, kept))
+            elif options.statistics == "dense":
+                self._dense_stream.advance(self._dense_layer, half)
+            else:
+                self._stream.advance(self._layer, half)
 
-    def layer(self, layer: int, old: int) -> None:
-        """Both halves of a layer, ``old`` in the source."""
-        while self._needs_dense and self._dense_at < old:  # layers that the plan drops
+    def _advance_dense_to(self, old: int) -> None:
+        """Move the dense model's hidden states through layers that the plan drops."""
+        while self._dense_at < old:
             self._dense_layer.load(self._source, self._dense_at)
             for half in HALVES:
                 self._dense_stream.advance(self._dense_layer, half)
             self._dense_at += 1
-        if self._needs_dense:
-            self._dense_layer.load(self._source, old)
-            self._dense_at += 1
-        if not self._is_dense:
-            self._layer.load(self._base, layer)
-        for half in HALVES:
-            kept = self._plan.tensor(half.axis, old)
-            if kept is not None or self._options.target != "own":
-                self._fit(layer, half, self._kept_inputs(half, kept))
-            elif self._is_dense:
-                self._dense_stream.advance(self._dense_layer, half)
-            else:
-                self._stream.advance(self._layer, half)
 
     def _kept_inputs(self, half: Half, kept: Tensor | None) -> Tensor:
         shape = self._plan.source
         indices = torch.arange(shape.size(half.axis)) if kept is None else kept
         return expand_rows(indices, shape.rows(half.axis))
 
+    def _fit_readers(self, layer: int, half: Half) -> None:
+        """Fit what reads a norm: the dense model's normalised state from the pruned one's.
+
+        All readers of a norm share one map ``M [D, D']``, the best estimate of the dense state,
+        and become ``W diag(g) M``; the norm's weight ``g`` is folded in.
+        """
+        norm = layer_name(layer, f"{half.norm}.weight")
+        dense_size, epsilon = self._source.config.shape.hidden_size, self._base.config.norm_epsilon
+        sums = MomentSums(self._base.config.shape.hidden_size, dense_size, self._groups)
+        for x, dense in zip(self._stream, self._dense_stream):
+            sums.add(normalised(x, epsilon), normalised(dense, epsilon))
+        moments = self._finite(sums, norm)
+        mixed = torch.zeros(dense_size, len(moments.gram_KK), device=self._groups.device)
+        errors = torch.zeros(2, device=self._groups.device)
+
+        def solve() -> None:
+            ratio = self._rescaled[norm].ratio if norm in self._rescaled else None
+            identity = torch.eye(dense_size, dtype=torch.float64, device=mixed.device)
+            sliced = identity if self._hidden is None else identity[:, self._hidden]
+            before = Affine(weight_DK=sliced * (ratio or 1.0), bias_D=None)
+            found = fit(moments, before, self._options.readers_damping)
+            mixed.copy_(found.weight_DK)
+            errors[0], errors[1] = relative_error(moments, before), relative_error(moments, found)
+
+        self._on_first_rank(solve, mixed, errors)
+        self._replace_readers(norm, mixed, errors)
+        whole = PrunedSource(self._source, without_units(self._plan))
+        self._layer.load(MixedSource(whole, self._wide(without_units), {norm: mixed}), layer)
+
+    def _wide(self, of: Callable[[PrunePlan], PrunePlan] = lambda plan: plan) -> Source:
+        """The source as a plan leaves it, but with all hidden channels."""
+        plan = of(self._plan)
+        return PrunedSource(self._source, replace(plan, kept=replace(plan.kept, hidden=None)))
+
+    def _replace_readers(self, norm: str, mixed_KD: Tensor, errors: Tensor) -> None:
+        """Write the readers of a norm as the plan leaves them, and the norm itself."""
+        pruned = PrunedSource(self._source, self._plan)
+        final = MixedSource(pruned, self._wide(), {norm: mixed_KD})
+        before, after = _rounded(errors)
+
+        def write(name: str) -> Replaced:
+            value = final.read(name)
+            if not bool(value.isfinite().all()):
+                raise DamagedError(
+                    f"{self._source.path}: {name}, fitted, is not finite in {value.dtype}"
+                )
+            self._into.put(name, value)
+            if name == norm:
+                return Replaced(how="folded", sha256=digests(value))
+            return Replaced(
+                how="readers", sha256=digests(value), error_before=before, error_after=after
+            )
+
+        for name in (norm, *(n for n in names(pruned.config) if norm_before(n) == norm)):
+            self.done[name] = on_first_rank(self._groups.ranks, partial(write, name))
+            self._into.put(name, torch.empty(0), here=False)
+
+    def _on_first_rank(self, work: Callable[[], object], *found: Tensor) -> None:
+        """Fill some tensors on the first rank, for all."""
+        together(self._groups.ranks, lambda: work() if self._groups.ranks.is_first else None)
+        for x in found:
+            dist.broadcast(x, 0)
+
     def _fit(self, layer: int, half: Half, kept_K: Tensor) -> None:
-        outputs = self._base.config.shape.hidden_size
-        sums = _Sums(kept_K, outputs, self._groups, keeps=not self._is_dense)
-        for at in range(len(self._dense_stream if self._is_dense else self._stream)):
-            self._observe(half, at, sums)
-        name = layer_name(layer, half.output)
+        sums = MomentSums(len(kept_K), self._base.config.shape.hidden_size, self._groups)
+        name, kept_K = layer_name(layer, half.output), kept_K.to(self._groups.device)
+        inputs: list[Tensor] = []  # this rank's share, on the host
+        is_dense = self._options.statistics == "dense"
+        for at in range(len(self._dense_stream if is_dense else self._stream)):
+            mine, target = self._observe(half, at)
+            x_TK = self._whole(mine)[:, kept_K]
+            sums.add(x_TK, target.flatten(0, 1))
+            if not is_dense:
+                share = x_TK[:, sums.rows].clone(memory_format=torch.contiguous_format)
+                inputs.append(share.cpu())
+        weight, bias = self._solve(name, kept_K.cpu(), self._finite(sums, f"what enters {name}"))
+        if not is_dense:
+            self._advance(inputs, sums.rows, weight, bias)
+
+    def _finite(self, sums: MomentSums, what: str) -> Moments:
         moments = sums.reduce()
         if not moments.is_finite:
             raise DamagedError(
-                f"{self._source.path}: the second moments of what enters {name} (layers as in the "
+                f"{self._source.path}: the second moments of {what} (layers as in the "
                 "pruned model) are not finite on the calibration text; the weights hold values "
                 "that are not finite, or the precision is too narrow for them"
             )
-        weight, bias = self._solve(name, kept_K, moments)
-        if not self._is_dense:
-            self._advance(sums, weight, bias)
+        return moments
 
-    def _advance(self, sums: _Sums, weight_DK: Tensor, bias_D: Tensor | None) -> None:
+    def _whole(self, mine_sbn: Tensor) -> Tensor:
+        """A projection's input from all tensor-parallel ranks, [T, N]."""
+        parts = [torch.empty_like(mine_sbn) for _ in range(self._groups.grid.tensor_parallel)]
+        dist.all_gather(parts, mine_sbn.contiguous(), group=self._groups.tp_group)
+        return torch.cat(parts, dim=-1).flatten(0, 1)
+
+    def _advance(
+        self, inputs: list[Tensor], rows: slice, weight_DK: Tensor, bias_D: Tensor | None
+    ) -> None:
         """Move the hidden states on with a new projection of the kept inputs."""
-        for at, inputs in enumerate(sums.inputs):
+        for at, share in enumerate(inputs):
             x = self._stream[at]
-            mine = weight_DK[:, sums.rows].to(x.dtype)
-            out_TD = inputs.to(x.device) @ mine.T
+            out_TD = share.to(x.device) @ weight_DK[:, rows].to(x.dtype).T
             dist.all_reduce(out_TD, group=self._groups.tp_group)
             if bias_D is not None:
                 out_TD += bias_D.to(x.dtype)
             self._stream.add(at, x, out_TD.view_as(x))
 
-    def _observe(self, half: Half, at: int, sums: _Sums) -> None:
-        """Run one window through the half, and the dense one where it is needed."""
+    def _observe(self, half: Half, at: int) -> tuple[Tensor, Tensor]:
+        """Run one window through the half, and the dense one with it.
+
+        Returns:
+            What enters the projection on this rank [s, b, n], what should leave it [s, b, D].
+        """
         seen: list[Tensor] = []
-        if self._is_dense:
-            x = self._dense_stream[at]
-            target = self._dense_layer.run(half, x, seen.append)
-            self._dense_stream.add(at, x, target)
-            target = self._of_hidden(target)
-        else:
-            x = self._stream[at]
-            target = self._layer.run(half, x, seen.append)
-        if self._options.target != "own":
+        target = self._options.target
+        if self._options.statistics == "dense":
+            dense = self._dense_stream[at]
+            wanted = self._dense_layer.run(half, dense, seen.append)
+            self._dense_stream.add(at, dense, wanted)
+            return seen[0], self._of_hidden(wanted)
+        x = self._stream[at]
+        wanted = self._layer.run(half, x, seen.append)
+        if target == "dense":
             dense = self._dense_stream[at]
             out = self._dense_layer.run(half, dense)
             self._dense_stream.add(at, dense, out)
-            target = self._of_hidden(out)
-            if self._options.target == "stream":
-                target = self._of_hidden(dense + out).float() - x.float()
-        sums.add(seen[0], target.flatten(0, 1))
+            wanted = self._of_hidden(out)
+        if target == "stream":
+            wanted = self._of_hidden(self._dense_stream[at]).float() - x.float()
+        return seen[0], wanted
 
     def _of_hidden(self, x: Tensor) -> Tensor:
         return x if self._hidden is None else x[..., self._hidden]
@@ -312,8 +365,6 @@ class _Repairing:
         bias, errors = torch.zeros(size, device=groups.device), torch.zeros(2, device=groups.device)
 
         def solve() -> None:
-            if not groups.ranks.is_first:
-                return
             sliced = self._base.read(weight_name)[:, kept_K].to(groups.device).double()
             old = self._base.read(bias_name).to(groups.device).double() if has_bias else None
             kept = Affine(weight_DK=sliced, bias_D=old)
@@ -323,10 +374,8 @@ class _Repairing:
                 bias.copy_(found.bias_D)
             errors[0], errors[1] = relative_error(moments, kept), relative_error(moments, found)
 
-        together(groups.ranks, solve)
-        for x in (weight, bias, errors):
-            dist.broadcast(x, 0)
-        before, after = (float(f"{float(error):.4g}") for error in errors)
+        self._on_first_rank(solve, weight, bias, errors)
+        before, after = _rounded(errors)
         parts = {weight_name: weight, **({bias_name: bias} if has_bias else {})}
         for part, x in parts.items():
             value = x.to(dtype).cpu()
@@ -335,6 +384,10 @@ class _Repairing:
                 how="least-squares", sha256=digests(value), error_before=before, error_after=after
             )
         return weight, bias if has_bias else None
+
+
+def _rounded(errors: Tensor) -> list[float]:
+    return [float(f"{float(error):.4g}") for error in errors]
 
 
 def _stored(found: Affine, dtype: torch.dtype) -> Affine:

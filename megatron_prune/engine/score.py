@@ -52,6 +52,15 @@ class ScoreOptions:
     removal_samples: int = 8
     removal_layers: int | None = None
 
+    def removal_facts(self, samples: int, layers: int) -> dict[str, int]:
+        """What criteria that remove layers depend on beyond the calibration: provenance."""
+        facts = {}
+        if self.needs("removal"):
+            facts["removal_samples"] = min(self.removal_samples, samples)
+        if "perplexity-greedy" in self.criteria:
+            facts["removal_layers"] = self.removal_layers or max(1, layers // 4)
+        return facts
+
     def needs(self, what: str) -> list[str]:
         """The criteria that need ``forward``, ``backward``, ``weights`` or ``removal``."""
         return [name for name in self.criteria if getattr(SCORED[name], what)]
@@ -142,7 +151,9 @@ class _Run:
 
     def removal(self, kinds: Sequence[str]) -> None:
         model, layers = self.model, self.shape.num_layers
-        windows = self.windows[: self.options.removal_samples]
+        facts = self.options.removal_facts(len(self.windows), layers)
+        windows = self.windows[: facts["removal_samples"]]
+        self.scores = replace(self.scores, provenance={**self.scores.provenance, **facts})
         if "perplexity" in kinds:
             with self.bar(layers * len(windows), "without each layer") as bar:
                 losses = losses_without(
@@ -151,7 +162,7 @@ class _Run:
                 )  # fmt: skip
             self.keep({"perplexity": perplexity_scores(losses)})
         if "perplexity-greedy" in kinds:
-            count = self.options.removal_layers or max(1, layers // 4)
+            count = facts["removal_layers"]
             total = sum(layers - gone for gone in range(count))
             with self.bar(total * len(windows), "layer by layer") as bar:
                 removed, losses = greedy_removal(

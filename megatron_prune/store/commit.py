@@ -16,7 +16,7 @@ import secrets
 import shutil
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from glob import escape
 from pathlib import Path
@@ -114,15 +114,29 @@ def write_file(path: Path, data: bytes) -> None:
 
 
 def replace_file(path: Path, data: bytes) -> None:
-    """Put a small file in place of another, at once."""
+    """Put a small file in place of another, at once; sweeps what dead writers left beside it."""
+    _sweep_files_beside(path)
     temporary = path.with_name(f".{path.name}.tmp.{secrets.token_hex(4)}")
     try:
-        write_file(temporary, data)
-        os.replace(temporary, path)
+        with open(temporary, "xb") as file:
+            with suppress(OSError):  # where no file can be locked, none is swept
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+            os.replace(temporary, path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
         raise StorageError(f"{path}: {error.strerror}; nothing was changed") from error
     _sync_directory(path.parent)
+
+
+def _sweep_files_beside(path: Path) -> None:
+    for temporary in path.parent.glob(f".{escape(path.name)}.tmp.*"):
+        with suppress(OSError):  # another's, or gone meanwhile
+            if temporary.is_file() and (handle := _try_lock(temporary)) is not None:
+                temporary.unlink()
+                os.close(handle)
 
 
 def write_manifest(
@@ -201,8 +215,8 @@ _sync_directory = _sync  # a directory is flushed the same way
 
 
 def _try_lock(path: Path) -> int | None:
-    """An open, locked handle of a directory, or None while another process holds it."""
-    handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    """An open, locked handle of a file or directory, or None while another process holds it."""
+    handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:

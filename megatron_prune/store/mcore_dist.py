@@ -36,6 +36,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from megatron_prune.axes import (
+    EMBEDDING,
     LAYER_PREFIX,
     axes_of,
     names,
@@ -187,6 +188,10 @@ class DistSource(Source):
                     f"{self.path}: {name}: stored as {stored}, its configuration says "
                     f"{tuple(wanted)}"
                 )
+
+    @property
+    def stored_vocab_size(self) -> int:
+        return self._stored(EMBEDDING.name)[3][0]
 
     def dtype(self, name: str) -> torch.dtype:
         return self._stored(name)[0][0].dtype

@@ -21,7 +21,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_prune.axes import OUTPUT, axes_of, names, split_dim, split_layer, tensor_shape
+from megatron_prune.axes import (
+    EMBEDDING,
+    OUTPUT,
+    axes_of,
+    names,
+    split_dim,
+    split_layer,
+    tensor_shape,
+)
 from megatron_prune.errors import CheckpointError, DamagedError, StorageError
 from megatron_prune.grid import ParallelGrid, part_range
 from megatron_prune.shape import ModelConfig
@@ -193,6 +201,10 @@ class LegacySource(Source):
         parts = self.grid.tensor_parallel
         first, wanted = self._stored(name, 0)[0], -(-self.config.shape.vocab_size // parts)
         return parts * max(wanted, first.shape[0] if first.dim() else 0)
+
+    @property
+    def stored_vocab_size(self) -> int:
+        return self._padded_rows(EMBEDDING.name)
 
     def dtype(self, name: str) -> torch.dtype:
         return self._stored(name, 0)[0].dtype

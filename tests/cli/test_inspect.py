@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_prune.store import megatron
 from tests.pico import KINDS, VOCAB, ok, refused, stock_copy, tensors
 
 Models, Shards = Callable[[str], Path], Callable[..., Path]
@@ -46,6 +47,18 @@ def test_inspect_tells_the_truth(
     assert found["dtype"] == ("bf16" if kind == "bf16" else "fp32")
     assert found["parameters"] == sum(x.numel() for x in tensors(models(kind)).values())
     assert found["iteration"] == (1 if layout else 0)
+    assert found.get("make_vocab_size_divisible_by") == (None if layout else 128)
+
+
+@pytest.mark.parametrize("ckpt_format", ["torch", "torch_dist"])
+def test_the_padded_vocabulary_is_what_is_stored_and_not_what_we_would_pad_to(
+    ckpt_format: str, models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(megatron, "padded_vocab_size", lambda vocab_size, tensor_parallel: 402)
+    layout = ("--tensor-model-parallel-size", 3, "--ckpt-format", ckpt_format)
+    ok("convert", "--load", models("gqa"), "--save", tmp_path / "m", "--to", "megatron", *layout)
+    found = inspect(tmp_path / "m")
+    assert found["padded_vocab_size"] == 402 and found["shape"]["vocab_size"] == VOCAB
 
 
 def test_the_json_parses_when_there_are_warnings(shards: Shards, tmp_path: Path) -> None:

@@ -244,6 +244,7 @@ def test_the_report_shows_the_widths(pruned: Path, tmp_path: Path) -> None:
         ((*FFN, "--nonuniform-floor", "nan"), "--nonuniform-floor nan"),
         ((*FFN, "--nonuniform-multiple", 36), "192 channels over 4 layers are no multiple of 36"),
         ((*FFN, "--target-params", "50K"), "--nonuniform with a budget"),
+        ((*FFN, "--rounds", 2), "--nonuniform with --rounds: every round scores equal layers"),
     ],
     ids=lambda value: " ".join(map(str, value)) if isinstance(value, tuple) else "",
 )

@@ -201,7 +201,7 @@ def _edit(record: dict, edit: str) -> dict:
     if edit == "plan":
         return {**record, "plan_digest": "0" * 64}
     if edit == "claim":
-        name = "decoder.layers.0.mlp.linear_up.weight"
+        name = "decoder.layers.0.self_attention.linear_q.bias"
         return {**record, "tensors": {**record["tensors"], name: {"how": "x", "sha256": {}}}}
     if edit == "version":
         return {**record, "version": 2}
@@ -212,7 +212,7 @@ def _edit(record: dict, edit: str) -> dict:
     ("edit", "says"),
     [
         ("plan", "is of another plan than the one given"),
-        ("claim", "claims decoder.layers.0.mlp.linear_up.weight, which no repair replaces"),
+        ("claim", "claims decoder.layers.0.self_attention.linear_q.bias, which no repair replaces"),
         ("version", "version 2; this reads 1"),
         ("empty", "the planned slice of the source is"),
         ("text", "not the record of a repair"),

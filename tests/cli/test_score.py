@@ -52,7 +52,7 @@ def scores(models: Models, text: Path, tmp_path_factory: pytest.TempPathFactory)
         (("--criterion", ","), "--criterion ,: nothing is no criterion to score", 2),
         (("--seq-length", 200), "--seq-length 200 is more than the model's max_position", 2),
         (("--seq-length", 1), "--seq-length is 1; wanted 2 or more", 2),
-        (("--data", "{short}"), "the text has 7 tokens, one window takes 24; give more text", 2),
+        (("--data", "{short}"), "/short has 7 tokens, one window takes 24; give more text", 2),
         (("--data", "/nowhere"), "/nowhere", 2),
         (("--load", "/nowhere"), "/nowhere", 2),
         (
@@ -215,6 +215,48 @@ def test_more_samples_are_other_data(
     refused("score", *given, *save, says="holds scores of other data")
 
 
+def test_another_dtype_is_not_mixed_in(
+    models: Models, text: Path, scores: Path, tmp_path: Path
+) -> None:
+    shutil.copy(scores, tmp_path / "s")
+    given = ("score", "--load", models("gqa"), "--data", text, *SIZES, "--save", tmp_path / "s")
+    says = "holds scores of a model run in fp32, this run is bf16; choose another file or use"
+    refused(*given, "--criterion", "wanda", "--bf16", says=says)
+    assert (tmp_path / "s").read_bytes() == scores.read_bytes()
+    ok(*given, "--criterion", "wanda", "--bf16", "--overwrite")
+    assert load_scores(tmp_path / "s").provenance["dtype"] == "bf16"
+    assert set(load_scores(tmp_path / "s").criteria) == {"wanda"}
+
+
+def test_other_removals_are_not_mixed_in(
+    models: Models, text: Path, scores: Path, tmp_path: Path
+) -> None:
+    """Where removals are in the file and asked for; other criteria do not look at them."""
+    shutil.copy(scores, tmp_path / "s")
+    assert load_scores(scores).provenance["removal_samples"] == SAMPLES  # as many as there are
+    given = ("score", "--load", models("gqa"), "--data", text, *SIZES, "--save", tmp_path / "s")
+    says = "holds scores of --removal-samples 4, this run's is 2; choose another file or use"
+    for name in ("perplexity", "perplexity-greedy"):
+        refused(*given, "--removal-samples", 2, "--criterion", name, says=says)
+    ok(*given, "--removal-samples", 2, "--criterion", "residual-energy")
+    ok(*given, "--removal-samples", SAMPLES + 1, "--criterion", "perplexity-greedy")
+    assert load_scores(tmp_path / "s").provenance["removal_layers"] == 1
+    says = "holds scores of --removal-layers 1, this run's is 2"
+    refused(*given, "--removal-layers", 2, "--criterion", "perplexity-greedy", says=says)
+
+
+def test_without_seq_length_it_is_what_the_model_takes(
+    models: Models, text: Path, tmp_path: Path
+) -> None:
+    samples, save = ("--num-samples", SAMPLES), ("--save", tmp_path / "s", "--overwrite")
+    for kind, takes in (("gqa", 128), ("mistral", 64)):  # its positions, its window
+        given = ("score", "--load", models(kind), *samples, *save, "--criterion")
+        done = ok(*given, "residual-energy", "--data", text)
+        assert load_scores(tmp_path / "s").provenance["seq_length"] == takes
+        assert f"--seq-length {takes}: as much as the model takes" in done.err
+        assert "--seq-length" not in ok(*given, "magnitude").err  # which looks at no text
+
+
 def test_a_file_that_holds_no_scores_is_kept_without_overwrite(
     models: Models, text: Path, tmp_path: Path
 ) -> None:
@@ -338,6 +380,32 @@ def test_what_cannot_be_planned_by_scores_is_refused(
         digest = load_scores(scores).source_digest[:12]
         assert digest in message and f"score {models('twin')}" in message
     assert list(tmp_path.iterdir()) == []
+
+
+def test_decisions_within_rounding_are_told(models: Models, scores: Path, tmp_path: Path) -> None:
+    """By `plan` and by `prune` that makes its own; nothing of it when all is clear, or random."""
+    known = load_scores(scores)
+    found = {axis: x.clone() for axis, x in known.criteria["activation"].items()}
+    order = found["D"].sort(descending=True).indices.tolist()
+    found["D"][order[30]] = found["D"][order[29]]
+    tied = tmp_path / "tied"
+    tied.write_bytes(
+        scores_bytes(type(known)(**{**vars(known), "criteria": {"activation": found}}))
+    )
+    load = ("--load", models("gqa"), *HIDDEN, "--criterion", "activation", "--scores")
+    prune = ("prune", "--save", tmp_path / "m", "--to", "hf", "--dry-run")
+    for command in (("plan", "--save", tmp_path / "p", "--overwrite"), prune):
+        err = ok(*command, *load, tied).err
+        kept, dropped = sorted(order[29:31])
+        assert "warning: 1 of 1 decisions are within rounding" in err
+        assert f": hidden: {kept} over {dropped}\n" in err
+        assert "rounding" not in ok(*command, *load, scores).err
+        random = ok(*command, "--load", models("gqa"), *HIDDEN)
+        assert "rounding" not in random.err
+    named = ("--load", models("gqa"), "--drop-layers", 1, "--criterion", "activation")
+    flat = {axis: x * 0 + 1 for axis, x in found.items()}
+    tied.write_bytes(scores_bytes(type(known)(**{**vars(known), "criteria": {"activation": flat}})))
+    assert "rounding" not in ok("plan", "--save", tmp_path / "q", *named, "--scores", tied).err
 
 
 def test_damaged_scores_are_refused_with_exit_3(

@@ -38,7 +38,7 @@ def test_a_unit_is_how_much_it_moves(kind: str, scored: Get) -> None:
         ]
         layers[layer] = 1 - sum(cosines) / len(cosines)
     wanted = {
-        "D": hidden.sum(0).sqrt(),
+        "D": torch.stack([norm.sqrt() for norm in hidden[:-1]]).sum(0),
         "Q": torch.stack([heads[:, rows].sum(1).sqrt() for rows in one.heads], 1),
         "F": ffn.sqrt(),
         "L": layers,
@@ -49,6 +49,6 @@ def test_a_unit_is_how_much_it_moves(kind: str, scored: Get) -> None:
 def test_what_goes_into_a_norm_would_give_other_scores(scored: Get) -> None:
     """The control, and the trap: a hook on Transformer Engine's fused module sees the input."""
     one = scored("gqa")
-    inputs = _means(one, one.norms, "input").sum(0).sqrt()
+    inputs = _means(one, one.norms, "input")[:-1].sqrt().sum(0)
     assert far(one.scores["activation.D"], inputs) > 0.1
     assert inputs.argsort().tolist() != one.scores["activation.D"].argsort().tolist()

@@ -18,10 +18,10 @@ from torch import Tensor
 from tests.engine.on_ranks import Job, launch
 from tests.pico import TEXT, ok, slice_by_plan, tensors
 
-SAMPLES, SEQ, DAMPING = 12, 40, 0.02
+SAMPLES, SEQ, DAMPING, READERS_DAMPING = 12, 40, 0.02, 0.03
 REPAIR = (
     *("--repair", "--norm-rescale", "--num-samples", SAMPLES, "--seq-length", SEQ),
-    *("--repair-damping", DAMPING),
+    *("--repair-damping", DAMPING, "--repair-readers-damping", READERS_DAMPING),
 )
 PLANS: dict[str, tuple[object, ...]] = {
     "all": (
@@ -108,6 +108,10 @@ def hf_energy(model: Any, ids: Tensor) -> Tensor:
     )
 
 
+def unit(x: Tensor) -> Tensor:
+    return x / (x.square().mean(1, keepdim=True) + 1e-6).sqrt()
+
+
 def solve(x: Tensor, y: Tensor, linear: Any, kept: list[int]) -> tuple[Tensor, Tensor | None]:
     """Ridge regression towards the kept columns, one stacked least squares."""
     xk, old, bias = x[:, kept], linear.weight[:, kept], linear.bias
@@ -122,7 +126,12 @@ def solve(x: Tensor, y: Tensor, linear: Any, kept: list[int]) -> tuple[Tensor, T
 
 @torch.no_grad()
 def reference(
-    source: Path, plan_file: Path, text: Path, target: str = "own", statistics: str = "sequential"
+    source: Path,
+    plan_file: Path,
+    text: Path,
+    target: str = "own",
+    statistics: str = "sequential",
+    readers: bool = False,
 ) -> dict[str, Tensor]:
     """The repaired weights under Hugging Face's names, whole in heads and FFN (zeros)."""
     plan, whole = json.loads(plan_file.read_text()), tensors(source)
@@ -144,11 +153,37 @@ def reference(
         block.post_attention_layernorm.weight.mul_(ratio[2 * old + 1])
     model.model.norm.weight.mul_(ratio[-1])
 
-    for block, was, old in zip(model.model.layers, [dense.model.layers[i] for i in layers], layers):
-        for linear, before, axis in (
-            (block.self_attn.o_proj, was.self_attn.o_proj, "heads"),
-            (block.mlp.down_proj, was.mlp.down_proj, "ffn"),
-        ):
+    above = [*layers[1:], len(dense.model.layers)]
+    for block, old, after in zip(model.model.layers, layers, above):
+        was = dense.model.layers[old]
+        next_norm = [*(x.input_layernorm for x in dense.model.layers), dense.model.norm][after]
+        for linear, before, axis, here, there, reached in (
+            (
+                block.self_attn.o_proj, was.self_attn.o_proj, "heads",
+                block.input_layernorm, was.input_layernorm, was.post_attention_layernorm,
+            ),
+            (
+                block.mlp.down_proj, was.mlp.down_proj, "ffn",
+                block.post_attention_layernorm, was.post_attention_layernorm, next_norm,
+            ),
+        ):  # fmt: skip
+            if readers:
+                parts = ("q_proj", "k_proj", "v_proj") if axis == "heads" else (
+                    "gate_proj", "up_proj")  # fmt: skip
+                half = (block.self_attn, was.self_attn) if axis == "heads" else (
+                    block.mlp, was.mlp)  # fmt: skip
+                x = unit(seen(model, {"x": here}, ids)["x"])
+                y = unit(seen(dense, {"x": there}, ids)["x"])
+                chosen = torch.eye(len(y[0]), dtype=y.dtype)[:, hidden]
+                number = 2 * old + (axis == "ffn")
+                root = (READERS_DAMPING * x.square().sum(0).mean()).sqrt()
+                rows = torch.cat([x, root * torch.eye(len(hidden), dtype=x.dtype)])
+                wanted = torch.cat([y, root * ratio[number] * chosen.T])
+                mix = torch.linalg.lstsq(rows, wanted).solution.T
+                for part in parts:
+                    weight = getattr(half[1], part).weight * there.weight
+                    getattr(half[0], part).weight.copy_(weight @ mix)
+                here.weight.fill_(1)
             units = (kept[axis] or {}).get(str(old))
             if units is None and target == "own":
                 continue
@@ -164,9 +199,7 @@ def reference(
             else:
                 y = before(x_dense)[:, hidden]
             if target == "stream":
-                here = block.input_layernorm if axis == "heads" else block.post_attention_layernorm
-                there = was.input_layernorm if axis == "heads" else was.post_attention_layernorm
-                y = y + seen(dense, {"x": there}, ids)["x"][:, hidden]
+                y = seen(dense, {"x": reached}, ids)["x"][:, hidden]
                 y = y - seen(model, {"x": here}, ids)["x"]
             weight, bias = solve(x, y, linear, columns)
             linear.weight.zero_()
@@ -208,12 +241,16 @@ def far(found: Path, wanted: dict[str, Tensor], plan_file: Path) -> float:
         ("gqa", "all", {"target": "dense"}),
         ("all_bias", "all", {"target": "stream"}),
         ("gqa", "all", {"statistics": "dense"}),
+        ("gqa", "all", {"readers": True}),
+        ("gqa", "all", {"readers": True, "target": "stream"}),
+        ("all_bias", "heads", {"readers": True, "target": "dense"}),
     ],
 )
 def test_repair_equals_a_plain_loop_in_float64(
-    kind: str, plan: str, flags: dict[str, str], models: Any, repaired: Any, text: Path
+    kind: str, plan: str, flags: dict[str, Any], models: Any, repaired: Any, text: Path
 ) -> None:
     words = [word for key, value in flags.items() for word in (f"--repair-{key}", value)]
+    words = [word for word in words if word is not True]
     file, out = repaired(kind, plan, *words)
     wanted = reference(models(kind), file, text, **flags)
     assert far(out, wanted, file) < 1e-4
@@ -222,7 +259,8 @@ def test_repair_equals_a_plain_loop_in_float64(
 def test_the_reference_can_tell_the_variants_apart(models: Any, repaired: Any, text: Path) -> None:
     """The control of the test above: each setting changes the result."""
     file, out = repaired("gqa", "all")
-    for other in ({"target": "dense"}, {"target": "stream"}, {"statistics": "dense"}):
+    others = ({"target": "dense"}, {"target": "stream"}, {"statistics": "dense"})
+    for other in (*others, {"readers": True}):
         assert far(out, reference(models("gqa"), file, text, **other), file) > 1e-2
 
 
@@ -295,7 +333,7 @@ def on_ranks(
             ok("plan", "--load", models(kind), "--save", file, *flags[:3], 60, *more, "--overwrite")
     for name, (kind, world, to) in ON_RANKS.items():
         given = ("prune", "--load", models(kind), "--plan", root / f"{kind}.json", *REPAIR)
-        given = (*given, "--data", text, "--repair-target", "stream")
+        given = (*given, "--data", text, "--repair-target", "stream", "--repair-readers")
         ok(*given, "--to", "hf", "--save", root / f"{name}-alone")
         words = [str(word) for word in (*given, *to, "--save", root / name)]
         jobs.append(Job(check="command", world=world, given={"words": words}))

@@ -303,6 +303,40 @@ def test_replace_file_is_all_or_nothing(tmp_path: Path, monkeypatch: pytest.Monk
 # ---------------------------------------------------------------- scratch
 
 
+def test_what_a_killed_plan_left_is_swept_and_what_a_live_writer_holds_is_not(
+    models: Models, tmp_path: Path
+) -> None:
+    out = tmp_path / "p*n.json"
+    stage = ("plan", "--load", models("gqa"), "--save", out)
+    launch(1, stage, prelude="os.replace = lambda *args: os.kill(os.getpid(), 9)")
+    (dead,) = names(tmp_path)
+    assert dead.startswith(".p*n.json.tmp.")
+    live = tmp_path / ".p*n.json.tmp.live"
+    (tmp_path / ".plan.json.tmp.other").write_text("")
+    with open(live, "x") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        ok(*stage)
+        assert names(tmp_path) == [".p*n.json.tmp.live", ".plan.json.tmp.other", "p*n.json"]
+    ok(*stage, "--overwrite")
+    assert names(tmp_path) == [".plan.json.tmp.other", "p*n.json"]
+
+
+def test_a_small_file_is_locked_while_it_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two writers of one file: the second sweeps nothing of the first, the last one wins."""
+    path, replace = tmp_path / "state", os.replace
+
+    def other_writer_first(*args: Path) -> None:
+        monkeypatch.setattr(os, "replace", replace)
+        commit.replace_file(path, b"second")
+        replace(*args)
+
+    monkeypatch.setattr(os, "replace", other_writer_first)
+    commit.replace_file(path, b"first")
+    assert path.read_bytes() == b"first" and names(tmp_path) == ["state"]
+
+
 def test_scratch_lies_beside_the_target_and_is_gone_whatever_happens(tmp_path: Path) -> None:
     alone = Ranks(rank=0, world_size=1)
     with (
