@@ -15,12 +15,10 @@ class Needs:
     """What a criterion is computed from.
 
     Attributes:
-        axes: letters of the axes it scores; K follows from Q where it is not among them.
         weights: every weight is read once.
         forward, backward, removal: calibration text goes through the model.
     """
 
-    axes: str
     weights: bool = False
     forward: bool = False
     backward: bool = False
@@ -31,14 +29,14 @@ CRITERIA: dict[str, Criterion] = {"random": random_scores}
 """Those that `plan` needs no scores file for."""
 
 SCORED: dict[str, Needs] = {
-    "magnitude": Needs(axes="DQKFL", weights=True),
-    "activation": Needs(axes="DQFL", forward=True),
-    "wanda": Needs(axes="DQF", forward=True, weights=True),
-    "flap": Needs(axes="QF", forward=True, weights=True),
-    "residual-energy": Needs(axes="D", forward=True),
-    "taylor": Needs(axes="DQKFL", backward=True),
-    "fisher": Needs(axes="DQKFL", backward=True),
-    "perplexity": Needs(axes="L", removal="one-shot"),
-    "perplexity-greedy": Needs(axes="L", removal="greedy"),
+    "magnitude": Needs(weights=True),
+    "activation": Needs(forward=True),
+    "wanda": Needs(forward=True, weights=True),
+    "flap": Needs(forward=True, weights=True),
+    "residual-energy": Needs(forward=True),
+    "taylor": Needs(backward=True),
+    "fisher": Needs(backward=True),
+    "perplexity": Needs(removal="one-shot"),
+    "perplexity-greedy": Needs(removal="greedy"),
 }
 """Those that `score` computes."""
