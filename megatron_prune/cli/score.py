@@ -17,9 +17,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_prune.cli.engine_flags import add_engine, dtype_of
-from megatron_prune.cli.options import grid_from, positive
+from megatron_prune.cli.options import (
+    agree_on_arguments,
+    check_output_file,
+    grid_from,
+    opened,
+    positive,
+)
 from megatron_prune.criteria import SCORED
-from megatron_prune.errors import ConfigError, StorageError
+from megatron_prune.errors import ConfigError, DamagedError
 from megatron_prune.scores import Scores, load_scores, scores_bytes
 
 if TYPE_CHECKING:
@@ -91,7 +97,6 @@ def run(args: argparse.Namespace) -> None:
     from megatron_prune.engine.groups import data_parallel_size, model_parallel, world_size
     from megatron_prune.engine.model import ModelOptions, check_model
     from megatron_prune.engine.score import ScoreOptions
-    from megatron_prune.store import open_source
 
     grid = grid_from(args)
     data_parallel_size(grid, world_size())
@@ -108,24 +113,24 @@ def run(args: argparse.Namespace) -> None:
         removal_layers=args.removal_layers,
     )
     _check_paths(args, options)
-    source = open_source(args.load, family=args.family)
-    grid.check(source.config.shape)
-    check_model(source.config, options.model, grid.tensor_parallel)
-    with (
-        named_failures(),
-        model_parallel(grid, timeout_minutes=args.distributed_timeout_minutes) as groups,
-    ):
-        _score(args, source, options, groups)
+    with opened(args.load, args.family) as source:
+        grid.check(source.config.shape)
+        check_model(source.config, options.model, grid.tensor_parallel)
+        options.removed_layers(source.config.shape.num_layers)
+        with (
+            named_failures(),
+            model_parallel(grid, timeout_minutes=args.distributed_timeout_minutes) as groups,
+        ):
+            agree_on_arguments(groups.ranks, args)
+            _score(args, source, options, groups)
 
 
 def _check_paths(args: argparse.Namespace, options: ScoreOptions) -> None:
     text = [n for n in options.criteria if n != "magnitude"]
     if text and args.data is None:
         raise ConfigError(f"--data is missing: {', '.join(text)} look at the model at work on text")
-    if args.save.is_dir():
-        raise ConfigError(f"--save {args.save}: is a directory; wanted a file")
-    if not args.save.absolute().parent.is_dir():
-        raise StorageError(f"--save {args.save}: {args.save.parent} does not exist; make it first")
+    inputs = (args.load, args.data, args.tokenizer_model)
+    check_output_file(args.save, overwrite=True, inputs=inputs)  # scores are added to
 
 
 def _score(args: argparse.Namespace, source: Source, options: ScoreOptions, groups: object) -> None:
@@ -135,23 +140,20 @@ def _score(args: argparse.Namespace, source: Source, options: ScoreOptions, grou
     from megatron_prune.store.commit import replace_file
 
     assert isinstance(groups, Groups)
-    first = groups.ranks.is_first
     windows, known = on_first_rank(groups.ranks, lambda: _prepare(args, source))
 
     def save(scores: Scores) -> None:
-        if first:
-            replace_file(args.save, scores_bytes(scores))
+        replace_file(args.save, scores_bytes(scores))
 
     scores = score(source, options, groups, windows, known=known, save=save)
-    if first:
+    if groups.ranks.is_first:
         _tell(args, scores)
 
 
 def _prepare(args: argparse.Namespace, source: Source) -> tuple[Tensor | None, Scores | None]:
     """The calibration windows, and what an earlier run found: of this model and these windows."""
-    from megatron_prune.data.windows import model_windows
+    from megatron_prune.data.windows import data_digest, model_windows
     from megatron_prune.digest import source_digest
-    from megatron_prune.engine.score import data_digest
 
     windows = None
     if args.data is not None:
@@ -166,10 +168,8 @@ def _prepare(args: argparse.Namespace, source: Source) -> tuple[Tensor | None, S
         return windows, None
     try:
         known = load_scores(args.save)
-    except Exception:
-        if args.overwrite:
-            return windows, None
-        raise
+    except DamagedError as error:  # whatever it is, it may be all there is of it
+        raise DamagedError(f"--save {error}; remove it, or choose another file") from None
     same_model = known.source_digest == source_digest(source)
     same_data = (
         windows is None
@@ -189,4 +189,5 @@ def _prepare(args: argparse.Namespace, source: Source) -> tuple[Tensor | None, S
 def _tell(args: argparse.Namespace, scores: Scores) -> None:
     for name, axes in scores.criteria.items():
         print(f"{name:<18} axes {' '.join(axes)}")
-    print(f"{args.save}: {scores.provenance['tokens']} calibration tokens", file=sys.stderr)
+    tokens = scores.provenance.get("tokens", 0)
+    print(f"{args.save}: {tokens} calibration tokens", file=sys.stderr)
