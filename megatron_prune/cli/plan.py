@@ -29,11 +29,12 @@ from megatron_prune.cli.plan_search import (
     add_search_arguments,
     asks_for_search,
     check_search,
+    search_inputs,
     search_targets,
 )
 from megatron_prune.criteria import CRITERIA, Criterion
 from megatron_prune.digest import source_digest
-from megatron_prune.errors import ConfigError, PlanError, StorageError
+from megatron_prune.errors import ConfigError, PlanError
 from megatron_prune.plan import PRUNE_TYPES, PrunePlan
 from megatron_prune.planning import Targets, make_plan, parse_layers
 from megatron_prune.scores import load_scores
@@ -167,7 +168,7 @@ def plan_from(args: argparse.Namespace, source: Source) -> PrunePlan:
         criterion_name=args.criterion,
         seed=args.seed,
         prune_type=args.prune_type,
-        balance_for=source.grid.tensor_parallel if args.balance_for is None else args.balance_for,
+        balance_for=options.balance_for(args, source),
         source_digest=source_digest(source),
     )
     if asks_for_search(args):
@@ -201,10 +202,7 @@ def show_plan(source: Source, plan: PrunePlan) -> None:
 def run(args: argparse.Namespace) -> None:
     targets_from(args)  # what is malformed is refused before the source is opened
     check_search(args)
-    if args.save.exists() and not args.overwrite:
-        raise ConfigError(f"--save {args.save}: exists; remove it or use --overwrite")
-    if not args.save.absolute().parent.is_dir():
-        raise StorageError(f"--save {args.save}: {args.save.parent} does not exist; make it first")
+    options.check_output_file(args.save, overwrite=args.overwrite, inputs=search_inputs(args))
     with options.opened(args.load, args.family) as source:
         plan = plan_from(args, source)
         show_plan(source, plan)
