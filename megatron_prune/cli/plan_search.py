@@ -7,8 +7,7 @@ a text when there is one, and gives the plan its targets.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,13 +21,13 @@ from megatron_prune.budget import (
 )
 from megatron_prune.cli import options
 from megatron_prune.cli.candidates import candidates_json, show_candidates
+from megatron_prune.cli.judging import Losses, judging
 from megatron_prune.cli.quantities import (
     parse_latency,
     parse_memory,
     parse_parameters,
     parse_weights,
 )
-from megatron_prune.cli.repairing import DAMPING
 from megatron_prune.errors import ConfigError, PlanError
 from megatron_prune.latency import LatencyModel, fit_latency, load_latency_table
 from megatron_prune.plan import PrunePlan
@@ -43,15 +42,12 @@ from megatron_prune.search import (
     search,
     search_front,
     search_space,
-    shape_words,
 )
 from megatron_prune.shape import ModelConfig, ModelShape
 from megatron_prune.source import Source
 from megatron_prune.store.commit import replace_file
 from megatron_prune.store.names import FAMILIES
 
-_Judge = Callable[[Sequence[PrunePlan], str], list[float]]
-"""(plans, what to call them) -> the loss of each; the first is the source's."""
 _TARGETS = ("target_params", "target_memory", "target_latency")
 _FRONT_LIMITS = 24  # points of the picture: from the smallest legal shape to the source
 _FRONT_COUNT = 4  # shapes at each of them
@@ -264,7 +260,7 @@ def search_targets(
         whole=frozenset(whole | ({*"LDQKF"} - scored)),
     )
     losses: list[float] = []  # of the source, then of the candidates
-    with _judge(args, source) as judge:
+    with judging(args, source) as judge:
         if judge is not None and not args.proxy_weights:
             mass = _calibrated(judge, planner, space, mass)
         found = search(space, budgets, mass, args.candidates or 5)
@@ -424,7 +420,7 @@ def _targets(target: ModelShape, pinned: Targets) -> Targets:
 
 
 def _calibrated(
-    judge: _Judge,
+    judge: Losses,
     planner: Callable[[Targets], PrunePlan],
     space: SearchSpace,
     mass: ScoreMass,
@@ -440,60 +436,6 @@ def _calibrated(
     words = ", ".join(f"{name} {mass.weights[name]:.3g}" for name in found)
     options.say(f"nats when an axis is halved, by these: {words}")
     return mass
-
-
-@contextmanager
-def _judge(args: argparse.Namespace, source: Source) -> Iterator[_Judge | None]:
-    """What finds the real loss of plans, on this machine; None without a text."""
-    if args.evaluate_data is None:
-        yield None
-        return
-    from megatron_prune.engine.groups import model_parallel
-    from megatron_prune.engine.model import ModelOptions, check_model
-    from megatron_prune.evaluate.candidates import CandidateRepair, Judge
-    from megatron_prune.evaluate.text import EvaluationOptions
-    from megatron_prune.grid import ParallelGrid
-
-    seq_length = args.evaluate_seq_length or 1024
-    check_model(source.config, ModelOptions(seq_length=seq_length), 1)
-    evaluation = EvaluationOptions(
-        load=args.load,
-        data=args.evaluate_data,
-        seq_length=seq_length,
-        max_windows=args.max_windows or 16,
-        family=args.family,
-    )
-
-    repair = None
-    if args.repair_data is not None:
-        repair = CandidateRepair(
-            data=args.repair_data,
-            samples=args.repair_samples or 16,
-            seq_length=seq_length,
-            damping=DAMPING,
-        )
-    with model_parallel(ParallelGrid()) as groups:
-        judge = Judge(
-            source,
-            evaluation,
-            groups,
-            repair=repair,
-            cache=args.cache,
-            scratch=args.save if args.dry_run or args.cache is None else args.cache,
-            dry_run=args.dry_run,
-        )
-
-        def losses(plans: Sequence[PrunePlan], what: str) -> list[float]:
-            def tell(number: int, loss: float, was_cached: bool) -> None:
-                name = f"{what} {number} of {len(plans) - 1}" if number else "source"
-                options.say(
-                    f"{name}: {shape_words(plans[number].target)}: loss {loss:.4f}"
-                    f"{' (cached)' if was_cached else ''}"
-                )
-
-            return judge.losses(plans, tell)
-
-        yield losses
 
 
 def _front(space: SearchSpace, budget: Budget, mass: ScoreMass) -> list[Candidate]:
