@@ -85,7 +85,7 @@ def load_latency_table(path: Path) -> LatencyTable:
         raise PlanError(
             f"--latency-table {path}: {error.strerror}; make it with `megatron-prune profile`"
         ) from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DamagedError(f"--latency-table {path}: not JSON: {error}") from None
     try:
         if values.pop("version") != VERSION:
@@ -93,9 +93,11 @@ def load_latency_table(path: Path) -> LatencyTable:
         values["layers"] = tuple(LayerTime(**row) for row in values["layers"])
         values["outputs"] = tuple(OutputTime(**row) for row in values["outputs"])
         table = LatencyTable(**values)
-        times = [x.seconds for x in table.layers] + [x.seconds for x in table.outputs]
-        if not table.layers or not table.outputs or not all(0 < x < np.inf for x in times):
-            raise ValueError("wanted layers and outputs with seconds above 0")
+        parts: list[Any] = [table, *table.layers, *table.outputs]
+        for part in parts:
+            _check_fields(part)
+        if not table.layers or not table.outputs:
+            raise ValueError("wanted layers and outputs")
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         names = ", ".join(field.name for field in fields(LatencyTable))
         raise DamagedError(
@@ -103,6 +105,21 @@ def load_latency_table(path: Path) -> LatencyTable:
             "measure again with `megatron-prune profile`"
         ) from None
     return table
+
+
+def _check_fields(part: Any) -> None:
+    """Whole numbers, seconds and words in a table, or a row of it; else raises ValueError."""
+    for field in fields(part):
+        value = getattr(part, field.name)
+        if field.type == "int":
+            known, wanted = type(value) is int and 0 < value < 2**53, "a whole number above 0"
+        elif field.type == "float":
+            known = type(value) in (int, float) and 0 < value < 1e9
+            wanted = "seconds above 0"
+        else:
+            known, wanted = isinstance(value, str | tuple), "text"
+        if not known:
+            raise ValueError(f"{field.name} is {value!r:.60}; wanted {wanted}")
 
 
 @dataclass(frozen=True, kw_only=True)

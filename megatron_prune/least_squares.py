@@ -62,7 +62,8 @@ def fit(moments: Moments, kept: Affine, damping: float) -> Affine:
     ZipLM). The damping pulls towards the kept weights, not towards zero: whatever its size, the
     result is never further from Y than the kept weights are, and where nothing is lost it is those
     weights. Where there is a bias the moments are centred and the bias takes up the mean of what
-    was dropped; where there is none, none appears.
+    was dropped; where there is none, none appears. Kept inputs that are zero leave the weights as
+    they are.
 
     Costs ``K^3 / 3 + 2 D K^2`` multiply-adds in float64.
 
@@ -78,15 +79,17 @@ def fit(moments: Moments, kept: Affine, damping: float) -> Affine:
         gram = gram - moments.count * torch.outer(mean_K, mean_K)
         cross = cross - moments.count * torch.outer(mean_D, mean_K)
     strength = damping * gram.diagonal().mean()
-    ridge = gram.clone()
-    ridge.diagonal().add_(strength)
-    factor, failed = torch.linalg.cholesky_ex(ridge)
-    if bool(failed):
-        raise ConfigError(
-            f"the {len(gram)} kept inputs are linearly dependent over {moments.count} tokens at "
-            f"--repair-damping {damping:g}; raise it, or give more text"
-        )
-    weight = torch.cholesky_solve((cross + strength * kept.weight_DK).T, factor).T.contiguous()
+    weight = kept.weight_DK
+    if bool(gram.any()):  # else any weight does as well
+        ridge = gram.clone()
+        ridge.diagonal().add_(strength)
+        factor, failed = torch.linalg.cholesky_ex(ridge)
+        if bool(failed):
+            raise ConfigError(
+                f"the {len(gram)} kept inputs are linearly dependent over {moments.count} tokens "
+                f"at --repair-damping {damping:g}; raise it, or give more text"
+            )
+        weight = torch.cholesky_solve((cross + strength * weight).T, factor).T.contiguous()
     bias = None if kept.bias_D is None else mean_D - weight @ mean_K
     return Affine(weight_DK=weight, bias_D=bias)
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from megatron_prune.plan import PrunePlan
-from megatron_prune.scores import AXIS_WORDS, Terms, combined
+from megatron_prune.scores import AXIS_WORDS, Terms, combined, is_plain
 
 ROUNDING = 1e-5  # the largest difference seen between layouts is 1.4e-6 of the score itself
 _NAMED = 4  # decisions that a message names
@@ -66,7 +66,7 @@ def decisions(plan: PrunePlan, terms: Terms, axes: str = "DQKFL") -> Iterator[De
             is_kept[kept] = True
             found = terms(axis, size, layer)
             scores = combined(found).double()
-            low, high = (scores, scores) if len(found) == 1 else _bounds(found)
+            low, high = (scores, scores) if is_plain(found) else _bounds(found)
             for block in _blocks(plan, axis, layer):
                 mine = is_kept[block]
                 if bool(mine.all()) or not bool(mine.any()):
@@ -76,7 +76,7 @@ def decisions(plan: PrunePlan, terms: Terms, axes: str = "DQKFL") -> Iterator[De
                     layer=layer,
                     kept=block.start + _lowest(scores[block], mine),
                     dropped=block.start + _highest(scores[block], ~mine),
-                    is_close=_is_close(low[block], high[block], mine, single=len(found) == 1),
+                    is_close=_is_close(low[block], high[block], mine, single=is_plain(found)),
                 )
 
 

@@ -38,15 +38,35 @@ class Ranks:
         import torch.distributed as dist
 
         values: list[Any] = [None] * self.world_size
-        try:
+        with self._told_of_lost_ranks():
             dist.all_gather_object(values, value)
+        return values
+
+    def broadcast(self, value: Any) -> Any:
+        """``value`` of the first rank, on every rank.
+
+        Raises:
+            DistributedError: a rank ended, or did not answer in time.
+        """
+        if self.world_size == 1:
+            return value
+        import torch.distributed as dist
+
+        values = [value if self.is_first else None]
+        with self._told_of_lost_ranks():
+            dist.broadcast_object_list(values, src=0)
+        return values[0]
+
+    @contextmanager
+    def _told_of_lost_ranks(self) -> Iterator[None]:
+        try:
+            yield
         except RuntimeError as error:  # gloo's, when a connection closes or times out
             reason = str(error).splitlines()[0]
             raise DistributedError(
                 f"rank {self.rank}: another rank ended or does not answer ({reason}); see what it "
                 "said"
             ) from error
-        return values
 
     def barrier(self) -> None:
         self.gather(None)

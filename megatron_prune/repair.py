@@ -20,9 +20,10 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from megatron_prune.axes import FINAL_NORM, axes_of, norm_before, split_dim, split_layer
+from megatron_prune.axes import FINAL_NORM, axes_of, names, norm_before, split_dim, split_layer
 from megatron_prune.errors import DamagedError
 from megatron_prune.plan import PrunePlan
+from megatron_prune.shape import ModelConfig
 from megatron_prune.source import DTYPES, Source
 from megatron_prune.store.commit import write_file
 
@@ -91,8 +92,8 @@ class Repair:
         return "{\n" + ",\n".join(lines) + "\n}\n"
 
 
-def load_repair(path: Path, plan: PrunePlan) -> Repair:
-    """Read the record of a model that was pruned by ``plan``.
+def load_repair(path: Path, plan: PrunePlan, target: ModelConfig) -> Repair:
+    """Read the record of a model ``target`` that was pruned by ``plan``.
 
     Raises:
         DamagedError: not a record, one of another plan, or one that claims a tensor which no repair
@@ -102,21 +103,36 @@ def load_repair(path: Path, plan: PrunePlan) -> Repair:
         values = json.loads(path.read_text())
         if values["version"] != VERSION:
             raise DamagedError(f"{path}: version {values['version']!r}; this reads {VERSION}")
-        tensors = {str(name): Replaced(**fields) for name, fields in values["tensors"].items()}
+        tensors = {name: _replaced(fields) for name, fields in values["tensors"].items()}
         repair = Repair(
             plan_digest=values["plan_digest"],
             source_digest=values["source_digest"],
-            settings=values["settings"],
+            settings=dict(values["settings"]),
             tensors=tensors,
         )
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise DamagedError(f"{path}: not the record of a repair: {error}") from None
     if repair.plan_digest != plan.digest:
         raise DamagedError(f"{path}: is of another plan than the one given")
+    replaceable = {name for name in names(target) if split_layer(name)[1] in _REPLACEABLE}
     for name in tensors:
-        if split_layer(name)[1] not in _REPLACEABLE:
+        if name not in replaceable:
             raise DamagedError(f"{path}: claims {name}, which no repair replaces")
     return repair
+
+
+def _replaced(values: Mapping[str, Any]) -> Replaced:
+    """A tensor's line of the record; raises ValueError or TypeError."""
+    found = Replaced(**values)
+    digests = found.sha256
+    if not isinstance(digests, dict) or not all(isinstance(x, str) for x in digests.values()):
+        raise ValueError(f"sha256 is {digests!r:.60}; wanted a table of dtypes and digests")
+    if not isinstance(found.how, str):
+        raise ValueError(f"how is {found.how!r:.60}; wanted a word")
+    for name in ("error_before", "error_after", "ratio"):
+        if not isinstance(x := getattr(found, name), int | float | None) or isinstance(x, bool):
+            raise ValueError(f"{name} is {x!r:.60}; wanted a number")
+    return found
 
 
 def digests(x: Tensor) -> dict[str, str]:
@@ -226,6 +242,12 @@ class MixedSource(Source):
 
     def close(self) -> None:
         self._pruned.close()
+
+
+def drops_inputs(plan: PrunePlan) -> bool:
+    """Whether projections lose inputs by a plan."""
+    kept = plan.kept
+    return any(axis is not None for axis in (kept.heads, kept.query_groups, kept.ffn))
 
 
 def without_units(plan: PrunePlan) -> PrunePlan:

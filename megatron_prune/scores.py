@@ -77,8 +77,8 @@ class Scores:
         """What planning asks for its scores.
 
         Args:
-            expression: a name; a composite, weighted ranks of several (``activation+2*wanda``); or
-                one of these for each axis (``hidden=residual-energy,heads=wanda,ffn=wanda``).
+            expression: a name; a composite, weighted ranks (``activation+2*wanda``, ``-1*wanda``);
+                or one of these for each axis (``hidden=residual-energy,heads=wanda,ffn=wanda``).
 
         Raises:
             PlanError: not an expression, or a criterion the file does not hold; when called, an
@@ -179,13 +179,24 @@ def _by_axis(expression: str) -> dict[str, str]:
                 f"--criterion {expression}: {part.strip()!r}; wanted NAME or AXIS=NAME, axes are "
                 f"{', '.join(letters)}"
             )
-        parts[letters.get(word, "")] = text
+        letter = letters.get(word, "")
+        if letter in parts:
+            raise PlanError(
+                f"--criterion {expression}: {word or 'all axes'} twice, {parts[letter]} and "
+                f"{text}; wanted one, or both as {parts[letter]}+{text}, or AXIS=NAME for an axis"
+            )
+        parts[letter] = text
     return parts
+
+
+def is_plain(terms: list[tuple[float, Tensor]]) -> bool:
+    """Whether an expression is one criterion as it is, rather than ranks."""
+    return len(terms) == 1 and terms[0][0] == 1
 
 
 def combined(terms: list[tuple[float, Tensor]]) -> Tensor:
     """[n] one term's own scores, or the sum of several ones' ranks, each times its weight."""
-    if len(terms) == 1:
+    if is_plain(terms):
         return terms[0][1]
     return torch.stack([weight * _ranks(x) for weight, x in terms]).sum(0)
 
@@ -239,11 +250,16 @@ def load_scores(path: Path) -> Scores:
                 statistics[last] = x
             else:
                 criteria.setdefault(name, {})[last] = x
+            if x.dtype != torch.float32:
+                raise DamagedError(f"{path}: {key} is {x.dtype}; wanted float32, score again")
             if not bool(torch.isfinite(x).all()):
                 raise DamagedError(f"{path}: {key} holds values that are not finite; score again")
         shape, digest = ModelShape.from_dict(header["shape"]), str(header["source_digest"])
         provenance = dict(header["provenance"])
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError, ShapeError) as error:
+    except (
+        *(SafetensorError, ShapeError, OSError, ValueError, LookupError),
+        *(TypeError, AttributeError, RecursionError),
+    ) as error:
         raise DamagedError(f"{path}: not a scores file: {error}") from None
     try:
         return Scores(

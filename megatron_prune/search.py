@@ -44,11 +44,11 @@ Ints = NDArray[np.int64]
 
 @dataclass(frozen=True, kw_only=True)
 class Budget:
-    """One limit. ``cost`` grows with every size; ``unit`` words it: ``{:.1f}M parameters``.
+    """One limit. ``cost`` grows with every size; `words` says it in ``unit``.
 
     Attributes:
         flag: the option that set it, for messages.
-        scale: cost units in one of ``unit``.
+        scale: how much cost makes one ``unit``.
     """
 
     name: str

@@ -53,7 +53,7 @@ def verify(
     if pruned.plan_path is not None and load_plan(pruned.plan_path).digest != plan.digest:
         raise DamagedError(f"{pruned.plan_path}: was pruned with another plan than the one given")
     path = pruned.repair_path
-    repaired = {} if path is None else load_repair(path, plan).tensors
+    repaired = {} if path is None else load_repair(path, plan, pruned.config).tensors
     tensors = values = 0
     for name in names(pruned.config):
         compared = 0

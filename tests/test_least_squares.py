@@ -117,6 +117,21 @@ def test_dependent_inputs_without_damping_are_refused_and_damped_ones_are_not(da
     assert fit(found, kept, 1e-3).weight_DK.isfinite().all()
 
 
+@pytest.mark.parametrize("damping", [0.0, 1e-2])
+def test_inputs_that_are_all_zero_leave_the_weights_and_the_bias_takes_up_the_mean(
+    data, damping
+) -> None:
+    x, weight, bias = data
+    found = moments(torch.zeros(TOKENS, len(KEPT), dtype=torch.float64), x @ weight.T)
+    for b in (None, bias):
+        kept = Affine(weight_DK=weight[:, KEPT], bias_D=b)
+        fitted = fit(found, kept, damping)
+        assert torch.equal(fitted.weight_DK, kept.weight_DK)
+        if b is not None and fitted.bias_D is not None:
+            torch.testing.assert_close(fitted.bias_D, (x @ weight.T).mean(0))
+        assert (fitted.bias_D is None) == (b is None)
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_what_is_not_finite_is_seen(data, value) -> None:
     x, weight, _ = data

@@ -11,7 +11,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_prune.criteria import SCORED
 from megatron_prune.errors import DamagedError, PlanError
 from megatron_prune.scores import Criterion, Scores, load_scores, score_shape, scores_bytes
 from megatron_prune.shape import ModelShape
@@ -86,10 +85,6 @@ def test_every_axis_is_chosen_layer_by_layer_but_hidden_and_layers() -> None:
     }  # fmt: skip
 
 
-def test_the_axes_of_every_criterion_are_axes() -> None:
-    assert all(needs.axes and set(needs.axes) <= set("DQKFL") for needs in SCORED.values())
-
-
 def test_a_missing_file_is_refused_with_the_command_that_makes_one(tmp_path: Path) -> None:
     with pytest.raises(PlanError, match=f"{tmp_path}/x: is not there; make it with `megatron-prun"):
         load_scores(tmp_path / "x")
@@ -101,7 +96,11 @@ def test_what_is_no_scores_file_is_damaged(tmp_path: Path) -> None:
     save_file({"x": torch.zeros(2)}, tmp_path / "json", metadata={KEY: "{"})
     save_file({"x": torch.zeros(2)}, tmp_path / "list", metadata={KEY: "[1]"})
     save_file({"x": torch.zeros(2)}, tmp_path / "empty", metadata={KEY: '{"version": "1"}'})
-    for name in ("text", "other", "json", "list", "empty"):
+    deep = {KEY: '{"version":' + "[" * 100_000}
+    save_file({"x": torch.zeros(2)}, tmp_path / "deep", metadata=deep)
+    header = json.dumps({"version": "1", "shape": [], "source_digest": "", "provenance": {}})
+    save_file({"x": torch.zeros(2)}, tmp_path / "shape", metadata={KEY: header})
+    for name in ("text", "other", "json", "list", "empty", "deep", "shape"):
         with pytest.raises(DamagedError, match=f"{name}: not a scores file"):
             load_scores(tmp_path / name)
 
@@ -110,6 +109,12 @@ def test_a_cut_file_is_damaged(file: Path) -> None:
     file.write_bytes(file.read_bytes()[:-5])
     with pytest.raises(DamagedError, match="not a scores file"):
         load_scores(file)
+
+
+def test_scores_of_another_dtype_are_refused_by_name(file: Path) -> None:
+    whole = SCORES.criteria["b"]["Q"].to(torch.int32)
+    with pytest.raises(DamagedError, match=r"b\.Q is torch\.int32; wanted float32, score again"):
+        load_scores(_rewritten(file, {"b.Q": whole}))
 
 
 def test_another_version_is_refused(file: Path) -> None:
@@ -184,6 +189,13 @@ def test_a_composite_adds_weighted_ranks(text: str, two: float) -> None:
     torch.testing.assert_close(_asked(SCORES.criterion(text), "Q", 0), wanted)
 
 
+@pytest.mark.parametrize("weight", [-1.0, 2.0])
+def test_the_weight_of_a_single_term_counts(weight: float) -> None:
+    a = torch.tensor(_ranked(SCORES.criteria["a"]["Q"][0]), dtype=torch.float64)
+    found = _asked(SCORES.criterion(f"{weight}*a"), "Q", 0)
+    torch.testing.assert_close(found, weight * a)
+
+
 def test_ranks_of_equal_scores_prefer_the_lower_index() -> None:
     tied = torch.tensor([1.0, 3.0, 1.0, 3.0, 2.0, 1.0, 3.0, 0.0])
     scores = replace(SCORES, criteria={"a": {"D": tied}, "b": {"D": torch.ones(8)}})
@@ -217,6 +229,8 @@ def test_what_has_no_criterion_of_its_own_has_the_common_one() -> None:
         ("", "--criterion : ''; wanted NAME"),
         ("a,", "--criterion a,: ''; wanted NAME"),
         ("heads=", "'heads='; wanted NAME"),
+        ("a,b", "--criterion a,b: all axes twice, a and b; wanted one, or both as a+b, or AXIS="),
+        ("heads=a,b,heads=2*b", "heads twice, a and 2*b; wanted one, or both as a+2*b"),
     ],
 )
 def test_an_expression_that_is_none_is_refused(text: str, says: str) -> None:

@@ -215,6 +215,7 @@ def test_every_shape_found_is_legal_balanced_and_within_the_budget(
     try:
         found = search(space, [budget], mass_of(shape, ranks), 5)
     except PlanError:
+        assert share < 1 or (of_heads and hidden % (groups * per_group)), "the source fits"
         return
     proxies = [candidate.proxy for candidate in found]
     assert proxies == sorted(proxies) and len(found) <= 5

@@ -1,4 +1,4 @@
-"""Flags that stages which run the model share beyond `options`: processes, precision, layers."""
+"""Flags of the stages that run a model, beyond `options`: processes, precision, layers."""
 
 from __future__ import annotations
 

@@ -14,8 +14,7 @@ import time
 from pathlib import Path
 
 from megatron_prune.cli.engine_flags import add_engine, dtype_of
-from megatron_prune.cli.options import grid_from, positive
-from megatron_prune.errors import ConfigError
+from megatron_prune.cli.options import check_output_file, grid_from, positive
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -54,8 +53,9 @@ def run(args: argparse.Namespace) -> None:
         sequence_parallel=args.sequence_parallel,
         family=args.family,
     )
-    if args.json is not None and not args.json.absolute().parent.is_dir():
-        raise ConfigError(f"--json {args.json}: {args.json.absolute().parent} is not a directory")
+    if args.json is not None:
+        inputs = (args.load, args.data, args.tokenizer_model)
+        check_output_file(args.json, overwrite=True, inputs=inputs, flag="--json")
     started = time.monotonic()
     source = open_checked(options, grid)
     with (

@@ -5,14 +5,14 @@ from __future__ import annotations
 import argparse
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from tqdm import tqdm
 
 from megatron_prune import __version__
-from megatron_prune.errors import ConfigError
+from megatron_prune.errors import ConfigError, StorageError
 from megatron_prune.grid import ParallelGrid
 from megatron_prune.ranks import Ranks, is_first_rank
 from megatron_prune.shape import ModelShape
@@ -171,6 +171,47 @@ def check_save(args: argparse.Namespace) -> None:
             f"--save {args.save}: is or holds --load {args.load}; inputs never change"
         )
     check_target(args.save, overwrite=args.overwrite)
+
+
+def check_output_file(
+    path: Path, *, overwrite: bool, inputs: Iterable[Path | None], flag: str = "--save"
+) -> None:
+    """Refuse a file that is to be written, before anything is opened.
+
+    Args:
+        inputs: what the command reads; None stands for nothing.
+
+    Raises:
+        ConfigError: a directory, there already, or an input or inside of one.
+        StorageError: its place is missing.
+    """
+    if path.is_dir():
+        raise ConfigError(f"{flag} {path}: is a directory; wanted a file")
+    check_not_input(flag, path, inputs)
+    if path.exists() and not overwrite:
+        raise ConfigError(f"{flag} {path}: exists; remove it or use --overwrite")
+    if not path.absolute().parent.is_dir():
+        raise StorageError(f"{flag} {path}: {path.parent} does not exist; make it first")
+
+
+def check_not_input(flag: str, path: Path, inputs: Iterable[Path | None]) -> None:
+    """Refuse an output that is one of the inputs, or inside of one.
+
+    Raises:
+        ConfigError: it is.
+    """
+    for given in inputs:
+        if given is not None and path.resolve().is_relative_to(given.resolve()):
+            raise ConfigError(
+                f"{flag} {path}: is or lies in {given}, one of the inputs; they never change, "
+                "choose another place"
+            )
+
+
+def balance_for(args: argparse.Namespace, source: Source) -> int:
+    """``--balance-for``, by default the source's tensor-parallel size."""
+    size: int | None = args.balance_for
+    return source.grid.tensor_parallel if size is None else size
 
 
 def agree_on_arguments(ranks: Ranks, args: argparse.Namespace) -> None:

@@ -38,12 +38,13 @@ from megatron_prune.cli.plan_search import (
     add_search_arguments,
     asks_for_search,
     check_search,
+    search_inputs,
     search_targets,
 )
 from megatron_prune.cli.rounds import add_round_arguments, check_rounds, plan_in_rounds
 from megatron_prune.criteria import CRITERIA
 from megatron_prune.digest import source_digest
-from megatron_prune.errors import ConfigError, PlanError, StorageError
+from megatron_prune.errors import ConfigError, PlanError
 from megatron_prune.margins import decisions, rounding_text
 from megatron_prune.plan import PRUNE_TYPES, PrunePlan
 from megatron_prune.planning import Targets, make_plan, parse_layers
@@ -255,7 +256,7 @@ def plan_from(args: argparse.Namespace, source: Source) -> PrunePlan:
         criterion_name=args.criterion,
         seed=args.seed,
         prune_type=args.prune_type,
-        balance_for=source.grid.tensor_parallel if args.balance_for is None else args.balance_for,
+        balance_for=options.balance_for(args, source),
         source_digest=source_digest(source),
         nonuniform=nonuniform,
     )
@@ -308,12 +309,8 @@ def run(args: argparse.Namespace) -> None:
     nonuniform_from(args)
     check_search(args)
     check_rounds(args, has_target=asks_for_pruning(args))
-    if args.save.is_dir():
-        raise ConfigError(f"--save {args.save}: is a directory; wanted a file")
-    if args.save.exists() and not args.overwrite:
-        raise ConfigError(f"--save {args.save}: exists; remove it or use --overwrite")
-    if not args.save.absolute().parent.is_dir():
-        raise StorageError(f"--save {args.save}: {args.save.parent} does not exist; make it first")
+    inputs = (*search_inputs(args), args.data)
+    options.check_output_file(args.save, overwrite=args.overwrite, inputs=inputs)
     with options.opened(args.load, args.family) as source:
         if args.rounds is None:
             plan = plan_from(args, source)

@@ -7,7 +7,8 @@ a text when there is one, and gives the plan its targets.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +21,13 @@ from megatron_prune.budget import (
 )
 from megatron_prune.cli import options
 from megatron_prune.cli.candidates import candidates_json, show_candidates
+from megatron_prune.cli.judging import Losses, judging
 from megatron_prune.cli.quantities import (
     parse_latency,
     parse_memory,
     parse_parameters,
     parse_weights,
 )
-from megatron_prune.cli.repairing import DAMPING
 from megatron_prune.errors import ConfigError, PlanError
 from megatron_prune.latency import LatencyModel, fit_latency, load_latency_table
 from megatron_prune.plan import PrunePlan
@@ -41,7 +42,6 @@ from megatron_prune.search import (
     search,
     search_front,
     search_space,
-    shape_words,
 )
 from megatron_prune.shape import ModelConfig, ModelShape
 from megatron_prune.source import Source
@@ -176,8 +176,11 @@ def check_search(args: argparse.Namespace) -> None:
             "this machine by `megatron-prune profile`; without one give a share of the source's "
             "forward, such as 60%, which is counted in FLOPs"
         )
-    if args.candidates_json is not None and not args.candidates_json.absolute().parent.is_dir():
-        raise ConfigError(f"--candidates-json {args.candidates_json}: its folder does not exist")
+    _check_outputs(args)
+    if args.at_seq is not None and args.target_memory is None and args.target_latency is None:
+        raise ConfigError("--at-seq: needs --target-memory or --target-latency")
+    if args.at_batch is not None and args.target_memory is None and args.latency_table is None:
+        raise ConfigError("--at-batch: needs --target-memory or --latency-table")
     for flag in ("max_windows", "evaluate_seq_length", "repair_data", "cache"):
         if getattr(args, flag) is not None and args.evaluate_data is None:
             raise ConfigError(f"--{flag.replace('_', '-')}: needs --evaluate-data TEXT")
@@ -187,6 +190,31 @@ def check_search(args: argparse.Namespace) -> None:
         path = getattr(args, flag)
         if path is not None and not path.is_file():
             raise ConfigError(f"--{flag.replace('_', '-')} {path}: is not a file; wanted a text")
+    if args.evaluate_data is not None:
+        from megatron_prune.engine.groups import world_size
+
+        if world_size() > 1:
+            raise ConfigError(
+                f"--evaluate-data under torchrun with {world_size()} processes: candidates are "
+                "tried one after the other in one process; start plan without torchrun"
+            )
+
+
+def _check_outputs(args: argparse.Namespace) -> None:
+    inputs = search_inputs(args)
+    if (path := args.candidates_json) is not None:
+        flag = "--candidates-json"
+        options.check_output_file(path, overwrite=args.overwrite, inputs=inputs, flag=flag)
+        if path.resolve() == args.save.resolve():
+            raise ConfigError(f"{flag} {path}: is --save, the plan's own file; choose another")
+    if args.cache is not None:
+        options.check_not_input("--cache", args.cache, inputs)
+
+
+def search_inputs(args: argparse.Namespace) -> tuple[Path | None, ...]:
+    """Everything that ``plan`` reads."""
+    read = (args.load, args.scores, args.prune_config_path, args.latency_table)
+    return (*read, args.evaluate_data, args.repair_data)
 
 
 def search_targets(
@@ -206,9 +234,8 @@ def search_targets(
         PlanError: no legal shape meets the budget; names the nearest.
         ConfigError: a latency table of another model, a text that does not fit.
     """
-    config = source.config
-    balance_for = source.grid.tensor_parallel if args.balance_for is None else args.balance_for
-    latency = _latency_model(args, config)
+    config, balance_for = source.config, options.balance_for(args, source)
+    latency = _latency_model(args, config, balance_for)
     budgets = _budgets(args, config, latency)
     scored = scored_axes(config.shape, criterion, seed=args.seed)
     fixed = _fixed(config.shape, pinned, scored, args)
@@ -233,26 +260,30 @@ def search_targets(
         whole=frozenset(whole | ({*"LDQKF"} - scored)),
     )
     losses: list[float] = []  # of the source, then of the candidates
-    if args.evaluate_data is not None and not args.proxy_weights:
-        mass = _calibrated(args, source, planner, space, mass)
-    found = search(space, budgets, mass, args.candidates or 5)
-    if args.evaluate_data is not None:
-        targets = [_targets(candidate.shape, pinned) for candidate in found]
-        losses = _losses(args, source, [planner(x) for x in (Targets(), *targets)], "candidate")
-        found = [found[n] for n in sorted(range(len(found)), key=lambda n: losses[n + 1])]
-        losses[1:] = sorted(losses[1:])
-    show_candidates(config, found, losses, latency)
+    with judging(args, source) as judge:
+        if judge is not None and not args.proxy_weights:
+            mass = _calibrated(judge, planner, space, mass)
+        found = search(space, budgets, mass, args.candidates or 5)
+        if judge is not None:
+            targets = [_targets(candidate.shape, pinned) for candidate in found]
+            losses = judge([planner(x) for x in (Targets(), *targets)], "candidate")
+            found = [found[n] for n in sorted(range(len(found)), key=lambda n: losses[n + 1])]
+            losses[1:] = sorted(losses[1:])
+    served = replace(config, dtype=args.at_dtype or config.dtype)
+    show_candidates(served, found, losses, latency)
     if found[0].shape == config.shape:
         options.say("the source meets the budget as it is: nothing has to be pruned")
-    if args.candidates_json is not None:
+    if args.candidates_json is not None and not args.dry_run:
         facts = {"criterion": args.criterion, "seed": args.seed, "weights": dict(mass.weights)}
         front = _front(space, budgets[0], mass)
-        text = candidates_json(config, facts, budgets, found, losses[1:], front)
+        text = candidates_json(served, facts, budgets, found, losses[1:], front)
         replace_file(args.candidates_json, text.encode())
     return _targets(found[0].shape, pinned)
 
 
-def _latency_model(args: argparse.Namespace, config: ModelConfig) -> LatencyModel | None:
+def _latency_model(
+    args: argparse.Namespace, config: ModelConfig, balance_for: int
+) -> LatencyModel | None:
     if args.latency_table is None:
         return None
     table = load_latency_table(args.latency_table)
@@ -261,6 +292,23 @@ def _latency_model(args: argparse.Namespace, config: ModelConfig) -> LatencyMode
             f"--latency-table {args.latency_table}: measured with kv_channels {table.kv_channels}, "
             f"the model has {config.shape.kv_channels}; measure this model"
         )
+    conditions = (
+        ("--at-seq", args.at_seq, table.seq_length),
+        ("--at-batch", args.at_batch, table.batch_size),
+        ("--at-dtype", args.at_dtype, table.dtype),
+        ("--balance-for", balance_for, table.tensor_parallel),
+    )
+    measured = (
+        f"measured on {table.device} with {table.batch_size} x {table.seq_length} tokens in "
+        f"{table.dtype} at TP {table.tensor_parallel}"
+    )
+    for flag, wanted, found in conditions:
+        if wanted is not None and wanted != found:
+            raise PlanError(
+                f"--latency-table {args.latency_table}: {measured}, asked for is {flag} {wanted}; "
+                f"measure again so, or give {flag} {found}"
+            )
+    options.say(f"--latency-table {args.latency_table}: {measured}")
     return fit_latency(table)
 
 
@@ -340,6 +388,13 @@ def _fixed(
         "L": pinned.num_layers,
     }
     found = {axis: size for axis, size in named.items() if size is not None}
+    for axis, size in found.items():
+        if size < shape.size(axis) and axis not in scored:
+            raise PlanError(
+                f"axis {axis}: {size} of {shape.size(axis)} are asked for, and --criterion "
+                f"{args.criterion} does not score it; name one that does as AXIS=NAME, or leave "
+                "the axis whole"
+            )
     if pinned.drop_layers:
         found["L"] = shape.num_layers - len(pinned.drop_layers)
     unscored = [axis for axis in AXES if axis not in scored and axis not in found]
@@ -365,8 +420,7 @@ def _targets(target: ModelShape, pinned: Targets) -> Targets:
 
 
 def _calibrated(
-    args: argparse.Namespace,
-    source: Source,
+    judge: Losses,
     planner: Callable[[Targets], PrunePlan],
     space: SearchSpace,
     mass: ScoreMass,
@@ -374,7 +428,7 @@ def _calibrated(
     """The proxy with weights from one real loss an axis."""
     probes = axis_probes(space)
     plans = [planner(Targets()), *(planner(_targets(s, Targets())) for s in probes.values())]
-    dense, *losses = _losses(args, source, plans, "probe")
+    dense, *losses = judge(plans, "probe")
     found = {
         name: (sizes_of(shape), loss - dense) for (name, shape), loss in zip(probes.items(), losses)
     }
@@ -382,47 +436,6 @@ def _calibrated(
     words = ", ".join(f"{name} {mass.weights[name]:.3g}" for name in found)
     options.say(f"nats when an axis is halved, by these: {words}")
     return mass
-
-
-def _losses(
-    args: argparse.Namespace, source: Source, plans: Sequence[PrunePlan], what: str
-) -> list[float]:
-    """The real loss of each plan, on this machine; the first is that of the source."""
-    from megatron_prune.engine.groups import model_parallel
-    from megatron_prune.engine.model import ModelOptions, check_model
-    from megatron_prune.evaluate.candidates import CandidateRepair, plan_losses
-    from megatron_prune.evaluate.text import EvaluationOptions
-    from megatron_prune.grid import ParallelGrid
-
-    seq_length = args.evaluate_seq_length or 1024
-    check_model(source.config, ModelOptions(seq_length=seq_length), 1)
-    evaluation = EvaluationOptions(
-        load=args.load,
-        data=args.evaluate_data,
-        seq_length=seq_length,
-        max_windows=args.max_windows or 16,
-        family=args.family,
-    )
-
-    def tell(number: int, loss: float, was_cached: bool) -> None:
-        name = f"{what} {number} of {len(plans) - 1}" if number else "source"
-        options.say(
-            f"{name}: {shape_words(plans[number].target)}: loss {loss:.4f}"
-            f"{' (cached)' if was_cached else ''}"
-        )
-
-    repair = None
-    if args.repair_data is not None:
-        repair = CandidateRepair(
-            data=args.repair_data,
-            samples=args.repair_samples or 16,
-            seq_length=seq_length,
-            damping=DAMPING,
-        )
-    with model_parallel(ParallelGrid()) as groups:
-        return plan_losses(
-            source, plans, evaluation, groups, repair=repair, cache=args.cache, tell=tell
-        )
 
 
 def _front(space: SearchSpace, budget: Budget, mass: ScoreMass) -> list[Candidate]:

@@ -16,7 +16,6 @@ from pathlib import Path
 
 from megatron_prune.cli import options
 from megatron_prune.cli.engine_flags import add_engine, dtype_of
-from megatron_prune.errors import ConfigError, StorageError
 from megatron_prune.latency import LatencyTable, fit_latency
 from megatron_prune.store.commit import replace_file
 
@@ -44,11 +43,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    if args.save.exists() and not args.overwrite:
-        raise ConfigError(f"--save {args.save}: exists; remove it or use --overwrite")
-    if not args.save.absolute().parent.is_dir():
-        raise StorageError(f"--save {args.save}: {args.save.parent} does not exist; make it first")
-    from megatron_prune.engine.failures import named_failures
+    options.check_output_file(args.save, overwrite=args.overwrite, inputs=(args.load,))
+    from megatron_prune.engine.failures import named_failures, on_first_rank
     from megatron_prune.engine.groups import data_parallel_size, model_parallel, world_size
     from megatron_prune.engine.model import ModelOptions, check_model
     from megatron_prune.engine.profile import measure_table
@@ -70,6 +66,7 @@ def run(args: argparse.Namespace) -> None:
         named_failures(),
         model_parallel(grid, timeout_minutes=args.distributed_timeout_minutes) as groups,
     ):
+        options.agree_on_arguments(groups.ranks, args)
         table = measure_table(
             config,
             groups,
@@ -78,8 +75,7 @@ def run(args: argparse.Namespace) -> None:
             repeats=args.repeats,
             progress=options.say,
         )
-        if groups.ranks.is_first:
-            replace_file(args.save, table.to_json().encode())
+        on_first_rank(groups.ranks, lambda: replace_file(args.save, table.to_json().encode()))
     _show(table)
 
 

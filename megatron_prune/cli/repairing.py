@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
 import math
 import sys
 from collections.abc import Iterator
@@ -24,7 +23,15 @@ from megatron_prune.cli.calibration import (
 from megatron_prune.errors import ConfigError, PlanError
 from megatron_prune.plan import PrunePlan
 from megatron_prune.ranks import Ranks
-from megatron_prune.repair import STATISTICS, TARGETS, Repair, RepairedSource, Replaced, Tensors
+from megatron_prune.repair import (
+    STATISTICS,
+    TARGETS,
+    Repair,
+    RepairedSource,
+    Replaced,
+    Tensors,
+    drops_inputs,
+)
 from megatron_prune.scores import Scores, load_scores
 from megatron_prune.source import Source
 from megatron_prune.store.commit import scratch_directory
@@ -107,8 +114,14 @@ def check_repair(args: argparse.Namespace) -> bool:
         ConfigError: see the messages.
     """
     if not (args.repair or args.norm_rescale):
-        if args.data is not None:
-            raise ConfigError("--data without --repair or --norm-rescale: nothing would use it")
+        defaults = argparse.ArgumentParser()
+        add_repair_arguments(defaults)
+        for name, default in vars(defaults.parse_args([])).items():
+            if getattr(args, name) != default:
+                raise ConfigError(
+                    f"--{name.replace('_', '-')} without --repair or --norm-rescale: nothing would "
+                    "use it"
+                )
         return False
     if args.repair and args.data is None:
         raise ConfigError("--repair without --data: it needs text to calibrate on")
@@ -175,9 +188,8 @@ def repaired(args: argparse.Namespace, source: Source, plan: PrunePlan) -> Itera
 def _to_do(args: argparse.Namespace, plan: PrunePlan) -> set[str]:
     """``projections``, ``norms`` or both: what is asked for and has lost something."""
     kept, does = plan.kept, set()
-    lost_inputs = any(x is not None for x in (kept.heads, kept.query_groups, kept.ffn))
     if args.repair:
-        if lost_inputs or args.repair_target != "own" or args.repair_readers:
+        if drops_inputs(plan) or args.repair_target != "own" or args.repair_readers:
             does.add("projections")
         else:
             options.say("--repair: the plan drops no heads and no FFN channels; nothing to fit")
@@ -226,6 +238,7 @@ def _run(
     groups: Groups,
     tensors: Tensors,
 ) -> Repair:
+    from megatron_prune.data.windows import data_digest
     from megatron_prune.engine.failures import on_first_rank
     from megatron_prune.engine.layerwise import norm_energy
     from megatron_prune.engine.repair import RepairOptions, repair_projections, rescale_norms
@@ -268,7 +281,7 @@ def _run(
         "readers_damping": args.repair_readers_damping,
         "norm_energy_from": "data" if observes_norms else "scores" if "norms" in does else None,
         "dtype": model.dtype,
-        "data_digest": hashlib.sha256(windows.numpy().tobytes()).hexdigest(),
+        "data_digest": data_digest(windows),
         "samples": len(windows),
         "seq_length": model.seq_length,
         "tokens": windows.numel(),
@@ -283,7 +296,10 @@ def _run(
 
 def show_repair(record: Repair) -> None:
     """One line a kind: how many tensors, and what it did to them."""
-    fitted = {how: [t for t in record.tensors.values() if t.how == how] for how in _FITTED}
+    fitted = {
+        how: [t for n, t in record.tensors.items() if t.how == how and n.endswith(".weight")]
+        for how in _FITTED
+    }
     ratios = [t.ratio for t in record.tensors.values() if t.ratio is not None]
     if ratios:
         options.show(f"rescaled {len(ratios)} norms by {min(ratios):.4f} to {max(ratios):.4f}")

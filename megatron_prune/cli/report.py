@@ -15,7 +15,7 @@ from pathlib import Path
 
 from megatron_prune.cli import options
 from megatron_prune.digest import source_digest
-from megatron_prune.errors import ConfigError, PlanError, StorageError
+from megatron_prune.errors import PlanError
 from megatron_prune.report.inputs import Inputs, read_inputs
 from megatron_prune.report.page import check_directory, page_html, with_unique_names, write_beside
 from megatron_prune.report.sections import report_sections
@@ -46,15 +46,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _check_outputs(args: argparse.Namespace) -> None:
-    if args.save.is_dir():
-        raise ConfigError(f"--save {args.save}: is a directory; wanted a file such as report.html")
-    if args.save.exists() and not args.overwrite:
-        raise ConfigError(f"--save {args.save}: exists; remove it or use --overwrite")
-    if any(args.save.resolve() == path.resolve() for path in args.inputs):
-        raise ConfigError(f"--save {args.save}: is one of the inputs; choose another name")
-    if not args.save.absolute().parent.is_dir():
-        raise StorageError(f"--save {args.save}: {args.save.parent} does not exist; make it first")
+    inputs = (*(path for path in args.inputs if path.is_file()), args.load)
+    options.check_output_file(args.save, overwrite=args.overwrite, inputs=inputs)
     if args.png_dir is not None:
+        options.check_not_input("--png-dir", args.png_dir, inputs)
         check_directory(args.png_dir)
 
 

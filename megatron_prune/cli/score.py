@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_prune.cli.engine_flags import add_engine
-from megatron_prune.cli.options import grid_from
+from megatron_prune.cli.options import agree_on_arguments, check_output_file, grid_from, opened
 from megatron_prune.cli.score_flags import (
     add_score_arguments,
     check_data,
@@ -25,7 +25,7 @@ from megatron_prune.cli.score_flags import (
     score_windows,
 )
 from megatron_prune.criteria import SCORED
-from megatron_prune.errors import ConfigError, StorageError
+from megatron_prune.errors import ConfigError, DamagedError
 from megatron_prune.scores import Scores, load_scores, scores_bytes
 
 if TYPE_CHECKING:
@@ -73,29 +73,24 @@ def run(args: argparse.Namespace) -> None:
     from megatron_prune.engine.failures import named_failures
     from megatron_prune.engine.groups import data_parallel_size, model_parallel, world_size
     from megatron_prune.engine.model import check_model
-    from megatron_prune.store import open_source
 
     grid, criteria = grid_from(args), _criteria(args.criterion)
     data_parallel_size(grid, world_size())
     check_data(args, criteria)
-    _check_save(args)
-    source = open_source(args.load, family=args.family)
-    source.config.shape.check_uniform("score", "score its source")
-    options = score_options(args, criteria, source.config)
-    grid.check(source.config.shape)
-    check_model(source.config, options.model, grid.tensor_parallel)
-    with (
-        named_failures(),
-        model_parallel(grid, timeout_minutes=args.distributed_timeout_minutes) as groups,
-    ):
-        _score(args, source, options, groups)
-
-
-def _check_save(args: argparse.Namespace) -> None:
-    if args.save.is_dir():
-        raise ConfigError(f"--save {args.save}: is a directory; wanted a file")
-    if not args.save.absolute().parent.is_dir():
-        raise StorageError(f"--save {args.save}: {args.save.parent} does not exist; make it first")
+    inputs = (args.load, args.data, args.tokenizer_model)
+    check_output_file(args.save, overwrite=True, inputs=inputs)  # scores are added to
+    with opened(args.load, args.family) as source:
+        source.config.shape.check_uniform("score", "score its source")
+        options = score_options(args, criteria, source.config)
+        grid.check(source.config.shape)
+        check_model(source.config, options.model, grid.tensor_parallel)
+        options.removed_layers(source.config.shape.num_layers)
+        with (
+            named_failures(),
+            model_parallel(grid, timeout_minutes=args.distributed_timeout_minutes) as groups,
+        ):
+            agree_on_arguments(groups.ranks, args)
+            _score(args, source, options, groups)
 
 
 def _score(args: argparse.Namespace, source: Source, options: ScoreOptions, groups: object) -> None:
@@ -105,15 +100,13 @@ def _score(args: argparse.Namespace, source: Source, options: ScoreOptions, grou
     from megatron_prune.store.commit import replace_file
 
     assert isinstance(groups, Groups)
-    first = groups.ranks.is_first
     windows, known = on_first_rank(groups.ranks, lambda: _prepare(args, source, options))
 
     def save(scores: Scores) -> None:
-        if first:
-            replace_file(args.save, scores_bytes(scores))
+        replace_file(args.save, scores_bytes(scores))
 
     scores = score(source, options, groups, windows, known=known, save=save)
-    if first:
+    if groups.ranks.is_first:
         _tell(args, scores)
 
 
@@ -128,10 +121,8 @@ def _prepare(
         return windows, None
     try:
         known = load_scores(args.save)
-    except Exception:
-        if args.overwrite:
-            return windows, None
-        raise
+    except DamagedError as error:  # whatever it is, it may be all there is of it
+        raise DamagedError(f"--save {error}; remove it, or choose another file") from None
     other = _difference(known, source_digest(source), windows, options)
     if other is None:
         return windows, known
@@ -169,4 +160,5 @@ def _difference(
 def _tell(args: argparse.Namespace, scores: Scores) -> None:
     for name, axes in scores.criteria.items():
         print(f"{name:<18} axes {' '.join(axes)}")
-    print(f"{args.save}: {scores.provenance['tokens']} calibration tokens", file=sys.stderr)
+    tokens = scores.provenance.get("tokens", 0)
+    print(f"{args.save}: {tokens} calibration tokens", file=sys.stderr)

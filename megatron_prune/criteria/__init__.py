@@ -34,7 +34,7 @@ SCORED: dict[str, Needs] = {
     "magnitude": Needs(axes="DQKFL", weights=True),
     "activation": Needs(axes="DQFL", forward=True),
     "wanda": Needs(axes="DQF", forward=True, weights=True),
-    "flap": Needs(axes="QF", forward=True, weights=True),
+    "flap": Needs(axes="QKF", forward=True, weights=True),
     "residual-energy": Needs(axes="D", forward=True),
     "taylor": Needs(axes="DQKFL", backward=True),
     "fisher": Needs(axes="DQKFL", backward=True),

@@ -9,11 +9,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from math import prod
 
 import torch
 from torch import Tensor
 
-from megatron_prune.axes import axes_of, layer_name, layer_weights, outer_weights, split_layer
+from megatron_prune.axes import (
+    axes_of,
+    layer_name,
+    layer_weights,
+    outer_weights,
+    split_layer,
+    tensor_shape,
+)
 from megatron_prune.errors import DamagedError
 from megatron_prune.shape import ModelConfig, ModelShape
 from megatron_prune.source import Source
@@ -135,12 +143,18 @@ class UnitSums:
 
 
 def weight_squares(
-    source: Source, progress: Callable[[int], object] = lambda values: None
+    source: Source,
+    progress: Callable[[int], object] = lambda values: None,
+    *,
+    part: int = 0,
+    parts: int = 1,
 ) -> WeightSquares:
     """Read every weight once, block by block.
 
     Args:
         progress: told the values just read.
+        part: of ``parts`` that together read all weights, each about as many values; the sums of
+            their results are the whole's.
 
     Raises:
         DamagedError: a weight is not finite; names it.
@@ -149,7 +163,7 @@ def weight_squares(
     zeros = Observed.nothing(shape)
     readers, proj, fc2 = zeros.norm_squares, zeros.proj_squares, zeros.fc2_squares
     units = UnitSums(shape)
-    for name in _matrices_and_vectors(config):
+    for name in _matrices_and_vectors(config)[part::parts]:
         layer, rest = split_layer(name)
         axes = axes_of(name)
         split = "D" if axes == "D" else next(a for a in axes if a != "D")
@@ -179,9 +193,11 @@ def weight_squares(
 
 
 def _matrices_and_vectors(config: ModelConfig) -> list[str]:
+    """All weights, like by like and large ones first, so that every n-th is an n-th of them."""
     layers = [
         layer_name(layer, weight.name)
         for layer in range(config.shape.num_layers)
         for weight in layer_weights(config)
     ]
-    return layers + [weight.name for weight in outer_weights(config)]
+    found = [*layers, *(weight.name for weight in outer_weights(config))]
+    return sorted(found, key=lambda name: -prod(tensor_shape(name, config.shape)))

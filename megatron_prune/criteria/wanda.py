@@ -24,7 +24,8 @@ def wanda_scores(observed: Observed, weights: WeightSquares) -> dict[str, Tensor
 
 
 def flap_scores(observed: Observed, weights: WeightSquares) -> dict[str, Tensor]:
-    """Q [L, Q], F [L, F]: variance of the input times squared column norm."""
+    """Q [L, Q], K [L, K], F [L, F]: variance of the input times squared column norm; a group's is
+    the sum of its heads', which are sums of squares already."""
 
     def variance(squares: Tensor, sums: Tensor) -> Tensor:
         mean = sums / observed.tokens
@@ -32,4 +33,6 @@ def flap_scores(observed: Observed, weights: WeightSquares) -> dict[str, Tensor]
 
     proj = variance(observed.proj_squares, observed.proj_sums)
     fc2 = variance(observed.fc2_squares, observed.fc2_sums)
-    return {"Q": (weights.proj * proj).sum(2), "F": weights.fc2 * fc2}
+    heads = (weights.proj * proj).sum(2)
+    groups = heads.view(*weights.units["K"].shape, -1).sum(2)
+    return {"Q": heads, "K": groups, "F": weights.fc2 * fc2}

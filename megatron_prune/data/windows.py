@@ -8,6 +8,7 @@ of memory a token, and the text as a string.
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 import torch
@@ -16,6 +17,11 @@ from torch import Tensor
 from megatron_prune.data.corpus import check_inputs, parse_lines, read_chunks
 from megatron_prune.data.tokenizers import TextTokenizer, load_tokenizer
 from megatron_prune.errors import ConfigError
+
+
+def data_digest(windows_WS: Tensor) -> str:
+    """SHA-256 of token ids."""
+    return hashlib.sha256(windows_WS.numpy().tobytes()).hexdigest()
 
 
 def read_text(path: str | Path, json_key: str = "text") -> str:

@@ -66,5 +66,5 @@ def together(ranks: Ranks, work: Callable[[], T]) -> T:
 def on_first_rank(ranks: Ranks, work: Callable[[], T]) -> T:
     """Run ``work`` on the first rank, for all: its result, or its error, on every rank."""
     found = together(ranks, lambda: work() if ranks.is_first else None)
-    result: T = ranks.gather(found)[0]
+    result: T = ranks.broadcast(found)
     return result

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from megatron_prune import axes
 from megatron_prune.criteria.observed import UnitSums
+from megatron_prune.engine.failures import together
 from megatron_prune.engine.groups import Groups
 from megatron_prune.engine.model import LanguageModel
 from megatron_prune.engine.weights import canonical_name
@@ -89,16 +90,17 @@ def unit_gradients(
     Raises:
         DamagedError: a gradient is not finite; names the parameter.
     """
-    first, second = UnitSums(config.shape), UnitSums(config.shape)
+    first, second, bad = UnitSums(config.shape), UnitSums(config.shape), list[str]()
     model.train()
     mine = range(groups.dp_rank, len(windows_WS), groups.data_parallel)
     for number in mine:
         _backward(model, windows_WS[number][None].to(groups.device))
         _join_gradients(model, groups)
-        _add(model, config, groups, first, second)
+        _add(model, config, groups, first, second, bad)
         model.zero_grad(set_to_none=True)
         progress(min(groups.data_parallel, len(windows_WS) - number + groups.dp_rank))
     model.eval()
+    together(groups.ranks, lambda: _check(bad))  # only now: the others wait in their collectives
     return _reduced(first, groups), _reduced(second, groups)
 
 
@@ -127,6 +129,7 @@ def _add(
     groups: Groups,
     first: UnitSums,
     second: UnitSums,
+    bad: list[str],
 ) -> None:
     for name, parameter in model.named_parameters():
         whole = canonical_name(name, config, groups)
@@ -137,15 +140,20 @@ def _add(
         split = axes.split_dim(_axes_of_parameter(rest))
         if parameter.grad is None or copy or (split is None and groups.tp_rank):
             continue
-        change = (parameter.detach() * parameter.grad).float()
+        change = parameter.detach().float() * parameter.grad.float()
         if not bool(torch.isfinite(change).all()):
-            raise DamagedError(
-                f"the gradient of {whole} is not finite; a weight of the model is not, or --fp16 "
-                "is too narrow for it"
-            )
+            bad.append(whole)
         for part, values, start in _parts(whole, change, config, groups):
             first.add(part, values.abs(), start)
             second.add(part, values.square(), start)
+
+
+def _check(bad: list[str]) -> None:
+    if bad:
+        raise DamagedError(
+            f"the gradient of {bad[0]} is not finite on the calibration text; a weight or an "
+            "activation of the model is too large"
+        )
 
 
 def _axes_of_parameter(rest: str) -> str:

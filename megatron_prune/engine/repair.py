@@ -152,7 +152,13 @@ def repair_projections(
 
 
 def _put(into: Tensors, name: str, x: Tensor, groups: Groups) -> None:
-    """Keep a replaced tensor where all ranks can read it."""
+    """Keep a replaced tensor where all ranks can read it; they all have the same."""
+    if not bool(x.isfinite().all()):
+        raise DamagedError(
+            f"the repaired {name} (layers as in the pruned model) is not finite in {x.dtype}, the "
+            "source's dtype: the fit is too large for it; raise --repair-damping, or convert the "
+            "source with --dtype fp32 or bf16 first"
+        )
     together(groups.ranks, lambda: into.put(name, x, here=groups.ranks.is_first))
 
 

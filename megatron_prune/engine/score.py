@@ -7,13 +7,13 @@ finished criterion is handed on at once, so a run that is started again does not
 
 from __future__ import annotations
 
-import hashlib
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
@@ -26,6 +26,7 @@ from megatron_prune.criteria.perplexity import greedy_scores, perplexity_scores
 from megatron_prune.criteria.residual_energy import residual_energy_scores
 from megatron_prune.criteria.taylor import taylor_scores
 from megatron_prune.criteria.wanda import flap_scores, wanda_scores
+from megatron_prune.data.windows import data_digest
 from megatron_prune.digest import source_digest
 from megatron_prune.engine.failures import on_first_rank, together
 from megatron_prune.engine.gradients import unit_gradients
@@ -34,7 +35,7 @@ from megatron_prune.engine.model import LanguageModel, ModelOptions, build_model
 from megatron_prune.engine.observe import observe
 from megatron_prune.engine.removal import greedy_removal, losses_without
 from megatron_prune.engine.weights import canonical_name, load_weights
-from megatron_prune.errors import DamagedError
+from megatron_prune.errors import ConfigError, DamagedError
 from megatron_prune.scores import Scores
 from megatron_prune.source import Source
 
@@ -52,23 +53,40 @@ class ScoreOptions:
     removal_samples: int = 8
     removal_layers: int | None = None
 
+    def __post_init__(self) -> None:
+        if self.model.dtype == "fp16" and (names := self.needs("backward")):
+            raise ConfigError(
+                f"--fp16 with --criterion {','.join(names)}: the gradients of a mean loss vanish "
+                "in float16, and nothing scales the loss here; use --bf16, or neither"
+            )
+
     def removal_facts(self, samples: int, layers: int) -> dict[str, int]:
         """What criteria that remove layers depend on beyond the calibration: provenance."""
         facts = {}
         if self.needs("removal"):
             facts["removal_samples"] = min(self.removal_samples, samples)
         if "perplexity-greedy" in self.criteria:
-            facts["removal_layers"] = self.removal_layers or max(1, layers // 4)
+            facts["removal_layers"] = self.removed_layers(layers)
         return facts
+
+    def removed_layers(self, num_layers: int) -> int:
+        """How many layers perplexity-greedy removes.
+
+        Raises:
+            ConfigError: none would be left.
+        """
+        count = max(1, num_layers // 4) if self.removal_layers is None else self.removal_layers
+        greedy = "perplexity-greedy" in self.criteria
+        if not 1 <= count < num_layers and (greedy or self.removal_layers is not None):
+            raise ConfigError(
+                f"--removal-layers {count}: the model has {num_layers} layers; wanted 1 to "
+                f"{num_layers - 1}"
+            )
+        return count
 
     def needs(self, what: str) -> list[str]:
         """The criteria that need ``forward``, ``backward``, ``weights`` or ``removal``."""
         return [name for name in self.criteria if getattr(SCORED[name], what)]
-
-
-def data_digest(windows_WS: Tensor) -> str:
-    """SHA-256 of the calibration token ids."""
-    return hashlib.sha256(windows_WS.numpy().tobytes()).hexdigest()
 
 
 class _Run:
@@ -119,11 +137,24 @@ class _Run:
             statistics={**self.scores.statistics, **(statistics or {})},
         )
         if asked:
-            self._save(self.scores)
+            on_first_rank(self.groups.ranks, lambda: self._save(self.scores))
 
     def weights(self) -> WeightSquares:
-        with self.bar(count_parameters(self.source.config), "weights", "value") as bar:
-            return weight_squares(self.source, bar.update)
+        """Every rank reads its share."""
+        ranks = self.groups.ranks
+        total = count_parameters(self.source.config) // ranks.world_size
+        with self.bar(total, "weights", "value") as bar:
+            found = together(
+                ranks,
+                lambda: weight_squares(
+                    self.source, bar.update, part=ranks.rank, parts=ranks.world_size
+                ),
+            )
+        for x in (found.readers, found.proj, found.fc2, *found.units.values()):
+            moved = x.to(self.groups.device)
+            dist.all_reduce(moved)
+            x.copy_(moved)
+        return found
 
     def forward(self, weights: WeightSquares | None) -> None:
         model = self.model
@@ -221,12 +252,12 @@ def score(
             "data_parallel_size": groups.data_parallel,
         },
     )
-    if known is not None and known.provenance["tokens"]:
+    if known is not None and known.provenance.get("tokens"):
         start = known  # else it has no calibration of its own, and may be given one
     run = _Run(source, options, groups, windows, start, save)
     weights = None
     if options.needs("weights"):
-        weights = on_first_rank(groups.ranks, run.weights)
+        weights = run.weights()
         run.keep({"magnitude": magnitude_scores(weights)})
     if options.needs("forward"):
         run.forward(weights)

@@ -13,12 +13,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from torch import Tensor
 
-from megatron_prune.data.windows import model_windows
+from megatron_prune import __version__
+from megatron_prune.data.windows import data_digest, model_windows
 from megatron_prune.engine.groups import Groups
 from megatron_prune.engine.layerwise import norm_energy
 from megatron_prune.engine.model import ModelOptions
@@ -26,9 +26,9 @@ from megatron_prune.engine.repair import RepairOptions, repair_projections, resc
 from megatron_prune.errors import ConfigError, DamagedError
 from megatron_prune.evaluate.text import EvaluationOptions, evaluate
 from megatron_prune.plan import PrunePlan
-from megatron_prune.repair import RepairedSource, Tensors
+from megatron_prune.repair import RepairedSource, Tensors, drops_inputs
 from megatron_prune.source import Source
-from megatron_prune.store.commit import hash_file, replace_file
+from megatron_prune.store.commit import hash_file, replace_file, scratch_directory
 from megatron_prune.surgery import PrunedSource
 
 
@@ -42,54 +42,80 @@ class CandidateRepair:
     damping: float
 
 
-def plan_losses(
-    source: Source,
-    plans: Sequence[PrunePlan],
-    options: EvaluationOptions,
-    groups: Groups,
-    *,
-    repair: CandidateRepair | None = None,
-    cache: Path | None = None,
-    tell: Callable[[int, float, bool], object] = lambda number, loss, was_cached: None,
-) -> list[float]:
-    """Mean nats a token of each plan's model on the text of ``options``; on one process.
+class Judge:
+    """Finds the mean nats a token of plans' models on the text of ``options``; in one process.
 
     Costs, for each plan that is not in the cache, reading the pruned model and a forward of the
     windows; a repair costs a few forwards of its own samples. Holds one model at a time.
 
     Args:
         cache: directory; made when it is not there.
-        tell: called after each plan with its place, its loss, and whether it was cached.
+        scratch: what the repaired tensors lie beside meanwhile.
+        dry_run: the cache is read, not added to.
 
     Raises:
         ConfigError: a text that does not fit, or a cache that is no directory.
-        DamagedError: a loss that is not a number, or a file in the cache that is not ours.
     """
-    if cache is not None:
-        try:
-            cache.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ConfigError(f"--cache {cache}: {error.strerror}; wanted a directory") from None
-    repairs = None if repair is None else _Repairs(source, options, repair, groups)
-    common = _common_key(options, repair)
-    found = []
-    for number, plan in enumerate(plans):
-        key = {"source_digest": plan.source_digest, "plan_digest": plan.digest, **common}
-        loss = None if cache is None else _cached(cache / _file(key), key)
-        was_cached = loss is not None
-        if loss is None:
-            pruned = PrunedSource(source, plan)
-            if repairs is None:
-                loss = float(evaluate(pruned, options, groups)["loss"])
-            else:
-                with repairs.of(plan, pruned) as repaired:
-                    loss = float(evaluate(repaired, options, groups)["loss"])
-            if cache is not None:
-                text = json.dumps({**key, "loss": loss}, indent=1) + "\n"
-                replace_file(cache / _file(key), text.encode())
-        tell(number, loss, was_cached)
-        found.append(loss)
-    return found
+
+    def __init__(
+        self,
+        source: Source,
+        options: EvaluationOptions,
+        groups: Groups,
+        *,
+        scratch: Path,
+        repair: CandidateRepair | None = None,
+        cache: Path | None = None,
+        dry_run: bool = False,
+    ) -> None:
+        self._source, self._options, self._groups = source, options, groups
+        self._cache, self._writes = cache, cache is not None and not dry_run
+        if cache is not None and self._writes:
+            try:
+                cache.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise ConfigError(
+                    f"--cache {cache}: {error.strerror}; wanted a directory"
+                ) from None
+        self._repairs = None
+        if repair is not None:
+            self._repairs = _Repairs(source, options, repair, groups, scratch)
+        self._common = _common_key(options, repair, self._repairs)
+
+    def losses(
+        self,
+        plans: Sequence[PrunePlan],
+        tell: Callable[[int, float, bool], object] = lambda number, loss, was_cached: None,
+    ) -> list[float]:
+        """The loss of each plan.
+
+        Args:
+            tell: called after each plan with its place, its loss, and whether it was cached.
+
+        Raises:
+            DamagedError: a loss that is not a number, or a file in the cache that is not ours.
+        """
+        found = []
+        for number, plan in enumerate(plans):
+            key = {"source_digest": plan.source_digest, "plan_digest": plan.digest, **self._common}
+            file = None if self._cache is None else self._cache / _file(key)
+            loss = None if file is None else _cached(file, key)
+            was_cached = loss is not None
+            if loss is None:
+                loss = self._loss(plan)
+                if file is not None and self._writes:
+                    text = json.dumps({**key, "loss": loss}, indent=1) + "\n"
+                    replace_file(file, text.encode())
+            tell(number, loss, was_cached)
+            found.append(loss)
+        return found
+
+    def _loss(self, plan: PrunePlan) -> float:
+        pruned = PrunedSource(self._source, plan)
+        if self._repairs is None:
+            return float(evaluate(pruned, self._options, self._groups)["loss"])
+        with self._repairs.of(plan, pruned) as repaired:
+            return float(evaluate(repaired, self._options, self._groups)["loss"])
 
 
 class _Repairs:
@@ -97,11 +123,17 @@ class _Repairs:
     observed, the energies of the source's norms."""
 
     def __init__(
-        self, source: Source, options: EvaluationOptions, repair: CandidateRepair, groups: Groups
+        self,
+        source: Source,
+        options: EvaluationOptions,
+        repair: CandidateRepair,
+        groups: Groups,
+        scratch: Path,
     ) -> None:
+        self._scratch = scratch.with_name(f"{scratch.name}.repair")
         self._source, self._groups, self._damping = source, groups, repair.damping
         self._model = ModelOptions(seq_length=repair.seq_length, dtype=options.dtype)
-        self._windows, _ = model_windows(
+        self.windows, _ = model_windows(
             repair.data,
             options.tokenizer_model or options.load,
             seq_length=repair.seq_length,
@@ -114,26 +146,29 @@ class _Repairs:
     def of(self, plan: PrunePlan, pruned: Source) -> Iterator[Source]:
         """The pruned model with its repair, whose tensors lie in a scratch directory meanwhile."""
         kept = plan.kept
-        with TemporaryDirectory(prefix="megatron-prune-") as folder:
-            into = Tensors(Path(folder))
+        with scratch_directory(self._scratch, ranks=self._groups.ranks) as folder:
+            into = Tensors(folder)
             if kept.hidden is not None:
                 if self._energy is None:
                     self._energy = norm_energy(
-                        self._source, self._windows, self._groups, self._model
+                        self._source, self.windows, self._groups, self._model
                     )
                 rescale_norms(self._source, plan, self._energy, self._groups, into)
-            if any(axis is not None for axis in (kept.heads, kept.query_groups, kept.ffn)):
+            if drops_inputs(plan):
                 how = RepairOptions(model=self._model, damping=self._damping)
-                repair_projections(self._source, plan, self._windows, how, self._groups, into)
+                repair_projections(self._source, plan, self.windows, how, self._groups, into)
             yield RepairedSource(pruned, into)
 
 
-def _common_key(options: EvaluationOptions, repair: CandidateRepair | None) -> dict[str, Any]:
+def _common_key(
+    options: EvaluationOptions, repair: CandidateRepair | None, repairs: _Repairs | None
+) -> dict[str, Any]:
     """All that the losses depend on but the plan."""
     how: dict[str, Any] | None = None
-    if repair is not None:
-        how = {**asdict(repair), "data": hash_file(repair.data).sha256}
+    if repair is not None and repairs is not None:
+        how = {**asdict(repair), "data": data_digest(repairs.windows)}
     return {
+        "version": __version__,
         "data_sha256": hash_file(options.data).sha256,
         "seq_length": options.seq_length,
         "max_windows": options.max_windows,

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from megatron_prune import __version__
 from megatron_prune.axes import count_parameters
 from megatron_prune.cli.quantities import (
     parse_latency,
@@ -39,20 +42,21 @@ def target_of(plan: Path) -> list[int]:
     return [values[name] for name in SIZES]
 
 
-def latency_table(path: Path, kv_channels: int = 8) -> Path:
+def latency_table(path: Path, seq: int = 48, batch: int = 1, **changes: Any) -> Path:
     """A machine whose time is the FLOPs of FFN and output, at 1 GFLOP/s."""
+    flops = 1e-9 * 2 * seq * batch
     layers = [
-        LayerTime(hidden=d, heads=q, groups=3, ffn=f, seconds=1e-9 * 2 * 48 * 3 * d * f)
+        LayerTime(hidden=d, heads=q, groups=3, ffn=f, seconds=flops * 3 * d * f)
         for d in (24, 48)
         for q in (3, 6)
         for f in (48, 96)
     ]
-    outputs = [OutputTime(hidden=d, vocab=379, seconds=1e-9 * 2 * 48 * d * 379) for d in (24, 48)]
+    outputs = [OutputTime(hidden=d, vocab=379, seconds=flops * d * 379) for d in (24, 48)]
     table = LatencyTable(
-        device="made up", threads=1, dtype="fp32", seq_length=48, batch_size=1, tensor_parallel=1,
-        kv_channels=kv_channels, layers=tuple(layers), outputs=tuple(outputs),
+        device="made up", threads=1, dtype="fp32", seq_length=seq, batch_size=batch,
+        tensor_parallel=1, kv_channels=8, layers=tuple(layers), outputs=tuple(outputs),
     )  # fmt: skip
-    path.write_text(table.to_json())
+    path.write_text(replace(table, **changes).to_json())
     return path
 
 
@@ -91,13 +95,15 @@ def test_named_sizes_and_layers_stay_as_named(models: Models, tmp_path: Path) ->
 
 def test_memory_and_latency_bound_the_shape(models: Models, tmp_path: Path) -> None:
     """Costs in the candidates' file are the budgets'; a share of the source's latency too."""
-    table, file = latency_table(tmp_path / "t.json"), tmp_path / "c.json"
+    table = latency_table(tmp_path / "t.json", seq=64, batch=2, dtype="bf16")
+    file = tmp_path / "c.json"
     load = ("--load", models("gqa"), "--save", tmp_path / "p.json", "--overwrite")
     flags = ("--target-memory", "600KiB", "--at-seq", 64, "--at-batch", 2, "--at-dtype", "bf16")
-    whole = 1e-9 * (4 * 2 * 48 * 3 * 48 * 96 + 2 * 48 * 48 * 379)
+    whole = 1e-9 * 2 * 128 * (4 * 3 * 48 * 96 + 48 * 379)
     for latency in (f"{whole * 500}ms", "50%"):
         given = ("--target-latency", latency, "--latency-table", table, "--candidates-json", file)
         done = ok("plan", *load, *flags, *given)
+        assert "t.json: measured on made up with 2 x 64 tokens in bf16 at TP 1" in done.err
         values = json.loads(file.read_text())
         assert values["budgets"]["seconds"]["limit"] == pytest.approx(whole / 2)
         assert values["budgets"]["bytes"]["limit"] == 600 * 1024
@@ -194,16 +200,23 @@ def test_losses_are_cached_by_model_plan_and_text(
 
 
 def test_candidates_are_repaired_before_they_are_judged(
-    models: Models, text: Path, tmp_path: Path
+    models: Models, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As `prune --repair --norm-rescale` would make them."""
     plan, cache = tmp_path / "p.json", tmp_path / "cache"
     load = ("--load", models("gqa"), "--save", plan, "--overwrite", "--cache", cache)
     flags = ("--target-params", "80K", "--candidates", 2, "--evaluate-data", text, *WINDOWS)
     ok("plan", *load, *flags)
-    repair = ("--repair-data", text, "--repair-samples", 4)
+    (tmp_path / "calibration").write_text(text.read_text())
+    repair = ("--repair-data", tmp_path / "calibration", "--repair-samples", 4)
+    monkeypatch.setattr(tempfile, "tempdir", "/nowhere")  # may be small: 40% of a model lies there
     _, best, _ = rows_of(ok("plan", *load, *flags, *repair))
-    assert len(list(cache.iterdir())) == 14  # repaired and plain are two things
+    monkeypatch.undo()
+    names = {"cache", "calibration", "p.json", "text"}
+    assert {path.name for path in tmp_path.iterdir()} == names
+    keys = [json.loads(file.read_text()) for file in cache.iterdir()]
+    assert len(keys) == 14  # repaired and plain are two things
+    assert {key["version"] for key in keys} == {__version__}
     pruned, judged = tmp_path / "pruned", tmp_path / "judged.json"
     ok(
         "prune", "--load", models("gqa"), "--save", pruned, "--to", "hf", "--plan", plan,
@@ -212,6 +225,11 @@ def test_candidates_are_repaired_before_they_are_judged(
     words = ("--seq-length", 48, "--max-windows", 2, "--json", judged)
     ok("evaluate", "--load", pruned, "--data", text, *words)
     assert best[-1] == pytest.approx(json.loads(judged.read_text())["loss"], abs=1e-4)
+    with open(tmp_path / "calibration", "a") as file:
+        file.write("What is never read changes no window.")
+    assert ok("plan", *load, *flags, *repair).err.count("(cached)") == 8
+    (tmp_path / "calibration").write_text("Other words. " + text.read_text())
+    assert ok("plan", *load, *flags, *repair).err.count("(cached)") == 1  # the source, once again
 
 
 def test_a_source_that_fits_is_left_as_it_is(models: Models, tmp_path: Path) -> None:
@@ -236,7 +254,15 @@ BAD: list[tuple[tuple[object, ...], str]] = [
     (("--target-params", "80K", "--evaluate-data", "/no"), "/no: is not a file"),
     (("--target-params", "80K", "--proxy-weights", "hidden"), "wanted such as hidden=2,ffn=0.5"),
     (("--target-params", "80K", "--proxy-weights", "width=2"), "--proxy-weights width=2: wanted"),
-    (("--target-params", "80K", "--candidates-json", "/no/c"), "its folder does not exist"),
+    (("--target-params", "80K", "--candidates-json", "{load}/c"), "is or lies in"),
+    (("--target-params", "80K", "--candidates-json", "{load}"), "is a directory; wanted a file"),
+    (("--target-params", "80K", "--candidates-json", "{here}/p"), "is --save, the plan's own"),
+    (
+        ("--target-params", "80K", "--evaluate-data", "{text}", "--cache", "{load}/cache"),
+        "is or lies in",
+    ),
+    (("--target-params", "80K", "--at-seq", 64), "--at-seq: needs --target-memory or --target-l"),
+    (("--target-params", "80K", "--at-batch", 2), "--at-batch: needs --target-memory or --lat"),
     (("--target-params", "80K", "--balance-for", 2), "tensor-model-parallel-size 2 does not"),
     (("--target-params", "80K", "--min-layers", 5), "--min-layers 5: the model has 4"),
     (
@@ -252,8 +278,76 @@ def test_what_cannot_be_searched_is_refused_and_leaves_nothing(
 ) -> None:
     if "-3" in flags:
         flags = ("--target-params=-3",)
+    places = {"load": models("gqa"), "here": tmp_path, "text": __file__}
+    flags = tuple(str(flag).format(**places) for flag in flags)
     refused("plan", "--load", models("gqa"), "--save", tmp_path / "p", *flags, says=says)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("flag", ["--save", "--candidates-json"])
+def test_an_output_is_no_input(flag: str, models: Models, text: Path, tmp_path: Path) -> None:
+    before = text.read_bytes()
+    load = ("--load", models("gqa"), "--save", tmp_path / "p", "--target-params", "80K")
+    given = ("--evaluate-data", text, "--overwrite", flag, text)
+    refused("plan", *load, *given, says=f"{flag} {text}: is or lies in {text}, one of the inputs")
+    assert text.read_bytes() == before and [x.name for x in tmp_path.iterdir()] == ["text"]
+
+
+def test_candidates_are_kept_without_overwrite(models: Models, tmp_path: Path) -> None:
+    file = tmp_path / "c.json"
+    file.write_text("mine")
+    load = ("--load", models("gqa"), "--save", tmp_path / "p", "--target-params", "80K")
+    given = ("--candidates-json", file)
+    refused("plan", *load, *given, says=f"--candidates-json {file}: exists; remove it or use --ov")
+    assert file.read_text() == "mine" and not (tmp_path / "p").exists()
+
+
+def test_a_dry_run_writes_nothing(models: Models, text: Path, tmp_path: Path) -> None:
+    load = ("--load", models("gqa"), "--save", tmp_path / "p", "--target-params", "80K")
+    outputs = ("--candidates-json", tmp_path / "c", "--cache", tmp_path / "cache")
+    repair = ("--repair-data", text, "--repair-samples", 2, "--candidates", 1)
+    done = ok("plan", *load, *outputs, "--evaluate-data", text, *WINDOWS, *repair, "--dry-run")
+    assert len(rows_of(done)) == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["text"]
+
+
+def test_candidates_are_not_tried_under_torchrun(
+    models: Models, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    load = ("--load", models("gqa"), "--save", tmp_path / "p", "--target-params", "80K")
+    says = "--evaluate-data under torchrun with 2 processes: candidates are tried one after"
+    refused("plan", *load, "--evaluate-data", text, says=says)
+
+
+def test_bytes_of_the_table_are_in_the_dtype_asked_for(models: Models, tmp_path: Path) -> None:
+    load = ("--load", models("gqa"), "--save", tmp_path / "p", "--target-params", "80K")
+    rows = {
+        dtype: rows_of(ok("plan", *load, "--overwrite", "--at-dtype", dtype))
+        for dtype in ("fp32", "bf16")
+    }
+    for wide, narrow in zip(rows["fp32"], rows["bf16"]):
+        assert narrow[6] == pytest.approx(wide[6] / 2, abs=0.06)  # MB, of one decimal
+        assert narrow[7] == pytest.approx(wide[7] / 2, abs=0.06) and wide[7] > 0.3  # KV kB/tok
+
+
+@pytest.mark.parametrize(
+    ("flags", "changes", "says"),
+    [
+        (("--at-seq", 64), {}, "asked for is --at-seq 64; measure again so, or give --at-seq 48"),
+        (("--at-batch", 2), {}, "asked for is --at-batch 2; measure again so"),
+        (("--at-dtype", "bf16"), {}, "asked for is --at-dtype bf16"),
+        (("--balance-for", 3), {}, "asked for is --balance-for 3"),
+        ((), {"tensor_parallel": 3}, "at TP 3, asked for is --balance-for 1; measure again so"),
+    ],
+)
+def test_a_table_of_other_conditions_is_refused(
+    flags: tuple[object, ...], changes: dict[str, Any], says: str, models: Models, tmp_path: Path
+) -> None:
+    table = latency_table(tmp_path / "t.json", **changes)
+    load = ("--load", models("gqa"), "--save", tmp_path / "p", "--latency-table", table)
+    message = refused("plan", *load, "--target-latency", "50%", *flags, says=says)
+    assert "measured on made up with 1 x 48 tokens in fp32 at TP " in message
 
 
 def test_a_table_of_another_model_is_refused(models: Models, tmp_path: Path) -> None:
@@ -280,6 +374,11 @@ def test_axes_that_the_scores_lack_are_kept_whole_and_that_is_said(
     done = ok("plan", *load, *flags, "--overwrite", "--drop-layers", 1)  # named: no score needed
     assert "does not score heads, ffn: kept whole" in done.err
     assert target_of(tmp_path / "p.json")[0] == 3
+    named = ("--ffn-hidden-size-remain", 48, "--overwrite", "--evaluate-data", text, *WINDOWS)
+    says = "axis F: 48 of 96 are asked for, and --criterion residual-energy does not score it"
+    message = refused("plan", *load, *flags, *named, says=says)
+    assert message.count("loss") == 0
+    ok("plan", *load, *flags, "--ffn-hidden-size-remain", 96, "--overwrite")  # all stay: no score
 
 
 def test_profile_measures_what_plan_reads(models: Models, tmp_path: Path) -> None:

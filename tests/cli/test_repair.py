@@ -205,6 +205,18 @@ def _edit(record: dict, edit: str) -> dict:
         return {**record, "tensors": {**record["tensors"], name: {"how": "x", "sha256": {}}}}
     if edit == "version":
         return {**record, "version": 2}
+    claims = {"layer": "decoder.layers.9.input_layernorm.weight", "word": "decoder.layers.x.y"}
+    if edit in claims:
+        fields = {"how": "norm-rescale", "sha256": {}}
+        return {**record, "tensors": {**record["tensors"], claims[edit]: fields}}
+    fields = {
+        "digests": {"how": "x", "sha256": "abc"},
+        "digest": {"how": "x", "sha256": {"fp32": 3}},
+        "how": {"how": 7, "sha256": {}},
+        "ratio": {"how": "x", "sha256": {}, "ratio": "1"},
+    }
+    if edit in fields:
+        return {**record, "tensors": {"decoder.final_layernorm.weight": fields[edit]}}
     return {**record, "tensors": {}}
 
 
@@ -213,6 +225,12 @@ def _edit(record: dict, edit: str) -> dict:
     [
         ("plan", "is of another plan than the one given"),
         ("claim", "claims decoder.layers.0.self_attention.linear_q.bias, which no repair replaces"),
+        ("layer", "claims decoder.layers.9.input_layernorm.weight, which no repair replaces"),
+        ("word", "claims decoder.layers.x.y, which no repair replaces"),
+        ("digests", "not the record of a repair: sha256 is 'abc'; wanted a table"),
+        ("digest", "not the record of a repair: sha256 is {'fp32': 3}; wanted a table"),
+        ("how", "not the record of a repair: how is 7; wanted a word"),
+        ("ratio", "not the record of a repair: ratio is '1'; wanted a number"),
         ("version", "version 2; this reads 1"),
         ("empty", "the planned slice of the source is"),
         ("text", "not the record of a repair"),
@@ -243,6 +261,8 @@ def test_verify_refuses_a_changed_record(
         (("--repair",), "--repair without --data: it needs text to calibrate on"),
         (("--norm-rescale",), "--norm-rescale without --data or --scores"),
         (("--data", "TEXT"), "--data without --repair or --norm-rescale"),
+        (("--num-samples", 3), "--num-samples without --repair or --norm-rescale: nothing would"),
+        (("--repair-target", "dense"), "--repair-target without --repair or --norm-rescale"),
         (("--repair", "--data", "none.txt"), "none.txt: is not there"),
         (("--repair", "--data", "TEXT", "--seq-length", 4000), "more than the model's max_pos"),
         (("--repair", "--data", "SHORT"), "one window takes 128; give more text or a smaller"),
@@ -299,6 +319,34 @@ def test_what_has_nothing_to_do_beside_what_has_is_only_said(
     both = ("--repair", "--norm-rescale")
     said = ok("prune", *given, *both, *data, "--save", tmp_path / "x").err
     assert "--norm-rescale: the plan keeps all hidden channels; nothing to rescale" in said
+
+
+def test_biases_are_not_counted_as_projections(
+    models: Models, plans: Plans, text: Path, tmp_path: Path
+) -> None:
+    given = ("--load", models("all_bias"), "--plan", plans("all_bias"), "--save", tmp_path / "x")
+    data = ("--repair", "--data", text, "--num-samples", 2, "--seq-length", 32)
+    done = ok("prune", *given, "--to", "hf", *data)
+    assert "refitted 6 projections: " in done.out  # of 3 layers, each with a bias
+    assert len(json.loads((tmp_path / "x/repair.json").read_text())["tensors"]) == 12
+
+
+def test_a_fit_that_the_stored_dtype_cannot_hold_is_refused_with_the_tensors_name(
+    text: Path, tmp_path: Path
+) -> None:
+    """Channels in pairs that do the same: one that stays alone has to do what two did."""
+    model = make_model(tmp_path / "m", "fp16")
+    weights = load_file(model / "model.safetensors")
+    prefix = "model.layers.3.mlp."
+    for name in ("gate_proj", "up_proj"):
+        weights[f"{prefix}{name}.weight"][1::2] = weights[f"{prefix}{name}.weight"][::2]
+    weights[f"{prefix}down_proj.weight"].fill_(40_000)
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    given = ("--load", model, "--ffn-hidden-size-remain", 60, "--save", tmp_path / "x")
+    data = ("--repair", "--data", text, "--num-samples", 4, "--seq-length", 32)
+    says = "the repaired decoder.layers.3.mlp.linear_fc2.weight (layers as in the pruned model) is"
+    refused("prune", *given, "--to", "hf", *data, says=says, code=3)
+    assert not (tmp_path / "x").exists()
 
 
 def test_a_dry_run_repairs_nothing(given: tuple[object, ...], tmp_path: Path) -> None:

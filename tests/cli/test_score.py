@@ -64,6 +64,10 @@ def scores(models: Models, text: Path, tmp_path_factory: pytest.TempPathFactory)
         (("--save", "/nowhere/x"), "/nowhere does not exist; make it first", 4),
         (("--tensor-model-parallel-size", 3), "1 processes do not make whole models", 2),
         (("--transformer-impl", "transformer_engine"), "use local", 2),
+        (("--fp16", "--criterion", "wanda,taylor"), "--fp16 with --criterion taylor: the grad", 2),
+        (("--removal-layers", 4), "--removal-layers 4: the model has 4 layers; wanted 1 to 3", 2),
+        (("--save", "{load}/config.json"), "one of the inputs; they never change", 2),
+        (("--save", "{load}/scores"), "one of the inputs; they never change", 2),
     ],
     ids=lambda value: " ".join(map(str, value)) if isinstance(value, tuple) else "",
 )
@@ -76,7 +80,10 @@ def test_what_cannot_be_scored_is_refused_and_leaves_nothing(
         shutil.copytree(models("gqa"), larger)
         write_tokenizer(larger, 500)
     given = [
-        str(x).format(short=short, larger=larger, folder=tmp_path, here=__file__) for x in flags
+        str(x).format(
+            short=short, larger=larger, folder=tmp_path, here=__file__, load=models("gqa")
+        )
+        for x in flags
     ]
     save = ("--criterion", "activation", "--save", tmp_path / "s")
     message = refused(
@@ -257,16 +264,26 @@ def test_without_seq_length_it_is_what_the_model_takes(
         assert "--seq-length" not in ok(*given, "magnitude").err  # which looks at no text
 
 
-def test_a_file_that_holds_no_scores_is_kept_without_overwrite(
-    models: Models, text: Path, tmp_path: Path
+@pytest.mark.parametrize("flags", [(), ("--overwrite",)])
+def test_a_file_that_holds_no_scores_is_kept(
+    flags: tuple[str, ...], models: Models, text: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "s").write_text("dear diary, this is longer than eight bytes")
     given = ("--load", models("gqa"), "--data", text, *SIZES, "--save", tmp_path / "s")
     name = ("--criterion", "residual-energy")
-    refused("score", *given, *name, says="not a scores file", code=3)
+    message = refused("score", *given, *name, *flags, says="not a scores file", code=3)
+    assert "remove it, or choose another file" in message
     assert (tmp_path / "s").read_text().startswith("dear diary")
-    ok("score", *given, *name, "--overwrite")
-    assert set(load_scores(tmp_path / "s").criteria) == {"residual-energy"}
+
+
+def test_a_file_without_a_count_of_tokens_is_added_to(models: Models, tmp_path: Path) -> None:
+    given = ("score", "--load", models("gqa"), *SIZES, "--save", tmp_path / "s")
+    given = (*given, "--criterion", "magnitude")
+    ok(*given)
+    known = load_scores(tmp_path / "s")
+    bare = type(known)(**{**vars(known), "provenance": {}})
+    (tmp_path / "s").write_bytes(scores_bytes(bare))
+    assert ok(*given).err.endswith("0 calibration tokens\n")
 
 
 def test_the_input_formats_give_the_same_scores(

@@ -64,7 +64,9 @@ def test_flap_is_the_variance_of_the_inputs_times_the_squared_weights(
     kind: str, scored: Get
 ) -> None:
     one = scored(kind)
-    wanted = {"Q": _by_head(one, _variance), "F": _by_channel(one, _variance)}
+    heads = _by_head(one, _variance)
+    groups = heads.unflatten(1, (one.model.config.num_key_value_heads, -1)).sum(2)
+    wanted = {"Q": heads, "K": groups, "F": _by_channel(one, _variance)}
     assert_scores(one, "flap", wanted)
 
 

@@ -309,11 +309,13 @@ def test_the_energies_are_transformers(models: Any, text: Path) -> None:
     assert (found - 1).abs().max() > 0.05
 
 
-# kind, plan's flags, world, target and layout
+# kind, world, windows, target and layout
 ON_RANKS = {
-    "tp3": ("all_bias", 3, ("--to", "megatron", "--tensor-model-parallel-size", 3)),
-    "dp2": ("all_bias", 2, ("--to", "hf")),
-    "tp2-dp2": ("qwen_tied", 4, ("--to", "hf", "--repair-tensor-parallel-size", 2)),
+    "tp3": ("all_bias", 3, SAMPLES, ("--to", "megatron", "--tensor-model-parallel-size", 3)),
+    "dp2": ("all_bias", 2, SAMPLES, ("--to", "hf")),
+    "dp2-uneven": ("all_bias", 2, 11, ("--to", "hf")),
+    "dp4-idle": ("all_bias", 4, 3, ("--to", "hf")),  # the last rank has no window
+    "tp2-dp2": ("qwen_tied", 4, SAMPLES, ("--to", "hf", "--repair-tensor-parallel-size", 2)),
 }
 
 
@@ -331,15 +333,16 @@ def on_ranks(
         if kind == "all_bias":  # TP 3 has to divide the target
             file = root / f"{kind}.json"
             ok("plan", "--load", models(kind), "--save", file, *flags[:3], 60, *more, "--overwrite")
-    for name, (kind, world, to) in ON_RANKS.items():
+    for name, (kind, world, samples, to) in ON_RANKS.items():
         given = ("prune", "--load", models(kind), "--plan", root / f"{kind}.json", *REPAIR)
         given = (*given, "--data", text, "--repair-target", "stream", "--repair-readers")
+        given = (*given, "--num-samples", samples)
         ok(*given, "--to", "hf", "--save", root / f"{name}-alone")
         words = [str(word) for word in (*given, *to, "--save", root / name)]
         jobs.append(Job(check="command", world=world, given={"words": words}))
     codes = launch(jobs, root / "launch")
     found = {}
-    for (name, (_, _, to)), codes_of in zip(ON_RANKS.items(), codes):
+    for (name, (_, _, _, to)), codes_of in zip(ON_RANKS.items(), codes):
         out = root / name
         if to[1] == "megatron":
             ok("convert", "--load", out, "--save", root / f"{name}-hf", "--to", "hf")
@@ -358,4 +361,5 @@ def test_ranks_repair_as_one_process_does(name: str, on_ranks: Any) -> None:
         assert (found[tensor] - x).abs().max() <= 1e-4 * x.abs().max(), tensor
     one, many = (json.loads((x / "repair.json").read_text()) for x in (alone, together))
     assert one["settings"] == many["settings"]
+    assert one["settings"]["samples"] == ON_RANKS[name][2]
     assert set(one["tensors"]) == set(many["tensors"])

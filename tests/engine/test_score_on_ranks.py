@@ -14,6 +14,7 @@ import torch
 
 from megatron_prune.planning import Targets, make_plan
 from megatron_prune.scores import Scores, load_scores
+from tests import launch as processes
 from tests.engine.on_ranks import Job, launch, made_once
 from tests.pico import TEXT, VOCAB, make_model, ok
 
@@ -42,6 +43,7 @@ CASES: dict[str, tuple[str, int, tuple[object, ...]]] = {
     "gqa-dp4": ("gqa", 4, ()),
     "four-tp2": ("four", 2, TP2),
     "four-tp2-dp2": ("four", 4, TP2),
+    "four-tp2-dp2-sp": ("four", 4, (*TP2, *SP)),  # the second copy's last batch is all filling
     "qwen_tied-tp4": ("qwen_tied", 4, TP4),
     "qwen_tied-tp2-pp2-sp": ("qwen_tied", 4, (*TP2, *PP2, *SP)),
 }
@@ -141,3 +143,43 @@ def test_the_layout_is_recorded(found: Path) -> None:
     facts = load_scores(found / "four-tp2-dp2.ranks").provenance
     layout = [facts[f"{x}_parallel_size"] for x in ("tensor_model", "pipeline_model", "data")]
     assert layout == [2, 1, 2]
+
+
+FAIL = """
+from megatron_prune.engine import score
+from megatron_prune.store import commit
+def fails(*_, **__):
+    raise OSError(5, "Input/output error")
+if os.environ["RANK"] == "{rank}":
+    {what} = fails
+"""
+
+
+@pytest.mark.parametrize(
+    ("rank", "what"), [(0, "commit.replace_file"), (1, "score.weight_squares")]
+)
+def test_a_rank_that_fails_ends_all_with_its_name(rank: int, what: str, tmp_path: Path) -> None:
+    model = make_model(tmp_path / "m", "gqa")
+    stage = ("score", "--load", model, "--criterion", "magnitude", "--seq-length", 24)
+    done = processes.launch(
+        2, (*stage, "--save", tmp_path / "s"), prelude=FAIL.format(rank=rank, what=what)
+    )
+    other = done[1 - rank]
+    assert (done[rank].codes, other.codes) == ([2], [5]), done
+    assert f"rank {rank} failed: OSError: [Errno 5] Input/output error" in other.err
+    assert not (tmp_path / "s").exists()
+
+
+@pytest.mark.parametrize(
+    "stage",
+    [("score", "--criterion", "magnitude", "--seq-length", 24), ("profile", "--seq-length", 24)],
+    ids=lambda stage: stage[0],
+)
+def test_ranks_with_different_arguments_all_refuse(
+    stage: tuple[object, ...], tmp_path: Path
+) -> None:
+    given = (*stage, "--load", make_model(tmp_path / "m", "gqa"), "--save", tmp_path / "s")
+    done = processes.launch(2, given, instead={1: (*given, "--seq-length", 32)})
+    assert [rank.codes for rank in done] == [[2], [2]], done
+    assert "the command line differs between ranks: rank 1 of 2" in done[0].err
+    assert not (tmp_path / "s").exists()

@@ -129,7 +129,8 @@ def test_bf16_is_near(judged: Path, tmp_path: Path) -> None:
         (("--seq-length", 200), "max_position_embeddings 128", 2),
         (("--seq-length", 1), "--seq-length is 1", 2),
         (TP3, "1 processes do not make whole models", 2),
-        (("--json", "/nowhere/out.json"), "/nowhere", 2),
+        (("--json", "/nowhere/out.json"), "/nowhere does not exist; make it first", 4),
+        (("--json", "{text}"), "one of the inputs; they never change", 2),
         (("--transformer-impl", "transformer_engine"), "use local", 2),
         (("--tokenizer-model", "{larger}"), "vocabulary of 379", 2),
         (("--load", "{nan}"), "the loss of window 0 is nan", 3),
@@ -142,7 +143,7 @@ def test_refused(
     judged: Path, tmp_path: Path, flags: tuple[object, ...], says: str, code: int
 ) -> None:
     places = {name: str(tmp_path / name) for name in ("larger", "nan", "yarn")}
-    places["mistral"] = str(judged / "mistral")
+    places |= {"mistral": str(judged / "mistral"), "text": str(judged / "text")}
     _prepare(tmp_path, " ".join(map(str, flags)))
     given = [str(flag).format(**places) for flag in flags]
     where = ("--load", judged / "gqa", "--data", judged / "text")
