@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from megatron_prune.cli import options
-from megatron_prune.cli.repairing import DAMPING
 from megatron_prune.plan import PrunePlan
 from megatron_prune.search import shape_words
 from megatron_prune.source import Source
@@ -43,7 +42,6 @@ def judging(args: argparse.Namespace, source: Source) -> Iterator[Losses | None]
             data=args.repair_data,
             samples=args.repair_samples or 16,
             seq_length=seq_length,
-            damping=DAMPING,
         )
     with model_parallel(ParallelGrid()) as groups:
         judge = Judge(

@@ -7,7 +7,7 @@ import math
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,13 +24,15 @@ from megatron_prune.errors import ConfigError, PlanError
 from megatron_prune.plan import PrunePlan
 from megatron_prune.ranks import Ranks
 from megatron_prune.repair import (
+    DAMPING,
+    READERS_DAMPING,
     STATISTICS,
     TARGETS,
+    Fit,
     Repair,
     RepairedSource,
     Replaced,
     Tensors,
-    drops_inputs,
 )
 from megatron_prune.scores import Scores, load_scores
 from megatron_prune.source import Source
@@ -47,7 +49,6 @@ _FITTED = {
     "least-squares": "projections: relative error of their outputs",
     "readers": "weights that read a norm: relative error of the state they read",
 }
-DAMPING, READERS_DAMPING = 0.01, 0.01
 
 
 def add_repair_arguments(parser: argparse.ArgumentParser) -> None:
@@ -61,7 +62,10 @@ def add_repair_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_calibration_arguments(group)
     group.add_argument(
-        "--repair-damping", type=float, default=DAMPING, metavar="X", help=f"default {DAMPING}"
+        "--repair-damping",
+        type=float,
+        metavar="X",
+        help="default by target: " + ", ".join(f"{name} {x}" for name, x in DAMPING.items()),
     )
     group.add_argument(
         "--repair-statistics",
@@ -72,15 +76,15 @@ def add_repair_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--repair-target",
         choices=TARGETS,
-        default=TARGETS[0],
         help="output to fit: the layer's own with all its parts, the dense model's, or what brings "
-        "the hidden state to the dense model's",
+        "the hidden state to the dense model's (default: stream for a plan that drops hidden "
+        "channels or layers, else own)",
     )
     group.add_argument(
         "--repair-readers",
-        action="store_true",
+        action=argparse.BooleanOptionalAction,
         help="with --repair, refit linear_qkv and linear_fc1 too: from the kept hidden channels to "
-        "what the dense model's would read",
+        "what the dense model's would read (default: with target stream)",
     )
     group.add_argument(
         "--repair-readers-damping",
@@ -132,14 +136,14 @@ def check_repair(args: argparse.Namespace) -> bool:
         )
     for flag in ("repair_damping", "repair_readers_damping"):
         value = getattr(args, flag)
-        if not (math.isfinite(value) and value >= 0):
+        if value is not None and not (math.isfinite(value) and value >= 0):
             raise ConfigError(f"--{flag.replace('_', '-')} {value}: wanted 0 or more")
     if args.repair_readers and args.repair_statistics == "dense":
         raise ConfigError(
             "--repair-statistics dense fits from the dense model's own state; --repair-readers "
             "needs sequential"
         )
-    if args.repair_statistics == "dense" and args.repair_target != "own":
+    if args.repair_statistics == "dense" and args.repair_target not in (None, "own"):
         raise ConfigError(
             f"--repair-statistics dense fits the dense model's own output; --repair-target "
             f"{args.repair_target} needs sequential"
@@ -161,8 +165,8 @@ def repaired(args: argparse.Namespace, source: Source, plan: PrunePlan) -> Itera
     from megatron_prune.engine.groups import model_parallel
     from megatron_prune.engine.model import ModelOptions, check_model
 
-    does = _to_do(args, plan)
-    energy = _energy_of_scores(args, plan) if "norms" in does else None
+    fit, rescales = _to_do(args, plan)
+    energy = _energy_of_scores(args, plan) if rescales else None
     grid = calibration_grid(args.repair_tensor_parallel_size, args, source)
     model = ModelOptions(
         seq_length=args.seq_length or longest_window(source),
@@ -177,33 +181,38 @@ def repaired(args: argparse.Namespace, source: Source, plan: PrunePlan) -> Itera
         options.agree_on_arguments(groups.ranks, args)
         options.say(
             f"repairs at TP={grid.tensor_parallel} DP={groups.data_parallel}, {model.dtype}"
+            + ("" if fit is None else f", {fit}")
         )
         with scratch_directory(args.save, ranks=groups.ranks) as scratch:
             tensors = Tensors(scratch)
-            record = _run(args, source, plan, does, energy, model, groups, tensors)
+            record = _run(args, source, plan, fit, rescales, energy, model, groups, tensors)
             pruned = RepairedSource(PrunedSource(source, plan), tensors)
             yield Repaired(source=pruned, record=record, ranks=groups.ranks)
 
 
-def _to_do(args: argparse.Namespace, plan: PrunePlan) -> set[str]:
-    """``projections``, ``norms`` or both: what is asked for and has lost something."""
-    kept, does = plan.kept, set()
+def _to_do(args: argparse.Namespace, plan: PrunePlan) -> tuple[Fit | None, bool]:
+    """What is asked for and has lost something: how to fit weights, whether to scale norms."""
+    fit, rescales = None, args.norm_rescale and plan.kept.hidden is not None
     if args.repair:
-        if drops_inputs(plan) or args.repair_target != "own" or args.repair_readers:
-            does.add("projections")
-        else:
-            options.say("--repair: the plan drops no heads and no FFN channels; nothing to fit")
-    if args.norm_rescale:
-        if kept.hidden is not None:
-            does.add("norms")
-        else:
-            options.say("--norm-rescale: the plan keeps all hidden channels; nothing to rescale")
-    if not does:
-        raise ConfigError(
-            "nothing to repair: --repair is for plans that drop heads or FFN channels, "
-            "--norm-rescale for those that drop hidden channels; leave them out"
+        fit = Fit.for_plan(
+            plan,
+            target=args.repair_target,
+            readers=args.repair_readers,
+            damping=args.repair_damping,
+            readers_damping=args.repair_readers_damping,
+            statistics=args.repair_statistics,
         )
-    return does
+        if not fit.fits(plan):
+            options.say("--repair: the plan drops no heads and no FFN channels; nothing to fit")
+            fit = None
+    if args.norm_rescale and not rescales:
+        options.say("--norm-rescale: the plan keeps all hidden channels; nothing to rescale")
+    if fit is None and not rescales:
+        raise ConfigError(
+            "nothing to repair: --repair is for plans that drop something, --norm-rescale for "
+            "those that drop hidden channels; leave them out"
+        )
+    return fit, rescales
 
 
 def _energy_of_scores(args: argparse.Namespace, plan: PrunePlan) -> Tensor | None:
@@ -232,7 +241,8 @@ def _run(
     args: argparse.Namespace,
     source: Source,
     plan: PrunePlan,
-    does: set[str],
+    fit: Fit | None,
+    rescales: bool,
     energy: Tensor | None,
     model: ModelOptions,
     groups: Groups,
@@ -241,45 +251,33 @@ def _run(
     from megatron_prune.data.windows import data_digest
     from megatron_prune.engine.failures import on_first_rank
     from megatron_prune.engine.layerwise import norm_energy
-    from megatron_prune.engine.repair import RepairOptions, repair_projections, rescale_norms
+    from megatron_prune.engine.repair import repair_projections, rescale_norms
 
-    observes_norms = "norms" in does and energy is None
+    observes_norms = rescales and energy is None
     windows = torch.empty(0, model.seq_length, dtype=torch.int64)
-    if observes_norms or "projections" in does:
+    if observes_norms or fit is not None:
         windows = on_first_rank(
             groups.ranks, lambda: calibration_windows(args, source, model.seq_length)
         )
     done: dict[str, Replaced] = {}
     passes = plan.source.num_layers * observes_norms
-    passes += plan.target.num_layers * ("projections" in does)
+    passes += plan.target.num_layers * (fit is not None)
     quiet = not groups.ranks.is_first
     with tqdm(total=passes, desc="repair", unit="layer", disable=quiet, file=sys.stderr) as bar:
         if observes_norms:
             energy = norm_energy(source, windows, groups, model, bar.update)
-        if "norms" in does:
+        if rescales:
             assert energy is not None
             done |= rescale_norms(source, plan, energy, groups, tensors)
-        if "projections" in does:
-            how = RepairOptions(
-                model=model,
-                damping=args.repair_damping,
-                statistics=args.repair_statistics,
-                target=args.repair_target,
-                readers=args.repair_readers,
-                readers_damping=args.repair_readers_damping,
-            )
+        if fit is not None:
             done |= repair_projections(
-                source, plan, windows, how, groups, tensors, done, bar.update
+                source, plan, windows, fit, model, groups, tensors, done, bar.update
             )
     settings: dict[str, Any] = {
-        "norm_rescale": "norms" in does,
-        "least_squares": "projections" in does,
-        "damping": args.repair_damping,
-        "statistics": args.repair_statistics,
-        "target": args.repair_target,
-        "readers": args.repair_readers,
-        "readers_damping": args.repair_readers_damping,
-        "norm_energy_from": "data" if observes_norms else "scores" if "norms" in does else None,
+        "norm_rescale": rescales,
+        "least_squares": fit is not None,
+        **({} if fit is None else asdict(fit)),
+        "norm_energy_from": "data" if observes_norms else "scores" if rescales else None,
         "dtype": model.dtype,
         "data_digest": data_digest(windows),
         "samples": len(windows),

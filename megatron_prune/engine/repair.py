@@ -20,7 +20,7 @@ rank's inputs.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from types import MappingProxyType
 
@@ -39,8 +39,7 @@ from megatron_prune.least_squares import Affine, Moments, fit, norm_ratio, relat
 from megatron_prune.plan import PrunePlan
 from megatron_prune.repair import (
     NORMS,
-    STATISTICS,
-    TARGETS,
+    Fit,
     MixedSource,
     RepairedSource,
     Replaced,
@@ -51,46 +50,6 @@ from megatron_prune.repair import (
 from megatron_prune.source import Source
 from megatron_prune.surgery import PrunedSource
 from megatron_prune.tensors import expand_rows
-
-
-@dataclass(frozen=True, kw_only=True)
-class RepairOptions:
-    """How projections are fitted.
-
-    Attributes:
-        model: of the calibration's forward passes.
-        damping: see `least_squares.fit`.
-        statistics: ``sequential``, inputs as the repaired layers below make them, or ``dense``, as
-            the unpruned model does.
-        target: what the fitted output should be. ``own``: what the layer with all its heads and
-            channels makes of the same input. ``dense``: what the unpruned model's layer makes of
-            its own. ``stream``: what brings the hidden state to the unpruned model's, errors of all
-            layers before included, and what dropped layers would add next.
-        readers: whether ``linear_qkv`` and ``linear_fc1`` are fitted too, so that they read from
-            the kept channels what the unpruned model's norm would give them.
-        readers_damping: of these, see `least_squares.fit`.
-    """
-
-    model: ModelOptions
-    damping: float
-    statistics: str = "sequential"
-    target: str = "own"
-    readers: bool = False
-    readers_damping: float = 0.0
-
-    def __post_init__(self) -> None:
-        assert self.statistics in STATISTICS and self.target in TARGETS
-        assert self.statistics == "sequential" or (self.target == "own" and not self.readers)
-
-    @property
-    def needs_dense(self) -> bool:
-        """Whether the dense model runs beside the pruned one."""
-        return self.statistics == "dense" or self.target != "own" or self.readers
-
-    @property
-    def moves_dense_first(self) -> bool:
-        """Whether the dense hidden states pass a half before it is fitted."""
-        return self.needs_dense and self.statistics != "dense" and self.target != "dense"
 
 
 def rescale_norms(
@@ -122,7 +81,8 @@ def repair_projections(
     source: Source,
     plan: PrunePlan,
     windows_WS: Tensor,
-    options: RepairOptions,
+    how: Fit,
+    model: ModelOptions,
     groups: Groups,
     into: Tensors,
     rescaled: Mapping[str, Replaced] = MappingProxyType({}),
@@ -135,6 +95,7 @@ def repair_projections(
 
     Args:
         windows_WS: [W, S] int64 of the source's vocabulary, the same on every rank.
+        model: of the calibration's forward passes.
         into: holds the rescaled norms; is given the fitted weights.
         rescaled: what `rescale_norms` returned.
         progress: told of each layer done.
@@ -144,7 +105,7 @@ def repair_projections(
         ConfigError: see `least_squares.fit`.
         DistributedError: the first rank met one of these.
     """
-    run = _Repairing(source, plan, windows_WS, options, groups, into, rescaled)
+    run = _Repairing(source, plan, windows_WS, how, model, groups, into, rescaled)
     for layer in range(plan.target.num_layers):
         run.layer(layer)
         progress(1)
@@ -170,46 +131,47 @@ class _Repairing:
         source: Source,
         plan: PrunePlan,
         windows_WS: Tensor,
-        options: RepairOptions,
+        how: Fit,
+        model: ModelOptions,
         groups: Groups,
         into: Tensors,
         rescaled: Mapping[str, Replaced],
     ) -> None:
-        self._plan, self._options, self._groups, self._into = plan, options, groups, into
+        self._plan, self._how, self._groups, self._into = plan, how, groups, into
         self._source, self._rescaled, self.done = source, rescaled, dict[str, Replaced]()
         # norms have the same names in both plans; projections are replaced once they were read
         self._base = RepairedSource(PrunedSource(source, without_units(plan)), into)
-        dtype = options.model.dtype
-        if options.statistics != "dense":
-            self._layer = Layer(self._base.config, groups, options.model)
+        dtype = model.dtype
+        if how.statistics != "dense":
+            self._layer = Layer(self._base.config, groups, model)
             self._stream = Stream(self._base, windows_WS, groups, dtype)
         self._dense_at, hidden = 0, plan.tensor("D")
         self._hidden = None if hidden is None else hidden.to(groups.device)
-        if options.needs_dense:
-            self._dense_layer = Layer(source.config, groups, options.model)
+        if how.needs_dense:
+            self._dense_layer = Layer(source.config, groups, model)
             self._dense_stream = Stream(source, windows_WS, groups, dtype)
 
     def layer(self, layer: int) -> None:
         """Both halves of a layer of the pruned model."""
-        options, old = self._options, self._plan.layers[layer]
-        if options.needs_dense:
+        how, old = self._how, self._plan.layers[layer]
+        if how.needs_dense:
             self._advance_dense_to(old)
             self._dense_layer.load(self._source, old)
             self._dense_at += 1
-        if options.statistics != "dense":
+        if how.statistics != "dense":
             self._layer.load(self._base, layer)
         for half in HALVES:
-            if options.readers:
+            if how.readers:
                 self._fit_readers(layer, half)
-            if options.moves_dense_first:
+            if how.moves_dense_first:
                 self._dense_stream.advance(self._dense_layer, half)
                 if half is MLP:  # the target makes good for dropped layers that come next
                     above = (*self._plan.layers, self._plan.source.num_layers)[layer + 1]
                     self._advance_dense_to(above)
             kept = self._plan.tensor(half.axis, old)
-            if kept is not None or options.target != "own":
+            if kept is not None or how.target != "own":
                 self._fit(layer, half, self._kept_inputs(half, kept))
-            elif options.statistics == "dense":
+            elif how.statistics == "dense":
                 self._dense_stream.advance(self._dense_layer, half)
             else:
                 self._stream.advance(self._layer, half)
@@ -247,7 +209,7 @@ class _Repairing:
             identity = torch.eye(dense_size, dtype=torch.float64, device=mixed.device)
             sliced = identity if self._hidden is None else identity[:, self._hidden]
             before = Affine(weight_DK=sliced * (ratio or 1.0), bias_D=None)
-            found = fit(moments, before, self._options.readers_damping)
+            found = fit(moments, before, self._how.readers_damping)
             mixed.copy_(found.weight_DK)
             errors[0], errors[1] = relative_error(moments, before), relative_error(moments, found)
 
@@ -294,7 +256,7 @@ class _Repairing:
         sums = MomentSums(len(kept_K), self._base.config.shape.hidden_size, self._groups)
         name, kept_K = layer_name(layer, half.output), kept_K.to(self._groups.device)
         inputs: list[Tensor] = []  # this rank's share, on the host
-        is_dense = self._options.statistics == "dense"
+        is_dense = self._how.statistics == "dense"
         for at in range(len(self._dense_stream if is_dense else self._stream)):
             mine, target = self._observe(half, at)
             x_TK = self._whole(mine)[:, kept_K]
@@ -341,8 +303,8 @@ class _Repairing:
             What enters the projection on this rank [s, b, n], what should leave it [s, b, D].
         """
         seen: list[Tensor] = []
-        target = self._options.target
-        if self._options.statistics == "dense":
+        target = self._how.target
+        if self._how.statistics == "dense":
             dense = self._dense_stream[at]
             wanted = self._dense_layer.run(half, dense, seen.append)
             self._dense_stream.add(at, dense, wanted)
@@ -374,7 +336,7 @@ class _Repairing:
             sliced = self._base.read(weight_name)[:, kept_K].to(groups.device).double()
             old = self._base.read(bias_name).to(groups.device).double() if has_bias else None
             kept = Affine(weight_DK=sliced, bias_D=old)
-            found = _stored(fit(moments, kept, self._options.damping), dtype)
+            found = _stored(fit(moments, kept, self._how.damping), dtype)
             weight.copy_(found.weight_DK)
             if found.bias_D is not None:
                 bias.copy_(found.bias_D)

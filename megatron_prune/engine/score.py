@@ -131,6 +131,7 @@ class _Run:
     def keep(self, found: Found, statistics: Mapping[str, Tensor] | None = None) -> None:
         """Hand on what was asked for of what was found."""
         asked = {n: axes for n, axes in found.items() if n in self.options.criteria}
+        assert all({*axes} == {*SCORED[name].axes} for name, axes in asked.items())
         self.scores = replace(
             self.scores,
             criteria={**self.scores.criteria, **asked},

@@ -22,11 +22,11 @@ from megatron_prune.data.windows import data_digest, model_windows
 from megatron_prune.engine.groups import Groups
 from megatron_prune.engine.layerwise import norm_energy
 from megatron_prune.engine.model import ModelOptions
-from megatron_prune.engine.repair import RepairOptions, repair_projections, rescale_norms
+from megatron_prune.engine.repair import repair_projections, rescale_norms
 from megatron_prune.errors import ConfigError, DamagedError
 from megatron_prune.evaluate.text import EvaluationOptions, evaluate
 from megatron_prune.plan import PrunePlan
-from megatron_prune.repair import RepairedSource, Tensors, drops_inputs
+from megatron_prune.repair import Fit, RepairedSource, Replaced, Tensors
 from megatron_prune.source import Source
 from megatron_prune.store.commit import hash_file, replace_file, scratch_directory
 from megatron_prune.surgery import PrunedSource
@@ -39,7 +39,6 @@ class CandidateRepair:
     data: Path
     samples: int
     seq_length: int
-    damping: float
 
 
 class Judge:
@@ -131,7 +130,7 @@ class _Repairs:
         scratch: Path,
     ) -> None:
         self._scratch = scratch.with_name(f"{scratch.name}.repair")
-        self._source, self._groups, self._damping = source, groups, repair.damping
+        self._source, self._groups = source, groups
         self._model = ModelOptions(seq_length=repair.seq_length, dtype=options.dtype)
         self.windows, _ = model_windows(
             repair.data,
@@ -147,16 +146,18 @@ class _Repairs:
         """The pruned model with its repair, whose tensors lie in a scratch directory meanwhile."""
         kept = plan.kept
         with scratch_directory(self._scratch, ranks=self._groups.ranks) as folder:
-            into = Tensors(folder)
+            into, rescaled = Tensors(folder), dict[str, Replaced]()
             if kept.hidden is not None:
                 if self._energy is None:
                     self._energy = norm_energy(
                         self._source, self.windows, self._groups, self._model
                     )
-                rescale_norms(self._source, plan, self._energy, self._groups, into)
-            if drops_inputs(plan):
-                how = RepairOptions(model=self._model, damping=self._damping)
-                repair_projections(self._source, plan, self.windows, how, self._groups, into)
+                rescaled = rescale_norms(self._source, plan, self._energy, self._groups, into)
+            fit = Fit.for_plan(plan)
+            if fit.fits(plan):
+                repair_projections(
+                    self._source, plan, self.windows, fit, self._model, self._groups, into, rescaled
+                )
             yield RepairedSource(pruned, into)
 
 

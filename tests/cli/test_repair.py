@@ -17,6 +17,7 @@ from tests.pico import TEXT, assert_same, directory_bytes, make_model, ok, refus
 
 Models, Plans = Callable[[str], Path], Callable[[str], Path]
 TP = "--tensor-model-parallel-size"
+OWN = ("--repair-target", "own", "--no-repair-readers")
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +31,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def given(models: Models, plans: Plans, text: Path) -> tuple[object, ...]:
     """Everything but ``--save`` and the target."""
     data = ("--data", text, "--num-samples", 4, "--seq-length", 32)
-    what = ("--repair", "--norm-rescale", *data)
+    what = ("--repair", "--norm-rescale", *OWN, *data)
     return ("prune", "--load", models("gqa"), "--plan", plans("gqa"), *what)
 
 
@@ -132,7 +133,7 @@ def test_a_low_precision_model_keeps_its_dtype(models: Models, text: Path, tmp_p
         "prune",
         *given,
         *flags,
-        "--repair",
+        *("--repair", *OWN),
         "--norm-rescale",
         "--save",
         tmp_path / "x",
@@ -307,7 +308,7 @@ def test_a_plan_that_leaves_nothing_to_repair_is_refused(
     models: Models, text: Path, tmp_path: Path
 ) -> None:
     given = ("--load", models("gqa"), "--drop-layers", 1, "--save", tmp_path / "x", "--to", "hf")
-    for flags in (("--repair",), ("--norm-rescale",), ("--repair", "--norm-rescale")):
+    for flags in (("--repair", *OWN), ("--norm-rescale",), ("--repair", *OWN, "--norm-rescale")):
         refused("prune", *given, *flags, "--data", text, says="nothing to repair: --repair is for")
 
 
@@ -325,7 +326,7 @@ def test_biases_are_not_counted_as_projections(
     models: Models, plans: Plans, text: Path, tmp_path: Path
 ) -> None:
     given = ("--load", models("all_bias"), "--plan", plans("all_bias"), "--save", tmp_path / "x")
-    data = ("--repair", "--data", text, "--num-samples", 2, "--seq-length", 32)
+    data = ("--repair", *OWN, "--data", text, "--num-samples", 2, "--seq-length", 32)
     done = ok("prune", *given, "--to", "hf", *data)
     assert "refitted 6 projections: " in done.out  # of 3 layers, each with a bias
     assert len(json.loads((tmp_path / "x/repair.json").read_text())["tensors"]) == 12
@@ -358,8 +359,9 @@ def test_a_dry_run_repairs_nothing(given: tuple[object, ...], tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("part", "flags", "says"),
     [
-        ("mlp.up_proj", ("--repair",), "decoder.layers.1.mlp.linear_fc2"),
-        ("self_attn.v_proj", ("--repair",), "decoder.layers.1.self_attention.linear_proj"),
+        ("mlp.up_proj", ("--repair", *OWN), "decoder.layers.1.mlp.linear_fc2"),
+        ("self_attn.v_proj", ("--repair", *OWN), "decoder.layers.1.self_attention.linear_proj"),
+        ("mlp.up_proj", ("--repair",), "decoder.layers.1.mlp.linear_up.weight, fitted, is not"),
         ("mlp.up_proj", ("--norm-rescale",), "model.layers.2.input_layernorm.weight is not finite"),
     ],
 )

@@ -21,6 +21,7 @@ from tests.pico import TEXT, ok, slice_by_plan, tensors
 SAMPLES, SEQ, DAMPING, READERS_DAMPING = 12, 40, 0.02, 0.03
 REPAIR = (
     *("--repair", "--norm-rescale", "--num-samples", SAMPLES, "--seq-length", SEQ),
+    *("--repair-target", "own", "--no-repair-readers"),
     *("--repair-damping", DAMPING, "--repair-readers-damping", READERS_DAMPING),
 )
 PLANS: dict[str, tuple[object, ...]] = {
@@ -262,6 +263,24 @@ def test_the_reference_can_tell_the_variants_apart(models: Any, repaired: Any, t
     others = ({"target": "dense"}, {"target": "stream"}, {"statistics": "dense"})
     for other in (*others, {"readers": True}):
         assert far(out, reference(models("gqa"), file, text, **other), file) > 1e-2
+
+
+def test_what_is_not_given_depends_on_what_the_plan_drops(
+    models: Any, text: Path, tmp_path: Path
+) -> None:
+    calibration = ("--repair", "--data", text, "--num-samples", SAMPLES, "--seq-length", SEQ)
+    for flags, target, readers, damping in (
+        (("--ffn-hidden-size-remain", 60), "own", False, 0.01),
+        (("--hidden-size-remain", 36), "stream", True, 0.1),
+        (("--drop-layers", 1), "stream", True, 0.1),
+        (("--drop-layers", 1, "--repair-target", "dense"), "dense", False, 0.01),
+        (("--ffn-hidden-size-remain", 60, "--repair-readers"), "own", True, 0.01),
+    ):
+        out = tmp_path / "-".join(map(str, flags))
+        ok("prune", "--load", models("gqa"), "--save", out, "--to", "hf", *flags, *calibration)
+        settings = json.loads((out / "repair.json").read_text())["settings"]
+        found = (settings["target"], settings["readers"], settings["damping"])
+        assert found == (target, readers, damping), flags
 
 
 def test_the_errors_told_are_smaller_than_before(repaired: Any) -> None:
