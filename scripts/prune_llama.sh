@@ -112,9 +112,8 @@ target --drop-layers "${DROP_LAYERS:-}"
 case "$REPAIR" in
     0) repair=() ;;
     1)
-        repair=()
+        repair=(--repair)
         [[ -z "${HIDDEN_SIZE_REMAIN:-}" ]] || repair+=(--norm-rescale)
-        [[ -z "${FFN_HIDDEN_SIZE_REMAIN:-}${NUM_ATTENTION_HEADS_REMAIN:-}${NUM_QUERY_GROUPS_REMAIN:-}" ]] || repair+=(--repair)
         ;;
     *) die "REPAIR=$REPAIR: wanted 0 or 1" ;;
 esac
