@@ -119,7 +119,7 @@ class Replaced:
     """One tensor that is not the planned slice of the source.
 
     Attributes:
-        how: least-squares, readers, norm-rescale, or folded (a norm's weight, into its readers).
+        how: least-squares, readers, norm-of-readers, or norm-rescale.
         sha256: dtype name -> of the tensor's bytes in that dtype, row by row; so a checkpoint that
             was cast on the way out can be checked too.
         error_before, error_after: relative error of the projection's output on the calibration
@@ -285,16 +285,42 @@ class RepairedSource(Source):
         self._source.close()
 
 
+@dataclass(frozen=True, kw_only=True)
+class Mix:
+    """What readers of a norm take instead of its D dense outputs.
+
+    Attributes:
+        readers_DK: [D, K] float32 on any device; a reader ``W`` becomes ``W readers_DK``.
+        norm_K: [K] in the stored dtype, the norm's new weight.
+    """
+
+    readers_DK: Tensor
+    norm_K: Tensor
+
+    @classmethod
+    def of(cls, estimate_DK: Tensor, weight_D: Tensor) -> Mix:
+        """From the norm's dense input as estimated from the kept channels, and its dense weight.
+
+        ``diag(weight) estimate`` is what readers take; its columns are brought to length 1, their
+        lengths become the norm's weight, so that readers stay as large as they were: where all is
+        kept the lengths are the weight's absolute values. Optimizers count on it: with the weight
+        folded in (SmolLM2's are 0.03 to 0.4) Adam's steps are too large for the readers.
+        """
+        columns = weight_D.to(estimate_DK.device).float()[:, None] * estimate_DK
+        lengths = columns.norm(dim=0)
+        norm_K = torch.where(lengths > 0, lengths, 1.0).to(weight_D.dtype)
+        return cls(readers_DK=columns / norm_K.float(), norm_K=norm_K)
+
+
 class MixedSource(Source):
     """A pruned model whose readers of some norms take mixtures of the hidden channels.
 
     Args:
         wide: the same pruned model with all hidden channels.
-        mixes: norm -> [D, kept D] float32 on any device: the norm's input, as estimated from the
-            kept channels. The norm's weight is folded into the readers and becomes 1.
+        mixes: by norm.
     """
 
-    def __init__(self, pruned: Source, wide: Source, mixes: Mapping[str, Tensor]) -> None:
+    def __init__(self, pruned: Source, wide: Source, mixes: Mapping[str, Mix]) -> None:
         self.path, self.format, self.grid = pruned.path, pruned.format, pruned.grid
         self.companion_files, self.iteration = pruned.companion_files, pruned.iteration
         self.config = pruned.config
@@ -305,13 +331,12 @@ class MixedSource(Source):
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
         if name in self._mixes:
-            return torch.ones_like(self._pruned.read(name))
+            return self._mixes[name].norm_K.cpu()
         norm = norm_before(name)
         if norm is None or norm not in self._mixes:
             return self._pruned.read(name, start, stop)
-        mix, x = self._mixes[norm], self._wide.read(name, start, stop)
-        scaled = x.to(mix.device).float() * self._wide.read(norm).to(mix.device).float()
-        return (scaled @ mix).to(x.dtype).cpu()
+        readers, x = self._mixes[norm].readers_DK, self._wide.read(name, start, stop)
+        return (x.to(readers.device).float() @ readers).to(x.dtype).cpu()
 
     def close(self) -> None:
         self._pruned.close()
@@ -327,3 +352,8 @@ def without_units(plan: PrunePlan) -> PrunePlan:
     """The plan's layers and hidden channels alone: heads, groups, FFN and vocabulary whole."""
     kept = replace(plan.kept, heads=None, query_groups=None, ffn=None, vocab=None)
     return replace(plan, kept=kept)
+
+
+def with_all_channels(plan: PrunePlan) -> PrunePlan:
+    """The plan with all hidden channels."""
+    return replace(plan, kept=replace(plan.kept, hidden=None))

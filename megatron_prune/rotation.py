@@ -1,14 +1,16 @@
 """The same model in another basis of its hidden state: channels that are principal components.
 
 RMSNorm without a weight commutes with a rotation of its input, so a model whose norm weights are
-folded into the projections that read them computes the same function in any orthonormal basis of
-the hidden state (SliceGPT, Ashkboos et al. 2024, arXiv:2401.15024, section 3.2). In the basis of
-the principal components of the normalised residual stream few channels hold most of the energy, and
-pruning hidden channels loses less. One basis serves the whole model, so nothing is added to the
+folded into the projections that read them (but for their common size) computes the same function in
+any orthonormal basis of the hidden state (SliceGPT, Ashkboos et al. 2024, arXiv:2401.15024, section
+3.2). In the basis of the principal components of the normalised residual stream few channels hold
+most of the energy, and pruning hidden channels loses less. One basis serves the whole model, so nothing is added to the
 residual connections; but input and output embedding are no longer the same matrix, and a tied model
 comes out untied, larger by one embedding.
 
-Not for Megatron to know: the result is an ordinary model of its family, all norm weights 1.
+Not for Megatron to know: the result is an ordinary model of its family. All weights of one norm are
+the root mean square of what they were, so that the projections stay as large as they were: an
+optimizer's steps are made for that.
 """
 
 from __future__ import annotations
@@ -65,6 +67,12 @@ class RotatedSource(Source):
         """Of the source's tensor: a tied model's output layer is its embedding."""
         return EMBEDDING.name if name == OUTPUT.name and self._source.config.tied else name
 
+    def _size(self, weight_D: Tensor) -> Tensor:
+        """What a norm's weights become: float32, a number that the stored dtype has."""
+        least = torch.finfo(weight_D.dtype).tiny  # of a norm that lets nothing through
+        size = weight_D.float().square().mean().sqrt().clamp(min=least)
+        return size.to(weight_D.dtype).float()
+
     def dtype(self, name: str) -> torch.dtype:
         return self._source.dtype(self._stored(name))
 
@@ -77,12 +85,13 @@ class RotatedSource(Source):
         if "D" not in axes:
             return x
         if "norm" in name:
-            return torch.ones_like(x)
+            return self._size(x).expand_as(x).to(x.dtype)
         if axes[0] == "D":  # writes into the stream, weight or bias
             return (self._basis.T @ x.float()).to(x.dtype)
         norm, turned = norm_before(name), x.float()
         if norm is not None:
-            turned = turned * self._source.read(norm).float()
+            weight = self._source.read(norm)
+            turned = turned * (weight.float() / self._size(weight))
         return (turned @ self._basis).to(x.dtype)
 
     def close(self) -> None:

@@ -20,7 +20,6 @@ rank's inputs.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from functools import partial
 from types import MappingProxyType
 
@@ -40,11 +39,13 @@ from megatron_prune.plan import PrunePlan
 from megatron_prune.repair import (
     NORMS,
     Fit,
+    Mix,
     MixedSource,
     RepairedSource,
     Replaced,
     Tensors,
     digests,
+    with_all_channels,
     without_units,
 )
 from megatron_prune.source import Source
@@ -91,7 +92,7 @@ def repair_projections(
     """Fit every ``linear_proj`` and ``linear_fc2`` that lost inputs; returns what was replaced.
 
     With a target other than ``own`` those that lost none are fitted too; with ``readers`` also
-    ``linear_qkv`` and ``linear_fc1``, whose norms become 1.
+    ``linear_qkv`` and ``linear_fc1``, and the norms before them.
 
     Args:
         windows_WS: [W, S] int64 of the source's vocabulary, the same on every rank.
@@ -140,7 +141,14 @@ class _Repairing:
         self._plan, self._how, self._groups, self._into = plan, how, groups, into
         self._source, self._rescaled, self.done = source, rescaled, dict[str, Replaced]()
         # norms have the same names in both plans; projections are replaced once they were read
-        self._base = RepairedSource(PrunedSource(source, without_units(plan)), into)
+        self._whole, self._pruned = (
+            PrunedSource(source, without_units(plan)),
+            PrunedSource(source, plan),
+        )
+        self._base = RepairedSource(self._whole, into)
+        if how.readers:  # the same two with all hidden channels
+            self._wide_whole = PrunedSource(source, with_all_channels(without_units(plan)))
+            self._wide_pruned = PrunedSource(source, with_all_channels(plan))
         dtype = model.dtype
         if how.statistics != "dense":
             self._layer = Layer(self._base.config, groups, model)
@@ -192,8 +200,8 @@ class _Repairing:
     def _fit_readers(self, layer: int, half: Half) -> None:
         """Fit what reads a norm: the dense model's normalised state from the pruned one's.
 
-        All readers of a norm share one map ``M [D, D']``, the best estimate of the dense state,
-        and become ``W diag(g) M``; the norm's weight ``g`` is folded in.
+        All readers of a norm share one map ``M [D, D']``, the best estimate of the dense state:
+        with the norm's weight ``g`` they take ``W diag(g) M`` (`repair.Mix`).
         """
         norm = layer_name(layer, f"{half.norm}.weight")
         dense_size, epsilon = self._source.config.shape.hidden_size, self._base.config.norm_epsilon
@@ -214,19 +222,13 @@ class _Repairing:
             errors[0], errors[1] = relative_error(moments, before), relative_error(moments, found)
 
         self._on_first_rank(solve, mixed, errors)
-        self._replace_readers(norm, mixed, errors)
-        whole = PrunedSource(self._source, without_units(self._plan))
-        self._layer.load(MixedSource(whole, self._wide(without_units), {norm: mixed}), layer)
+        mix = Mix.of(mixed, self._wide_whole.read(norm))
+        self._replace_readers(norm, mix, errors)
+        self._layer.load(MixedSource(self._whole, self._wide_whole, {norm: mix}), layer)
 
-    def _wide(self, of: Callable[[PrunePlan], PrunePlan] = lambda plan: plan) -> Source:
-        """The source as a plan leaves it, but with all hidden channels."""
-        plan = of(self._plan)
-        return PrunedSource(self._source, replace(plan, kept=replace(plan.kept, hidden=None)))
-
-    def _replace_readers(self, norm: str, mixed_KD: Tensor, errors: Tensor) -> None:
+    def _replace_readers(self, norm: str, mix: Mix, errors: Tensor) -> None:
         """Write the readers of a norm as the plan leaves them, and the norm itself."""
-        pruned = PrunedSource(self._source, self._plan)
-        final = MixedSource(pruned, self._wide(), {norm: mixed_KD})
+        final = MixedSource(self._pruned, self._wide_pruned, {norm: mix})
         before, after = _rounded(errors)
 
         def write(name: str) -> Replaced:
@@ -237,12 +239,12 @@ class _Repairing:
                 )
             self._into.put(name, value)
             if name == norm:
-                return Replaced(how="folded", sha256=digests(value))
+                return Replaced(how="norm-of-readers", sha256=digests(value))
             return Replaced(
                 how="readers", sha256=digests(value), error_before=before, error_after=after
             )
 
-        for name in (norm, *(n for n in names(pruned.config) if norm_before(n) == norm)):
+        for name in (norm, *(n for n in names(final.config) if norm_before(n) == norm)):
             self.done[name] = on_first_rank(self._groups.ranks, partial(write, name))
             self._into.put(name, torch.empty(0), here=False)
 
@@ -259,7 +261,7 @@ class _Repairing:
         is_dense = self._how.statistics == "dense"
         for at in range(len(self._dense_stream if is_dense else self._stream)):
             mine, target = self._observe(half, at)
-            x_TK = self._whole(mine)[:, kept_K]
+            x_TK = self._gathered(mine)[:, kept_K]
             sums.add(x_TK, target.flatten(0, 1))
             if not is_dense:
                 share = x_TK[:, sums.rows].clone(memory_format=torch.contiguous_format)
@@ -278,7 +280,7 @@ class _Repairing:
             )
         return moments
 
-    def _whole(self, mine_sbn: Tensor) -> Tensor:
+    def _gathered(self, mine_sbn: Tensor) -> Tensor:
         """A projection's input from all tensor-parallel ranks, [T, N]."""
         parts = [torch.empty_like(mine_sbn) for _ in range(self._groups.grid.tensor_parallel)]
         dist.all_gather(parts, mine_sbn.contiguous(), group=self._groups.tp_group)

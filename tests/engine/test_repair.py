@@ -181,10 +181,12 @@ def reference(
                 rows = torch.cat([x, root * torch.eye(len(hidden), dtype=x.dtype)])
                 wanted = torch.cat([y, root * ratio[number] * chosen.T])
                 mix = torch.linalg.lstsq(rows, wanted).solution.T
+                taken = there.weight[:, None] * mix
+                lengths = taken.square().sum(0).sqrt()
                 for part in parts:
-                    weight = getattr(half[1], part).weight * there.weight
-                    getattr(half[0], part).weight.copy_(weight @ mix)
-                here.weight.fill_(1)
+                    weight = getattr(half[1], part).weight
+                    getattr(half[0], part).weight.copy_(weight @ (taken / lengths))
+                here.weight.copy_(lengths)
             units = (kept[axis] or {}).get(str(old))
             if units is None and target == "own":
                 continue
