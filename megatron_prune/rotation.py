@@ -4,9 +4,9 @@ RMSNorm without a weight commutes with a rotation of its input, so a model whose
 folded into the projections that read them (but for their common size) computes the same function in
 any orthonormal basis of the hidden state (SliceGPT, Ashkboos et al. 2024, arXiv:2401.15024, section
 3.2). In the basis of the principal components of the normalised residual stream few channels hold
-most of the energy, and pruning hidden channels loses less. One basis serves the whole model, so nothing is added to the
-residual connections; but input and output embedding are no longer the same matrix, and a tied model
-comes out untied, larger by one embedding.
+most of the energy, and pruning hidden channels loses less. One basis serves the whole model, so
+nothing is added to the residual connections; but input and output embedding are no longer the same
+matrix, and a tied model comes out untied, larger by one embedding.
 
 Not for Megatron to know: the result is an ordinary model of its family. All weights of one norm are
 the root mean square of what they were, so that the projections stay as large as they were: an
