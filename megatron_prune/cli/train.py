@@ -10,12 +10,14 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from megatron_prune.cli.domain_flags import add_domains
 from megatron_prune.cli.engine_flags import add_engine, dtype_of
 from megatron_prune.cli.options import grid_from, positive
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add_start(parser)
+    add_domains(parser)
     _add_batches(parser)
     _add_learning_rate(parser)
     _add_optimizer(parser)

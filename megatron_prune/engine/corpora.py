@@ -141,6 +141,34 @@ def check_corpora(
     return facts
 
 
+def dataset_config(
+    *,
+    seed: int,
+    seq_length: int,
+    split: str,
+    cache: Path,
+    eod_mask_loss: bool,
+    vocab_size: int,
+    eod: int | None,
+    blend: tuple[list[str], list[float] | None],
+    surplus: float = 0.5,
+) -> GPTDatasetConfig:
+    """How Megatron cuts corpora into samples here."""
+    return GPTDatasetConfig(
+        random_seed=seed,
+        sequence_length=seq_length,
+        blend=blend,
+        split=split,
+        path_to_cache=str(cache),
+        tokenizer=_Tokenizer(vocab_size, eod),
+        reset_position_ids=False,
+        reset_attention_mask=False,
+        eod_mask_loss=eod_mask_loss,
+        create_attention_mask=False,
+        mid_level_dataset_surplus=surplus,
+    )
+
+
 def build_datasets(
     options: TrainOptions, facts: Sequence[CorpusFacts], samples: tuple[int, int], vocab_size: int
 ) -> tuple[Any, Any]:
@@ -152,19 +180,17 @@ def build_datasets(
     weights = blend.weights
     if weights is None and len(facts) > 1:  # in proportion to their size, over as many epochs
         weights = tuple(fact.tokens / sum(f.tokens for f in facts) for fact in facts)
-    config = GPTDatasetConfig(
-        random_seed=options.seed,
-        sequence_length=options.seq_length,
-        blend=(list(blend.prefixes), None if weights is None else list(weights)),
+    config = dataset_config(
+        seed=options.seed,
+        seq_length=options.seq_length,
         split=options.split,
-        path_to_cache=str(options.cache_path),
-        tokenizer=_Tokenizer(vocab_size, facts[0].eod),
-        reset_position_ids=False,
-        reset_attention_mask=False,
+        cache=options.cache_path,
         eod_mask_loss=options.eod_mask_loss,
-        create_attention_mask=False,
+        vocab_size=vocab_size,
+        eod=facts[0].eod,
+        blend=(list(blend.prefixes), None if weights is None else list(weights)),
         # a surplus of half is enough for blends of any size; the default share only for large ones
-        mid_level_dataset_surplus=0.005 if samples[0] >= 10_000 else 0.5,
+        surplus=0.005 if samples[0] >= 10_000 else 0.5,
     )
     has_validation = samples[1] > 0
     config.split_matrix = [

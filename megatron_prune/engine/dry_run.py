@@ -6,7 +6,7 @@ from math import prod
 
 from megatron_prune import axes
 from megatron_prune.engine.checkpoint import find_start
-from megatron_prune.engine.corpora import check_corpora
+from megatron_prune.engine.domains import check_data
 from megatron_prune.engine.groups import data_parallel_size
 from megatron_prune.engine.model import check_model
 from megatron_prune.engine.options import TrainOptions
@@ -51,7 +51,7 @@ def describe(options: TrainOptions, grid: ParallelGrid, processes: int) -> str:
     config.shape.check_uniform("train", "prune without --nonuniform")
     grid.check(config.shape)
     check_model(config, model_options(options), grid.tensor_parallel)
-    facts = check_corpora(options, tokenizer_of(options, source, start), config.shape.vocab_size)
+    facts = check_data(options, start, tokenizer_of(options, source, start), config)
     largest = max(stage_parameters(config, grid, p) for p in range(grid.pipeline_parallel))
     split = copies if options.use_distributed_optimizer else 1
     memory = largest * bytes_per_parameter(options.dtype, split)

@@ -91,6 +91,20 @@ class MetricsLog:
             self._board.add_scalar(f"{name} vs samples", value, samples)
         self.say(f"iteration {iteration}: validation loss {loss:.4f}, ppl {perplexity:.3f}")
 
+    def domains(self, iteration: int, samples: int, table: dict[str, dict[str, float]]) -> None:
+        """What is known of each domain: loss, target, weight, tokens, token share, epochs."""
+        if not self.active:
+            return
+        self._write({"iteration": iteration, "consumed-samples": samples, "domains": table})
+        for name, row in table.items():
+            for what in ("loss", "target", "weight", "token share", "epochs"):
+                if what in row:
+                    self._board.add_scalar(f"domain {what}/{name}", row[what], iteration)
+            self.say(
+                f"iteration {iteration}: domain {name}: loss {row['loss']:.4f}, "
+                f"weight {row['weight']:.4f}, share so far {row['token share']:.4f}"
+            )
+
     def _tell(self, row: dict[str, Any]) -> None:
         done = row["iteration"] - self._start
         left = (time.monotonic() - self._began) / done * (self._train_iters - row["iteration"])

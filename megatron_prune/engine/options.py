@@ -9,6 +9,7 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_prune.data.domains import WEIGHTINGS
 from megatron_prune.engine.groups import data_parallel_size
 from megatron_prune.errors import ConfigError
 from megatron_prune.grid import ParallelGrid
@@ -41,6 +42,14 @@ class TrainOptions:
     data_cache_path: Path | None = None
     tokenizer_model: Path | None = None
     eod_mask_loss: bool = False
+    domains: Path | None = None
+    domain_weighting: str = "dynamic"
+    domain_update_interval: int = 400
+    domain_eta: float = 1.0
+    domain_smoothing: float = 1e-4
+    domain_weight_floor: float = 0.0
+    domain_weight_cap: float = 1.0
+    domain_clip: bool = False
     # precision and layers
     dtype: str = "fp32"
     transformer_impl: str = "auto"
@@ -134,8 +143,7 @@ def check_options(options: TrainOptions, grid: ParallelGrid, processes: int) -> 
     _at_least(options, 0, "weight_decay", "clip_grad", "seed")
     if options.load is None:
         raise ConfigError("--load is missing: the model to train, or with --init-random its shape")
-    if not options.data_path:
-        raise ConfigError("--data-path is missing: prefixes that preprocess wrote")
+    _check_data_flags(options)
     for name in ("adam_beta1", "adam_beta2"):
         if not 0 <= getattr(options, name) < 1:
             value = getattr(options, name)
@@ -145,6 +153,32 @@ def check_options(options: TrainOptions, grid: ParallelGrid, processes: int) -> 
     _check_batches(options, data_parallel_size(grid, processes))
     _check_learning_rate(options)
     _check_recompute(options)
+
+
+def _check_data_flags(options: TrainOptions) -> None:
+    if options.domains is None:
+        if not options.data_path:
+            raise ConfigError(
+                "--data-path is missing: prefixes that preprocess wrote; or a recipe of --domains"
+            )
+        return
+    if options.data_path:
+        raise ConfigError("--data-path and --domains: give one; the recipe lists the corpora")
+    if options.domain_weighting not in WEIGHTINGS:
+        raise ConfigError(
+            f"--domain-weighting {options.domain_weighting!r}; wanted {' or '.join(WEIGHTINGS)}"
+        )
+    _at_least(options, 1, "domain_update_interval")
+    _at_least(options, 0, "domain_eta", "domain_smoothing")
+    if options.domain_smoothing > 1:
+        raise ConfigError(
+            f"--domain-smoothing is {options.domain_smoothing}; wanted a share, 0 to 1"
+        )
+    if options.domain_weighting == "dynamic" and not options.eval_iters:
+        raise ConfigError(
+            "--eval-iters 0: the weights of domains follow their validation losses; give 1 or "
+            "more, or --domain-weighting constant"
+        )
 
 
 def _check_batches(options: TrainOptions, data_parallel: int) -> None:

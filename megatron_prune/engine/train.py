@@ -25,7 +25,8 @@ from megatron_prune.engine.checkpoint import (
     load_checkpoint,
     save_checkpoint,
 )
-from megatron_prune.engine.corpora import build_datasets, check_corpora, clean_cache, microbatches
+from megatron_prune.engine.corpora import build_datasets, clean_cache, microbatches
+from megatron_prune.engine.domains import DomainLoading, check_data
 from megatron_prune.engine.failures import on_first_rank, together
 from megatron_prune.engine.groups import Groups
 from megatron_prune.engine.metrics import MetricsLog
@@ -77,7 +78,7 @@ def open_start(options: TrainOptions, groups: Groups) -> tuple[Start, Source, li
     tokenizer = tokenizer_of(options, source, start)
     facts = on_first_rank(
         groups.ranks,
-        lambda: check_corpora(options, tokenizer, source.config.shape.vocab_size),
+        lambda: check_data(options, start, tokenizer, source.config),
     )
     return start, source, facts
 
@@ -107,11 +108,11 @@ class Training:
         self._losses: list[float] = []  # since the last logged iteration
         self._skipped = 0
         self._at = self._batch = 0  # of the step under way: its iteration and its samples
-        self._build_data(facts)
+        self._build_data(facts, start)
         self._build_model(start, source)
         source.close()
 
-    def _build_data(self, facts: Sequence[CorpusFacts]) -> None:
+    def _build_data(self, facts: Sequence[CorpusFacts], start: Start) -> None:
         options = self.options
         copies = self.groups.data_parallel
         samples = (
@@ -120,6 +121,11 @@ class Training:
         )
         # rank 0 clears what a kill has cut short before any rank looks into the cache
         on_first_rank(self.groups.ranks, lambda: clean_cache(options.cache_path))
+        self.domains: DomainLoading | None = None
+        if options.domains is not None:
+            self.domains = DomainLoading(options, self.groups, self.config, facts, start.state)
+            self.train_data, self.valid_data = self.domains.train_data, None
+            return
         self.train_data, self.valid_data = build_datasets(
             options, facts, samples, self.config.shape.vocab_size
         )
@@ -164,6 +170,7 @@ class Training:
             "consumed_samples": self.consumed,
             "validated_at": self.validated_at,
             "losses": list(self._losses),
+            "domains": None if self.domains is None else self.domains.state(self.consumed),
             "dtype": self.options.dtype,
             "use_distributed_optimizer": self.options.use_distributed_optimizer,
         }
@@ -262,6 +269,11 @@ class Training:
     def validate(self, log: MetricsLog) -> None:
         """Loss on the first ``--eval-iters`` batches of the validation part: always the same."""
         options, groups = self.options, self.groups
+        if self.domains is not None:
+            loss = self.domains.validate(self.model, log, self.iteration, self.consumed)
+            self.validated_at = self.iteration
+            log.validation(self.iteration, self.consumed, loss)
+            return
         count = options.batch_size(groups.data_parallel) // (
             options.micro_batch_size * groups.data_parallel
         )
@@ -281,7 +293,9 @@ class Training:
 
     def _must_validate(self) -> bool:
         last = self.iteration == self.options.train_iters
-        due = self.iteration > 0 and (self._is_due(self.options.eval_interval) or last)
+        due = self._is_due(self.options.eval_interval) or last
+        due = due or (self.domains is not None and self.domains.is_due(self.iteration))
+        due = due and self.iteration > 0
         return bool(self.options.eval_iters) and due and self.validated_at != self.iteration
 
     def save(self, log: MetricsLog) -> None:
@@ -340,6 +354,8 @@ class Training:
             log.advance()
             if self._is_due(options.log_interval):
                 self._log(log, rate, norm, lapse)
+                if self.domains is not None:
+                    self.domains.tell_epochs(log, self.consumed)
             if not stop and self._must_validate():
                 self.validate(log)
                 lapse.restart(self.consumed)
