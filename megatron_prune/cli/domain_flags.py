@@ -1,11 +1,14 @@
-"""Flags of `train` for domains that balance themselves."""
+"""Domains on the command line: flags of `train`, and `evaluate --domains`."""
 
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 
-from megatron_prune.cli.options import positive
+from megatron_prune.cli.engine_flags import dtype_of
+from megatron_prune.cli.options import check_output_file, grid_from, positive
+from megatron_prune.errors import ConfigError
 
 
 def add_domains(parser: argparse.ArgumentParser) -> None:
@@ -47,3 +50,90 @@ def add_domains(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="do not take weight from domains below their target",
     )
+
+
+def add_domain_evaluation(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("domains, instead of --data")
+    group.add_argument("--domains", type=Path, metavar="YAML", help="the recipe of `train`")
+    group.add_argument("--per-domain", action="store_true", help="tell the loss of each domain")
+    group.add_argument(
+        "--save", type=Path, metavar="JSON", help="write the losses here: targets for `train`"
+    )
+    group.add_argument("--split", metavar="SHARES", help="default 969,30,1, as in `train`")
+    group.add_argument("--seed", type=int, metavar="N", help="default 1234, as in `train`")
+    group.add_argument(
+        "--eod-mask-loss", action="store_true", help="do not count the prediction of EOD"
+    )
+    group.add_argument(
+        "--data-cache-path", type=Path, metavar="DIR", help="sample indices; default: not kept"
+    )
+
+
+def check_domain_flags(args: argparse.Namespace) -> bool:
+    """Whether `evaluate` is asked for domains.
+
+    Raises:
+        ConfigError: for both a text and domains, or neither, or a flag without its other.
+    """
+    if (args.data is None) == (args.domains is None):
+        both = "both are given" if args.data is not None else "both are missing"
+        raise ConfigError(f"--data and --domains: {both}; give one: a text, or a recipe of domains")
+    if args.domains is not None:
+        if args.json is not None:
+            raise ConfigError("--json goes with --data; with --domains use --per-domain --save")
+        if args.save is not None and not args.per_domain:
+            raise ConfigError("--save writes the loss of each domain; add --per-domain")
+        return True
+    given = ("per_domain", "save", "split", "seed", "eod_mask_loss", "data_cache_path")
+    for name in given:
+        if getattr(args, name) not in (None, False):
+            raise ConfigError(f"--{name.replace('_', '-')} goes with --domains, not --data")
+    return False
+
+
+def run_domains(args: argparse.Namespace) -> None:
+    """`evaluate --domains`."""
+    from megatron_prune.engine.failures import named_failures
+    from megatron_prune.engine.groups import data_parallel_size, model_parallel, world_size
+    from megatron_prune.evaluate.domains import (
+        DomainEvaluationOptions,
+        evaluate_domains,
+        open_for_domains,
+    )
+    from megatron_prune.store.commit import replace_file
+
+    grid = grid_from(args)
+    data_parallel_size(grid, world_size())
+    options = DomainEvaluationOptions(
+        load=args.load,
+        domains=args.domains,
+        seq_length=args.seq_length,
+        max_windows=args.max_windows,
+        micro_batch_size=args.micro_batch_size,
+        seed=1234 if args.seed is None else args.seed,
+        split=args.split or "969,30,1",
+        eod_mask_loss=args.eod_mask_loss,
+        data_cache_path=args.data_cache_path,
+        tokenizer_model=args.tokenizer_model,
+        dtype=dtype_of(args),
+        transformer_impl=args.transformer_impl,
+        sequence_parallel=args.sequence_parallel,
+        family=args.family,
+    )
+    if args.save is not None:
+        inputs = (args.load, args.domains, args.tokenizer_model)
+        check_output_file(args.save, overwrite=True, inputs=inputs)
+    source = open_for_domains(options, grid)
+    with (
+        named_failures(),
+        model_parallel(grid, timeout_minutes=args.distributed_timeout_minutes) as groups,
+    ):
+        result = evaluate_domains(source, options, groups)
+        if not groups.ranks.is_first:
+            return
+        if args.per_domain:
+            for name, row in result["domains"].items():
+                print(f"{name:<14} {row['loss']:.6f}  {row['tokens']} tokens")
+        print(f"{'loss':<14} {result['loss']:.6f}")
+        if args.save is not None:
+            replace_file(args.save, (json.dumps(result, indent=1) + "\n").encode())

@@ -3,6 +3,9 @@
 Takes any checkpoint at any layout: a model stored at TP=8 is evaluated alone or by as many
 processes as torchrun starts. The text is tokenised once with the model's own tokenizer, without
 special tokens, and cut into windows of --seq-length tokens that do not overlap.
+
+With --domains instead of --data: the loss on each domain's validation part, on the windows that
+`train --domains` looks at under the same --seq-length, --split and --seed.
 """
 
 from __future__ import annotations
@@ -13,6 +16,11 @@ import sys
 import time
 from pathlib import Path
 
+from megatron_prune.cli.domain_flags import (
+    add_domain_evaluation,
+    check_domain_flags,
+    run_domains,
+)
 from megatron_prune.cli.engine_flags import add_engine, dtype_of
 from megatron_prune.cli.options import check_output_file, grid_from, positive
 
@@ -21,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--load", type=Path, required=True, metavar="CKPT_OR_HF", help="checkpoint of any format"
     )
-    parser.add_argument("--data", required=True, type=Path, help="text, or JSON lines with 'text'")
+    parser.add_argument("--data", type=Path, help="text, or JSON lines with 'text'")
     parser.add_argument("--seq-length", type=positive, default=1024, metavar="N")
     parser.add_argument("--max-windows", type=positive, metavar="N", help="the first N only")
     parser.add_argument(
@@ -31,10 +39,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tokenizer-model", type=Path, metavar="PATH", help="default: the checkpoint's own"
     )
+    add_domain_evaluation(parser)
     add_engine(parser)
 
 
 def run(args: argparse.Namespace) -> None:
+    if check_domain_flags(args):
+        run_domains(args)
+        return
     from megatron_prune.engine.failures import named_failures
     from megatron_prune.engine.groups import data_parallel_size, model_parallel, world_size
     from megatron_prune.evaluate.text import EvaluationOptions, evaluate, open_checked
