@@ -61,7 +61,7 @@ def errors(
     if block_bytes is not None:
         engine._BLOCK_BYTES["cpu"] = block_bytes
     logits, targets, above = _given(4, getattr(torch, dtype), len(weights))
-    whole = logits[0].double().requires_grad_()
+    whole = logits[0].double().clone().requires_grad_()
     wanted = plain_losses(
         whole[..., :VOCAB], [x.double()[..., :VOCAB] for x in logits[1:]], targets,
         lm_weight=lm_weight, temperature=temperature, top_k=top_k, weights=tuple(weights),

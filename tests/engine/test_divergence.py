@@ -32,7 +32,7 @@ def _check(far: Any, dtype: str) -> None:
     assert isinstance(far, dict), far
     assert far.pop("size") > 0.1
     tolerance = TOLERANCES[dtype]
-    assert far.pop("gradient") < tolerance / 10
+    assert far.pop("gradient") < tolerance
     assert max(far.values()) < tolerance, far
 
 
