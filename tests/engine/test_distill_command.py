@@ -181,6 +181,15 @@ def test_recomputing_changes_nothing(train: Train, teacher: Path, method: str) -
 # ---- hidden states -------------------------------------------------------------------------------
 
 
+def _keep_in(states: list[Tensor]) -> Callable[..., None]:
+    """A forward hook that keeps what a layer gives."""
+
+    def keep(_: object, __: object, found: Any) -> None:
+        states.append(found[0] if isinstance(found, tuple) else found)
+
+    return keep
+
+
 def test_hidden_states_are_compared_as_plain_torch_does(
     train: Train, reference: Path, corpus: Path, tmp_path: Path
 ) -> None:
@@ -193,9 +202,7 @@ def test_hidden_states_are_compared_as_plain_torch_does(
             model = _hugging_face(path)
             kept: list[Tensor] = []
             for layer in layers:
-                model.model.layers[layer].register_forward_hook(
-                    lambda _, __, out: kept.append(out[0] if isinstance(out, tuple) else out)
-                )
+                model.model.layers[layer].register_forward_hook(_keep_in(kept))
             model(batch[:, :-1])
             states.append(kept)
     pairs = [1 - torch.cosine_similarity(a, b, dim=-1).mean() for a, b in zip(*states)]
