@@ -61,10 +61,13 @@ class Distillation:
             teacher.criterion = self._capture
         student.criterion = self._compare
         self._hidden: HiddenLoss | None = None
+        self._projected: list[list[int]] = []
         if options.hidden_layers:
             self._hidden = HiddenLoss(
                 options.hidden_layers, student, self.teachers[0], groups, seed
             )
+            if self._hidden.is_projected:
+                self._projected = [list(pair) for pair in options.hidden_layers]
         self.names = ("kl loss", "hidden loss") if self._hidden else ("kl loss",)
         self.shares = (0.0,) * len(self.names)
         self._logged: list[list[float]] = []
@@ -88,7 +91,8 @@ class Distillation:
         """
         if self._groups.grid.pipeline_parallel == 1:
             return self._one_by_one(data)
-        batches = list(data)
+        inside = not (self._groups.is_first_stage or self._groups.is_last_stage)
+        batches = [] if inside else list(data)
         logits = [self._through_pipeline(one, batches, count, rows) for one in self.teachers]
         # popped, so that the logits go when the student has used them
         return ((*batch, [found.pop(0) for found in logits if found]) for batch in batches)
@@ -173,9 +177,13 @@ class Distillation:
         steps, self._logged = self._logged, []
         return {name: sum(all) / len(all) for name, all in zip(self.names, zip(*steps))}
 
-    def state(self) -> list[list[float]]:
+    def state(self) -> dict[str, Any]:
         """What a run that continues needs; plain types only."""
-        return [list(step) for step in self._logged]
+        return {
+            "taught losses": [list(step) for step in self._logged],
+            "projections": self._projected,
+        }
 
-    def load(self, state: list[list[float]]) -> None:
-        self._logged = [list(step) for step in state if len(step) == len(self.names)]
+    def load(self, state: Mapping[str, Any]) -> None:
+        steps = state.get("taught losses", [])
+        self._logged = [list(step) for step in steps if len(step) == len(self.names)]

@@ -66,6 +66,10 @@ class HiddenLoss:
             _watch(student.decoder.layers[mine], self._student, number)
             _watch(teacher.decoder.layers[theirs], self._teacher, number)
 
+    @property
+    def is_projected(self) -> bool:
+        return self._projections is not None
+
     def take(self, mask_bs: Tensor) -> tuple[Tensor, Tensor]:
         """The mean over pairs and unmasked tokens of the last forward passes, which are forgotten.
 

@@ -121,6 +121,32 @@ def check_layers(pairs: Sequence[tuple[int, int]], student: Source, teacher: Sou
             )
 
 
+def projected_layers(
+    pairs: Sequence[tuple[int, int]], student: Source, teachers: Sequence[Source]
+) -> list[list[int]]:
+    """The pairs of layers that are compared through a learned projection: all, or none."""
+    widths = {source.config.shape.hidden_size for source in (student, *teachers)}
+    return [list(pair) for pair in pairs] if len(widths) > 1 else []
+
+
+def check_projections(directory: Path, found: list[list[int]], wanted: list[list[int]]) -> None:
+    """Refuse to continue with other projections than were saved: they are training state.
+
+    Raises:
+        ConfigError: with both layer maps.
+    """
+
+    def flag(pairs: list[list[int]]) -> str:
+        told = ",".join(f"{student}:{teacher}" for student, teacher in pairs)
+        return f"--distill-hidden-layers {told}" if told else "no --distill-hidden-layers"
+
+    if found != wanted:
+        raise ConfigError(
+            f"{directory}: was saved with the projections of {flag(found)}, the flags say "
+            f"{flag(wanted)}; give the same flags, or --finetune from it into another --save"
+        )
+
+
 def load_teacher(source: Source, groups: Groups, options: ModelOptions) -> LanguageModel:
     """This rank's part of a teacher: the run's dtype, no gradients, evaluation mode.
 

@@ -43,7 +43,12 @@ from megatron_prune.engine.optimizer import (
 )
 from megatron_prune.engine.options import TrainOptions
 from megatron_prune.engine.signals import StopSignals
-from megatron_prune.engine.teachers import check_layers, open_teachers
+from megatron_prune.engine.teachers import (
+    check_layers,
+    check_projections,
+    open_teachers,
+    projected_layers,
+)
 from megatron_prune.engine.weights import draw_weights, load_weights
 from megatron_prune.errors import DamagedError, Interrupted
 from megatron_prune.grid import ParallelGrid
@@ -97,12 +102,17 @@ def open_run_teachers(
     options: TrainOptions, start: Start, source: Source, grid: ParallelGrid
 ) -> list[Source]:
     """The teachers of the run, none without ``--teacher``; see `open_teachers`."""
+    saved = [] if start.state is None else start.state.get("projections", [])
     if options.distill is None:
+        check_projections(start.directory, saved, [])
         return []
     tokenizer, paths = tokenizer_of(options, source, start), options.distill.teachers
     run = model_options(options)
     teachers = open_teachers(paths, source, tokenizer, grid, run, options.family)
-    check_layers(options.distill.hidden_layers, source, teachers[0])
+    pairs = options.distill.hidden_layers
+    check_layers(pairs, source, teachers[0])
+    if start.state is not None:
+        check_projections(start.directory, saved, projected_layers(pairs, source, teachers))
     return teachers
 
 
@@ -180,7 +190,7 @@ class Training:
         self.validated_at = state["validated_at"]
         self._losses = list(state["losses"])
         if self.distillation is not None:
-            self.distillation.load(state.get("taught losses", []))
+            self.distillation.load(state)
         if saved is not None:
             load_optimizer(self.optimizer, saved)
             load_scheduler(self.scheduler, schedule, options)
@@ -196,7 +206,7 @@ class Training:
             "validated_at": self.validated_at,
             "losses": list(self._losses),
             "domains": None if self.domains is None else self.domains.state(self.consumed),
-            **({"taught losses": self.distillation.state()} if self.distillation else {}),
+            **({} if self.distillation is None else self.distillation.state()),
             "dtype": self.options.dtype,
             "use_distributed_optimizer": self.options.use_distributed_optimizer,
         }

@@ -212,7 +212,7 @@ def test_hidden_states_are_compared_as_plain_torch_does(
 
 
 def test_a_projection_is_learned_saved_and_not_exported(
-    train: Train, teacher: Path, tmp_path: Path
+    train: Train, teacher: Path, tmp_path: Path, corpus: Path
 ) -> None:
     from torch.distributed.checkpoint import FileSystemReader
 
@@ -222,6 +222,8 @@ def test_a_projection_is_learned_saved_and_not_exported(
     stored = FileSystemReader(save / "iter_0000006").read_metadata().state_dict_metadata
     assert [key for key in stored if key.startswith("distill_projections")]
     ok("convert", "--load", save, "--save", tmp_path / "hf", "--to", "hf")
+    refused(*words(save, tmp_path / "other", corpus), says="the projections of --distill-hidden")
+    ok(*words(save, tmp_path / "other", corpus, "--finetune"))
     assert _hugging_face(tmp_path / "hf").config.hidden_size == 48
 
 

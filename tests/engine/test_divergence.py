@@ -71,6 +71,25 @@ def test_shards_give_the_same(found: dict[Any, list[Any]], key: tuple[str, int, 
         _check(far, key[2])
 
 
+def test_tokens_as_likely_as_the_last_of_the_k_are_kept_too() -> None:
+    """Of 5 tokens one is ahead and two share the second place: k = 2 is k = 3."""
+    from megatron_prune.engine.divergence import Softening, distillation_losses
+    from megatron_prune.engine.groups import model_parallel
+    from megatron_prune.grid import ParallelGrid
+
+    teacher = torch.tensor([[[1.0, 3.0, 2.0, 0.0, 2.0]]])
+    student = torch.tensor([[[0.5, -1.0, 2.0, 1.0, 0.0]]])
+    found = []
+    with model_parallel(ParallelGrid()) as groups:
+        for k in (1, 2, 3, 4):
+            _, _, kl = distillation_losses(
+                student.clone(), [teacher.clone()], torch.zeros(1, 1, dtype=torch.int64),
+                vocab_size=5, how=Softening(top_k=k), group=groups.tp_group,
+            )  # fmt: skip
+            found.append(float(kl))
+    assert found[0] < found[1] == found[2] < found[3]
+
+
 def test_bf16_is_bf16s_rounding_away() -> None:
     far = errors(tp=1, dtype="bfloat16", lm_weight=0.3, temperature=2.0)
     assert far["loss"] < 1e-4 and far["gradient"] < 4e-3 * far["size"]
