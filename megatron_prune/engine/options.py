@@ -70,6 +70,10 @@ class TrainOptions:
     loss_scale_window: int = 1000
     hysteresis: int = 2
     use_distributed_optimizer: bool = False
+    # which steps are not taken
+    skip_nonfinite: int = 0
+    loss_spike_factor: float | None = None
+    loss_spike_window: int = 100
     # telling and saving
     log_interval: int = 100
     eval_interval: int = 1000
@@ -131,7 +135,12 @@ def check_options(options: TrainOptions, grid: ParallelGrid, processes: int) -> 
     _at_least(options, 1, "recompute_num_layers", "loss_scale_window", "hysteresis")
     _at_least(options, 1, "lr_decay_iters", "lr_wsd_decay_iters")
     _at_least(options, 0, "eval_iters", "lr_warmup_iters", "lr", "min_lr", "lr_warmup_init")
-    _at_least(options, 0, "weight_decay", "clip_grad", "seed")
+    _at_least(options, 0, "weight_decay", "clip_grad", "seed", "skip_nonfinite")
+    _at_least(options, 1, "loss_spike_factor", "loss_spike_window")
+    if options.loss_spike_factor is not None and not options.skip_nonfinite:
+        raise ConfigError(
+            "--loss-spike-factor needs --skip-nonfinite K: how many steps in a row may be skipped"
+        )
     if options.load is None:
         raise ConfigError("--load is missing: the model to train, or with --init-random its shape")
     if not options.data_path:

@@ -8,6 +8,7 @@ whether one of them has been asked to stop; so all ranks save and leave after th
 from __future__ import annotations
 
 import math
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ import torch
 import torch.distributed as dist
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
+from tqdm import tqdm
 
 from megatron_prune.data.sidecar import CorpusFacts
 from megatron_prune.engine.checkpoint import (
@@ -28,6 +30,7 @@ from megatron_prune.engine.checkpoint import (
 from megatron_prune.engine.corpora import build_datasets, check_corpora, clean_cache, microbatches
 from megatron_prune.engine.failures import on_first_rank, together
 from megatron_prune.engine.groups import Groups
+from megatron_prune.engine.guard import StepGuard
 from megatron_prune.engine.metrics import MetricsLog
 from megatron_prune.engine.model import ModelOptions, build_model, check_model
 from megatron_prune.engine.optimizer import (
@@ -37,6 +40,7 @@ from megatron_prune.engine.optimizer import (
     load_optimizer,
     load_scheduler,
     prepare_to_load,
+    step_optimizer,
     wrap_model,
 )
 from megatron_prune.engine.options import TrainOptions
@@ -105,7 +109,8 @@ class Training:
         self.iteration, self.consumed = 0, 0
         self.validated_at, self.saved_at = 0, None if start.state is None else start.iteration
         self._losses: list[float] = []  # since the last logged iteration
-        self._skipped = 0
+        self._skipped = 0  # in a row, by fp16's loss scale
+        self.guard = StepGuard(options, None if start.state is None else start.state.get("guard"))
         self._at = self._batch = 0  # of the step under way: its iteration and its samples
         self._build_data(facts)
         self._build_model(start, source)
@@ -164,6 +169,7 @@ class Training:
             "consumed_samples": self.consumed,
             "validated_at": self.validated_at,
             "losses": list(self._losses),
+            "guard": self.guard.state(),
             "dtype": self.options.dtype,
             "use_distributed_optimizer": self.options.use_distributed_optimizer,
         }
@@ -212,10 +218,10 @@ class Training:
         return summed
 
     def step(self, signals: StopSignals) -> tuple[float, float | None, bool]:
-        """One iteration: the loss, the gradient norm (None when fp16 skipped), stop asked for.
+        """One iteration: the loss, the gradient norm (None when skipped), stop asked for.
 
         Raises:
-            DamagedError: loss or gradient is not a number; nothing has been saved since.
+            DamagedError: more wrong steps in a row than may be skipped; none has been applied.
         """
         self._at = self.iteration + 1
         self.ddp.train()
@@ -230,31 +236,38 @@ class Training:
         self.optimizer.zero_grad()
         share = self._run(data, count, forward_only=False)
         loss, stops = self._sum_over_ranks(share, float(signals.received is not None))
-        self._refuse_nonfinite("lm loss", loss)
-        succeeded, norm, _ = self.optimizer.step()
-        if succeeded and norm is not None:
-            self._refuse_nonfinite("gradient norm", float(norm))
-        if succeeded:
+        norm = self._apply(loss)
+        if norm is not None:
             self.scheduler.step(batch)
-        self._count_skipped(bool(succeeded))
         self.iteration += 1
         self.consumed += batch
-        return loss, float(norm) if succeeded and norm is not None else None, stops > 0
+        return loss, norm, stops > 0
+
+    def _apply(self, loss: float) -> float | None:
+        """Change the weights unless the step is wrong; the gradient norm, None when skipped."""
+        wrong, norm = self.guard.wrong_loss(loss), None
+        if wrong is None:
+            norm = step_optimizer(self.optimizer, lambda norm: self._sum_over_ranks(norm)[0])
+            self._count_skipped(norm is not None)
+            if norm is not None and not math.isfinite(norm):
+                wrong, norm = f"gradient norm is {norm}", None
+        if self.guard.count(wrong, loss):
+            self._stop_for(f"{wrong}; {self.guard.in_a_row} such steps in a row")
+        if wrong is not None and self.groups.ranks.is_first:
+            tqdm.write(f"iteration {self._at}: {wrong}; skipped", file=sys.stderr)
+        return norm
 
     def _count_skipped(self, succeeded: bool) -> None:
         self._skipped = 0 if succeeded else self._skipped + 1
         if self._skipped > _SKIPPED_STEPS_MAX:
             self._stop_for("gradient is infinite, on every one of the last steps")
 
-    def _refuse_nonfinite(self, what: str, value: float) -> None:
-        if not math.isfinite(value):
-            self._stop_for(f"{what} is {value}")
-
     def _stop_for(self, what: str) -> None:
         kept = "nothing is saved" if self.saved_at is None else f"iteration {self.saved_at} is kept"
         raise DamagedError(
             f"iteration {self._at}: {what}; stopped, {kept}. Look for values "
-            "that are not finite in the starting weights, lower --lr, or raise --lr-warmup-iters"
+            "that are not finite in the starting weights, lower --lr, raise --lr-warmup-iters, or "
+            "let single steps go with --skip-nonfinite"
         )
 
     # ---- the loop ----------------------------------------------------------------------------
@@ -361,13 +374,15 @@ class Training:
     def _log(self, log: MetricsLog, rate: float, norm: float | None, lapse: _Lapse) -> None:
         seconds, samples = lapse.take(self.consumed)
         steps, self._losses = self._losses, []
+        finite = [loss for loss in steps if math.isfinite(loss)]
         log.training(
             {
                 "iteration": self.iteration,
-                "lm loss": sum(steps) / len(steps),
+                "lm loss": sum(finite) / len(finite) if finite else None,
                 "learning-rate": rate,
                 "grad-norm": norm,
                 "loss-scale": float(self.optimizer.get_loss_scale()),
+                "skipped-iterations": self.guard.take_skipped(),
                 "batch-size": self._batch,
                 "consumed-samples": self.consumed,
                 "consumed-tokens": self.consumed * self.options.seq_length,
