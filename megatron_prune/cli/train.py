@@ -213,6 +213,11 @@ def _add_intervals(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--save-interval", type=positive, metavar="N", help="default: at the end only"
     )
+    group.add_argument(
+        "--async-save",
+        action="store_true",
+        help="write checkpoints from a copy in host memory while training goes on",
+    )
     group.add_argument("--keep-last", type=positive, metavar="N", help="checkpoints; default: all")
     group.add_argument("--exit-interval", type=positive, metavar="N", help="save, and exit with 0")
     group.add_argument(

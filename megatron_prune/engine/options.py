@@ -80,6 +80,7 @@ class TrainOptions:
     eval_iters: int = 100
     save_interval: int | None = None
     keep_last: int | None = None
+    async_save: bool = False
     exit_interval: int | None = None
     tensorboard_dir: Path | None = None
 

@@ -25,7 +25,6 @@ from megatron_prune.engine.checkpoint import (
     Start,
     find_start,
     load_checkpoint,
-    save_checkpoint,
 )
 from megatron_prune.engine.corpora import build_datasets, check_corpora, clean_cache, microbatches
 from megatron_prune.engine.failures import on_first_rank, together
@@ -44,6 +43,7 @@ from megatron_prune.engine.optimizer import (
     wrap_model,
 )
 from megatron_prune.engine.options import TrainOptions
+from megatron_prune.engine.saving import Saver
 from megatron_prune.engine.signals import StopSignals
 from megatron_prune.engine.weights import draw_weights, load_weights
 from megatron_prune.errors import DamagedError, Interrupted
@@ -108,6 +108,8 @@ class Training:
         self.passenger = Passenger.of(CastSource(source, options.dtype))
         self.iteration, self.consumed = 0, 0
         self.validated_at, self.saved_at = 0, None if start.state is None else start.iteration
+        self.saver = Saver(options, groups, self.passenger, say=self._say)
+        self._all_written = True
         self._losses: list[float] = []  # since the last logged iteration
         self._skipped = 0  # in a row, by fp16's loss scale
         self.guard = StepGuard(options, None if start.state is None else start.state.get("guard"))
@@ -235,7 +237,10 @@ class Training:
         self.ddp.zero_grad_buffer()
         self.optimizer.zero_grad()
         share = self._run(data, count, forward_only=False)
-        loss, stops = self._sum_over_ranks(share, float(signals.received is not None))
+        loss, stops, writing = self._sum_over_ranks(
+            share, float(signals.received is not None), float(self.saver.is_writing)
+        )
+        self._all_written = not writing
         norm = self._apply(loss)
         if norm is not None:
             self.scheduler.step(batch)
@@ -253,9 +258,13 @@ class Training:
                 wrong, norm = f"gradient norm is {norm}", None
         if self.guard.count(wrong, loss):
             self._stop_for(f"{wrong}; {self.guard.in_a_row} such steps in a row")
-        if wrong is not None and self.groups.ranks.is_first:
-            tqdm.write(f"iteration {self._at}: {wrong}; skipped", file=sys.stderr)
+        if wrong is not None:
+            self._say(f"iteration {self._at}: {wrong}; skipped")
         return norm
+
+    def _say(self, text: str) -> None:
+        if self.groups.ranks.is_first:
+            tqdm.write(text, file=sys.stderr)
 
     def _count_skipped(self, succeeded: bool) -> None:
         self._skipped = 0 if succeeded else self._skipped + 1
@@ -263,6 +272,7 @@ class Training:
             self._stop_for("gradient is infinite, on every one of the last steps")
 
     def _stop_for(self, what: str) -> None:
+        self._finish_save()
         kept = "nothing is saved" if self.saved_at is None else f"iteration {self.saved_at} is kept"
         raise DamagedError(
             f"iteration {self._at}: {what}; stopped, {kept}. Look for values "
@@ -298,25 +308,23 @@ class Training:
         return bool(self.options.eval_iters) and due and self.validated_at != self.iteration
 
     def save(self, log: MetricsLog) -> None:
-        if self.saved_at == self.iteration:
+        """Begin to save this iteration, once the save before is done."""
+        if self.iteration in (self.saved_at, self.saver.iteration):
             return
-        began = time.monotonic()
+        self._finish_save()
         wrong = sum(not bool(p.isfinite().all()) for p in self.model.parameters())
         (wrong_everywhere,) = self._sum_over_ranks(float(wrong))
         if wrong_everywhere:
             self._stop_for(f"{wrong_everywhere:.0f} parameters hold values that are not finite")
         log.sync()
-        path = save_checkpoint(
-            self.options,
-            self.groups,
-            self.passenger,
-            model=self.model,
-            optimizer=self.optimizer,
-            scheduler=self.scheduler,
-            state=self.state(),
-        )
-        self.saved_at = self.iteration
-        log.say(f"saved {path} in {time.monotonic() - began:.1f} s")
+        parts = {"model": self.model, "optimizer": self.optimizer, "scheduler": self.scheduler}
+        self.saver.begin(self.state(), **parts)
+        if not self.options.async_save:
+            self._finish_save()
+
+    def _finish_save(self) -> None:
+        done = self.saver.finish()
+        self.saved_at = self.saved_at if done is None else done
 
     def run(self) -> None:
         """Train to ``--train-iters``, or to the exit interval, or to a signal.
@@ -339,6 +347,7 @@ class Training:
             with StopSignals() as signals:
                 self._loop(log, signals)
         finally:
+            self.saver.abandon()
             log.close()
 
     def _loop(self, log: MetricsLog, signals: StopSignals) -> None:
@@ -351,6 +360,8 @@ class Training:
             loss, norm, stop = self.step(signals)
             self._losses.append(loss)
             log.advance()
+            if self._all_written:
+                self._finish_save()
             if self._is_due(options.log_interval):
                 self._log(log, rate, norm, lapse)
             if not stop and self._must_validate():
@@ -360,6 +371,8 @@ class Training:
             if stop or leave or self._is_due(options.save_interval) or self._is_done():
                 self.save(log)
                 lapse.restart(self.consumed)
+            if stop or leave or self._is_done():
+                self._finish_save()
             if stop:
                 raise Interrupted(
                     f"stopped by {signals.received or 'a signal to another rank'} after iteration "

@@ -95,12 +95,12 @@ def test_a_lost_rank_ends_the_others_and_the_checkpoint_before_it_loads(
     assert losses(save) == pytest.approx(losses(tmp_path / "whole"), abs=1e-4)
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize(("ranks", "flags"), [(1, ()), (2, ()), (2, ("--async-save",))])
 def test_a_full_disk_is_exit_4_and_leaves_what_was_there(
-    tmp_path: Path, reference: Path, corpus: Path, ranks: int
+    tmp_path: Path, reference: Path, corpus: Path, ranks: int, flags: tuple[str, ...]
 ) -> None:
     save = tmp_path / "run"
-    command = words(reference / "gqa", save, corpus, "--exit-interval", 3)
+    command = words(reference / "gqa", save, corpus, "--exit-interval", 3, *flags)
     ok(*command)
     before = directory_bytes(save / "iter_0000003")
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -119,12 +119,13 @@ def test_a_full_disk_is_exit_4_and_leaves_what_was_there(
     assert list(losses(save)) == [1, 2, 3, 4, 5, 6]
 
 
+@pytest.mark.parametrize("more", [(), ("--async-save",)], ids=["plain", "async"])
 @pytest.mark.parametrize("times", [8, pytest.param(40, marks=pytest.mark.slow)])
 def test_kills_at_random_moments_leave_whole_checkpoints(
-    tmp_path: Path, reference: Path, corpus: Path, times: int
+    tmp_path: Path, reference: Path, corpus: Path, times: int, more: tuple[str, ...]
 ) -> None:
     save, out = tmp_path / "run", tmp_path / "seen.json"
-    flags = ("--train-iters", 10 * times, "--save-interval", 1, "--keep-last", 2)
+    flags = ("--train-iters", 10 * times, "--save-interval", 1, "--keep-last", 2, *more)
     command = words(reference / "gqa", save, corpus, *flags)
     given = {"words": command, "save": str(save), "times": times, "out": str(out)}
     subprocess.run(
