@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_prune.store.commit import check_manifest
 from tests.engine import killed
 from tests.engine.on_ranks import environment, start
 from tests.engine.runs import losses, told, words
@@ -93,6 +94,32 @@ def test_a_lost_rank_ends_the_others_and_the_checkpoint_before_it_loads(
     ok(*command)  # alone, where two had started
     ok(*words(reference / "gqa", tmp_path / "whole", corpus, *flags))
     assert losses(save) == pytest.approx(losses(tmp_path / "whole"), abs=1e-4)
+
+
+@pytest.mark.parametrize("more", [(), ("--async-save",)], ids=["plain", "async"])
+def test_a_hung_rank_ends_the_others_within_the_timeout_and_its_checkpoint_loads(
+    tmp_path: Path, reference: Path, corpus: Path, more: tuple[str, ...]
+) -> None:
+    """F20: a rank that is stopped and does not answer; timeout + 5 s, exit 5."""
+    save, seconds = tmp_path / "run", 12
+    flags = ("--train-iters", 40, "--save-interval", 3, "--eval-iters", 0, *more)
+    waits = ("--distributed-timeout-minutes", seconds / 60)
+    processes = start(words(reference / "gqa", save, corpus, *flags, *waits), 2, tmp_path / "said")
+    try:
+        _wait_for(save, 5, processes[0])
+        processes[1].send_signal(signal.SIGSTOP)
+        since = time.monotonic()
+        assert processes[0].wait(60) == 5
+        assert time.monotonic() - since < seconds + 5
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    assert "rank 0" in (tmp_path / "said").read_text()
+    whole = [path.name for path in save.glob("iter_*") if not check_manifest(path)]
+    assert whole and len(whole) == len(list(save.glob("iter_*")))
+    ok(*words(reference / "gqa", save, corpus, *flags))
+    assert list(losses(save)) == list(range(1, 41)), "not continued from the last checkpoint"
 
 
 @pytest.mark.parametrize(("ranks", "flags"), [(1, ()), (2, ()), (2, ("--async-save",))])
