@@ -43,6 +43,7 @@ from megatron_prune.engine.optimizer import (
     wrap_model,
 )
 from megatron_prune.engine.options import TrainOptions
+from megatron_prune.engine.run_lock import only_writer
 from megatron_prune.engine.saving import Saver
 from megatron_prune.engine.signals import StopSignals
 from megatron_prune.engine.weights import draw_weights, load_weights
@@ -429,4 +430,8 @@ def train(options: TrainOptions, groups: Groups) -> None:
         Interrupted: after a signal, everything saved.
     """
     start, source, facts = open_start(options, groups)
-    Training(options, groups, start, source, facts).run()
+    with only_writer(options.save, groups.ranks):
+        if on_first_rank(groups.ranks, lambda: find_start(options, mend=False)) != start:
+            source.close()
+            start, source, facts = open_start(options, groups)  # a run has just ended there
+        Training(options, groups, start, source, facts).run()

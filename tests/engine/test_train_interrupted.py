@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import resource
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -169,3 +170,25 @@ def test_kills_at_random_moments_leave_whole_checkpoints(
     assert not list(save.glob(".iter_*"))
     ok(*words(reference / "gqa", tmp_path / "whole", corpus, *flags))
     assert told(save) == told(tmp_path / "whole")
+    last = f"iter_{10 * times:07d}"
+    states = [directory_bytes(path / last) for path in (save, tmp_path / "whole")]
+    kept = [{n: d for n, d in one.items() if n.endswith(".distcp")} for one in states]
+    assert kept[0] == kept[1] and kept[0], "weights or optimizer differ from the unbroken run's"
+
+
+def test_of_many_starts_on_one_directory_one_wins(
+    tmp_path: Path, reference: Path, corpus: Path
+) -> None:
+    """F19; in processes that share one import of Megatron, which takes seconds."""
+    save = tmp_path / "run"
+    command = words(reference / "gqa", save, corpus, "--train-iters", 1000, "--eval-iters", 0)
+    given = {"words": command, "save": str(save), "starts": 20, "out": str(tmp_path / "codes")}
+    subprocess.run(
+        [sys.executable, killed.__file__, json.dumps(given)], env=environment(), check=True,
+        capture_output=True, timeout=300,
+    )  # fmt: skip
+    seen = json.loads((tmp_path / "codes").read_text())
+    assert sorted(seen["codes"]) == [2] * 19 + [75]
+    said = (save.parent / "said").read_text()
+    assert said.count(f"process {seen['winner']} on {socket.gethostname()} is training") == 19
+    assert list(save.glob("iter_*")) and not (save / ".lock").exists()
