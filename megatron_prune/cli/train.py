@@ -172,6 +172,27 @@ def _add_optimizer(parser: argparse.ArgumentParser) -> None:
         help="fp16: bad steps until the scale halves (default 2)",
     )
     group.add_argument(
+        "--skip-nonfinite",
+        type=int,
+        default=0,
+        metavar="K",
+        help="skip a step whose loss or gradient is no number, stop after more than K in a row "
+        "(default 0: stop at the first)",
+    )
+    group.add_argument(
+        "--loss-spike-factor",
+        type=float,
+        metavar="X",
+        help="skip as well a step with more than X times the median loss (default: none)",
+    )
+    group.add_argument(
+        "--loss-spike-window",
+        type=positive,
+        default=100,
+        metavar="N",
+        help="steps the median is of (default 100)",
+    )
+    group.add_argument(
         "--use-distributed-optimizer",
         action="store_true",
         help="split the optimizer's state over data-parallel ranks",
@@ -195,6 +216,11 @@ def _add_intervals(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--save-interval", type=positive, metavar="N", help="default: at the end only"
+    )
+    group.add_argument(
+        "--async-save",
+        action="store_true",
+        help="write checkpoints from a copy in host memory while training goes on",
     )
     group.add_argument("--keep-last", type=positive, metavar="N", help="checkpoints; default: all")
     group.add_argument("--exit-interval", type=positive, metavar="N", help="save, and exit with 0")

@@ -13,7 +13,8 @@ import re
 import shutil
 import sys
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron_prune.engine.dist_writer import save_sharded
+from megatron_prune.engine.dist_writer import ShardedWrite
 from megatron_prune.engine.failures import is_lost_rank, together
 from megatron_prune.engine.groups import Groups
 from megatron_prune.engine.options import TrainOptions
@@ -52,7 +53,9 @@ _LOAD_ERRORS = (
     OSError,
 )
 _NUMBER = re.compile("[0-9]{1,18}")
-_OURS = re.compile(r"metrics\.jsonl|tensorboard|\.cache|\.iter_\d+\.(tmp|old)\..*|\.metrics\..*")
+_OURS = re.compile(
+    r"metrics\.jsonl|tensorboard|\.cache|\.lock|\.iter_\d+\.(tmp|old)\..*|\.metrics\..*"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,7 +187,7 @@ def _metadata() -> dict[str, Any]:
     return {"distrib_optim_sharding_type": "fully_reshardable"}
 
 
-def save_checkpoint(
+def saving(
     options: TrainOptions,
     groups: Groups,
     passenger: Passenger,
@@ -193,8 +196,13 @@ def save_checkpoint(
     optimizer: Any,
     scheduler: Any,
     state: Mapping[str, Any],
-) -> Path:
+    overlaps: bool,
+) -> Iterator[ShardedWrite]:
     """Write the checkpoint of ``state['iteration']``, point to it, drop the oldest.
+
+    A generator, so that training can go on in the middle: it yields once, the state copied and
+    being written when ``overlaps``; the next step waits for the files and publishes them. All ranks
+    take each step together. Closed in between, it leaves nothing behind.
 
     Raises:
         StorageError: the disk is full or cannot be written; those before stay as they were.
@@ -226,8 +234,12 @@ def save_checkpoint(
         STATE: dict(state),
     }
     try:
-        with atomic_directory(target, ranks=groups.ranks, overwrite=True) as directory:
-            records = save_sharded(whole, directory, groups)
+        with (
+            atomic_directory(target, ranks=groups.ranks, overwrite=True) as directory,
+            closing(ShardedWrite(whole, directory, groups, overlaps=overlaps)) as write,
+        ):
+            yield write
+            records = write.finish()
             if groups.ranks.is_first:
                 passenger.write(directory, "torch_dist")
                 facts = passenger.facts("torch_dist", groups.grid)
@@ -237,7 +249,6 @@ def save_checkpoint(
             raise
         raise StorageError(f"{target}: not saved: {error}") from error
     together(groups.ranks, lambda: _publish(options, groups.ranks, iteration))
-    return target
 
 
 def _publish(options: TrainOptions, ranks: Ranks, iteration: int) -> None:

@@ -9,6 +9,7 @@ random number depends on there being a teacher. Validation is the student's alon
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -168,9 +169,17 @@ class Distillation:
         """Of a step's microbatches; ``shares`` is what a sum over them is divided by."""
         self.shares = tuple(sum(float(one[n]) for one in found) / shares for n in self.names)
 
-    def advance(self, values: Sequence[float]) -> None:
-        """One more step is done; its losses, in the order of ``names``."""
+    def advance(self, values: Sequence[float]) -> str | None:
+        """One more step is done; its losses, in the order of ``names``.
+
+        Returns:
+            Which of them is not a number; that step is not counted.
+        """
+        for name, value in zip(self.names, values):
+            if not math.isfinite(value):
+                return f"{name} is {value}"
         self._logged.append(list(values))
+        return None
 
     def take_means(self) -> dict[str, float]:
         """Means since the last logged iteration."""

@@ -118,13 +118,12 @@ class MetricsLog:
         left = (time.monotonic() - self._began) / done * (self._train_iters - row["iteration"])
         clock = f"{int(left) // 3600}:{int(left) // 60 % 60:02d}:{int(left) % 60:02d}"
         norm = "-" if row["grad-norm"] is None else f"{row['grad-norm']:.3f}"
+        loss = "-" if row["lm loss"] is None else f"{row['lm loss']:.4f}"
         if self._bar is not None:
-            self._bar.set_postfix_str(
-                f"loss {row['lm loss']:.4f}, {row['tokens-per-second']:.0f} tokens/s"
-            )
+            self._bar.set_postfix_str(f"loss {loss}, {row['tokens-per-second']:.0f} tokens/s")
             return
         self.say(
-            f"iteration {row['iteration']}/{self._train_iters}: lm loss {row['lm loss']:.4f}, "
+            f"iteration {row['iteration']}/{self._train_iters}: lm loss {loss}, "
             f"learning rate {row['learning-rate']:.3e}, grad norm {norm}, "
             f"{row['tokens-per-second']:.0f} tokens/s, {clock} left"
         )

@@ -6,6 +6,8 @@ fused kernel, and the distributed optimizer can load what it saved.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,6 +17,7 @@ from megatron.core.distributed import (
     finalize_model_grads,
 )
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
@@ -158,6 +161,30 @@ def load_optimizer(optimizer: Any, saved: dict[str, Any]) -> None:
         for state in inner.state.values():
             if "step" in state:
                 state["step"] = state["step"].clone()
+
+
+@torch.no_grad()
+def step_optimizer(optimizer: Any, over_ranks: Callable[[float], float]) -> float | None:
+    """`ChainedOptimizer.step`, with a look at the norm before anything is changed.
+
+    Args:
+        over_ranks: sums a number over all ranks, so that all see the one that is not finite.
+
+    Returns:
+        The gradient norm; not finite: nothing was changed; None: fp16's loss scale was too large.
+    """
+    overflows = optimizer.prepare_grads()
+    norm = 0.0 if overflows else float(optimizer.get_grad_norm())
+    total = over_ranks(norm)
+    if overflows or not math.isfinite(total):
+        return None if overflows else total
+    for part in _parts(optimizer):
+        parameters = [] if part.is_stub_optimizer else part.get_parameters()
+        if parameters and part.config.clip_grad > 0.0:
+            clip_grad_by_total_norm_fp32(
+                parameters, max_norm=part.config.clip_grad, total_norm=norm
+            )
+    return norm if optimizer.step_with_ready_grads() else None
 
 
 def learning_rate(optimizer: Any) -> float:

@@ -81,12 +81,17 @@ class TrainOptions:
     loss_scale_window: int = 1000
     hysteresis: int = 2
     use_distributed_optimizer: bool = False
+    # which steps are not taken
+    skip_nonfinite: int = 0
+    loss_spike_factor: float | None = None
+    loss_spike_window: int = 100
     # telling and saving
     log_interval: int = 100
     eval_interval: int = 1000
     eval_iters: int = 100
     save_interval: int | None = None
     keep_last: int | None = None
+    async_save: bool = False
     exit_interval: int | None = None
     tensorboard_dir: Path | None = None
 
@@ -142,7 +147,12 @@ def check_options(options: TrainOptions, grid: ParallelGrid, processes: int) -> 
     _at_least(options, 1, "recompute_num_layers", "loss_scale_window", "hysteresis")
     _at_least(options, 1, "lr_decay_iters", "lr_wsd_decay_iters")
     _at_least(options, 0, "eval_iters", "lr_warmup_iters", "lr", "min_lr", "lr_warmup_init")
-    _at_least(options, 0, "weight_decay", "clip_grad", "seed")
+    _at_least(options, 0, "weight_decay", "clip_grad", "seed", "skip_nonfinite")
+    _at_least(options, 1, "loss_spike_factor", "loss_spike_window")
+    if options.loss_spike_factor is not None and not options.skip_nonfinite:
+        raise ConfigError(
+            "--loss-spike-factor needs --skip-nonfinite K: how many steps in a row may be skipped"
+        )
     if options.load is None:
         raise ConfigError("--load is missing: the model to train, or with --init-random its shape")
     _check_data_flags(options)

@@ -8,6 +8,7 @@ whether one of them has been asked to stop; so all ranks save and leave after th
 from __future__ import annotations
 
 import math
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -17,19 +18,20 @@ import torch
 import torch.distributed as dist
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
+from tqdm import tqdm
 
 from megatron_prune.data.sidecar import CorpusFacts
 from megatron_prune.engine.checkpoint import (
     Start,
     find_start,
     load_checkpoint,
-    save_checkpoint,
 )
 from megatron_prune.engine.corpora import build_datasets, clean_cache, microbatches
 from megatron_prune.engine.distill import Distillation
 from megatron_prune.engine.domains import DomainLoading, check_data
 from megatron_prune.engine.failures import on_first_rank, together
 from megatron_prune.engine.groups import Groups
+from megatron_prune.engine.guard import StepGuard
 from megatron_prune.engine.metrics import MetricsLog
 from megatron_prune.engine.model import ModelOptions, build_model, check_model
 from megatron_prune.engine.optimizer import (
@@ -39,9 +41,12 @@ from megatron_prune.engine.optimizer import (
     load_optimizer,
     load_scheduler,
     prepare_to_load,
+    step_optimizer,
     wrap_model,
 )
 from megatron_prune.engine.options import TrainOptions
+from megatron_prune.engine.run_lock import only_writer
+from megatron_prune.engine.saving import Saver
 from megatron_prune.engine.signals import StopSignals
 from megatron_prune.engine.teachers import (
     check_layers,
@@ -134,8 +139,11 @@ class Training:
         self.passenger = Passenger.of(CastSource(source, options.dtype))
         self.iteration, self.consumed = 0, 0
         self.validated_at, self.saved_at = 0, None if start.state is None else start.iteration
+        self.saver = Saver(options, groups, self.passenger, say=self._say)
+        self._all_written = True
         self._losses: list[float] = []  # since the last logged iteration
-        self._skipped = 0
+        self._skipped = 0  # in a row, by fp16's loss scale
+        self.guard = StepGuard(options, None if start.state is None else start.state.get("guard"))
         self._at = self._batch = 0  # of the step under way: its iteration and its samples
         self._build_data(facts, start)
         self._build_model(start, source, teachers)
@@ -207,6 +215,7 @@ class Training:
             "losses": list(self._losses),
             "domains": None if self.domains is None else self.domains.state(self.consumed),
             **({} if self.distillation is None else self.distillation.state()),
+            "guard": self.guard.state(),
             "dtype": self.options.dtype,
             "use_distributed_optimizer": self.options.use_distributed_optimizer,
         }
@@ -262,10 +271,10 @@ class Training:
         return summed
 
     def step(self, signals: StopSignals) -> tuple[float, float | None, bool]:
-        """One iteration: the loss, the gradient norm (None when fp16 skipped), stop asked for.
+        """One iteration: the loss, the gradient norm (None when skipped), stop asked for.
 
         Raises:
-            DamagedError: loss or gradient is not a number; nothing has been saved since.
+            DamagedError: more wrong steps in a row than may be skipped; none has been applied.
         """
         self._at = self.iteration + 1
         self.ddp.train()
@@ -280,38 +289,49 @@ class Training:
         self.optimizer.zero_grad()
         share = self._run(data, count, forward_only=False)
         told = () if self.distillation is None else self.distillation.shares
-        loss, stops, *taught = self._sum_over_ranks(
-            share, float(signals.received is not None), *told
+        loss, stops, writing, *taught = self._sum_over_ranks(
+            share, float(signals.received is not None), float(self.saver.is_writing), *told
         )
-        self._refuse_nonfinite("lm loss", loss)
-        if self.distillation is not None:
-            for name, value in zip(self.distillation.names, taught):
-                self._refuse_nonfinite(name, value)
-            self.distillation.advance(taught)
-        succeeded, norm, _ = self.optimizer.step()
-        if succeeded and norm is not None:
-            self._refuse_nonfinite("gradient norm", float(norm))
-        if succeeded:
+        self._all_written = not writing
+        norm = self._apply(loss, taught)
+        if norm is not None:
             self.scheduler.step(batch)
-        self._count_skipped(bool(succeeded))
         self.iteration += 1
         self.consumed += batch
-        return loss, float(norm) if succeeded and norm is not None else None, stops > 0
+        return loss, norm, stops > 0
+
+    def _apply(self, loss: float, taught: Sequence[float]) -> float | None:
+        """Change the weights unless the step is wrong; the gradient norm, None when skipped."""
+        wrong, norm = self.guard.wrong_loss(loss), None
+        if self.distillation is not None:
+            wrong = wrong or self.distillation.advance(taught)
+        if wrong is None:
+            norm = step_optimizer(self.optimizer, lambda norm: self._sum_over_ranks(norm)[0])
+            self._count_skipped(norm is not None)
+            if norm is not None and not math.isfinite(norm):
+                wrong, norm = f"gradient norm is {norm}", None
+        if self.guard.count(wrong, loss):
+            self._stop_for(f"{wrong}; {self.guard.in_a_row} such steps in a row")
+        if wrong is not None:
+            self._say(f"iteration {self._at}: {wrong}; skipped")
+        return norm
+
+    def _say(self, text: str) -> None:
+        if self.groups.ranks.is_first:
+            tqdm.write(text, file=sys.stderr)
 
     def _count_skipped(self, succeeded: bool) -> None:
         self._skipped = 0 if succeeded else self._skipped + 1
         if self._skipped > _SKIPPED_STEPS_MAX:
             self._stop_for("gradient is infinite, on every one of the last steps")
 
-    def _refuse_nonfinite(self, what: str, value: float) -> None:
-        if not math.isfinite(value):
-            self._stop_for(f"{what} is {value}")
-
     def _stop_for(self, what: str) -> None:
+        self._finish_save()
         kept = "nothing is saved" if self.saved_at is None else f"iteration {self.saved_at} is kept"
         raise DamagedError(
             f"iteration {self._at}: {what}; stopped, {kept}. Look for values "
-            "that are not finite in the starting weights, lower --lr, or raise --lr-warmup-iters"
+            "that are not finite in the starting weights, lower --lr, raise --lr-warmup-iters, or "
+            "let single steps go with --skip-nonfinite"
         )
 
     # ---- the loop ----------------------------------------------------------------------------
@@ -349,25 +369,23 @@ class Training:
         return bool(self.options.eval_iters) and due and self.validated_at != self.iteration
 
     def save(self, log: MetricsLog) -> None:
-        if self.saved_at == self.iteration:
+        """Begin to save this iteration, once the save before is done."""
+        if self.iteration in (self.saved_at, self.saver.iteration):
             return
-        began = time.monotonic()
+        self._finish_save()
         wrong = sum(not bool(p.isfinite().all()) for p in self.model.parameters())
         (wrong_everywhere,) = self._sum_over_ranks(float(wrong))
         if wrong_everywhere:
             self._stop_for(f"{wrong_everywhere:.0f} parameters hold values that are not finite")
         log.sync()
-        path = save_checkpoint(
-            self.options,
-            self.groups,
-            self.passenger,
-            model=self.model,
-            optimizer=self.optimizer,
-            scheduler=self.scheduler,
-            state=self.state(),
-        )
-        self.saved_at = self.iteration
-        log.say(f"saved {path} in {time.monotonic() - began:.1f} s")
+        parts = {"model": self.model, "optimizer": self.optimizer, "scheduler": self.scheduler}
+        self.saver.begin(self.state(), **parts)
+        if not self.options.async_save:
+            self._finish_save()
+
+    def _finish_save(self) -> None:
+        done = self.saver.finish()
+        self.saved_at = self.saved_at if done is None else done
 
     def run(self) -> None:
         """Train to ``--train-iters``, or to the exit interval, or to a signal.
@@ -390,6 +408,7 @@ class Training:
             with StopSignals() as signals:
                 self._loop(log, signals)
         finally:
+            self.saver.abandon()
             log.close()
 
     def _loop(self, log: MetricsLog, signals: StopSignals) -> None:
@@ -402,6 +421,8 @@ class Training:
             loss, norm, stop = self.step(signals)
             self._losses.append(loss)
             log.advance()
+            if self._all_written:
+                self._finish_save()
             if self._is_due(options.log_interval):
                 self._log(log, rate, norm, lapse)
                 if self.domains is not None:
@@ -413,6 +434,8 @@ class Training:
             if stop or leave or self._is_due(options.save_interval) or self._is_done():
                 self.save(log)
                 lapse.restart(self.consumed)
+            if stop or leave or self._is_done():
+                self._finish_save()
             if stop:
                 raise Interrupted(
                     f"stopped by {signals.received or 'a signal to another rank'} after iteration "
@@ -427,14 +450,16 @@ class Training:
     def _log(self, log: MetricsLog, rate: float, norm: float | None, lapse: _Lapse) -> None:
         seconds, samples = lapse.take(self.consumed)
         steps, self._losses = self._losses, []
+        finite = [loss for loss in steps if math.isfinite(loss)]
         log.training(
             {
                 "iteration": self.iteration,
-                "lm loss": sum(steps) / len(steps),
+                "lm loss": sum(finite) / len(finite) if finite else None,
                 **({} if self.distillation is None else self.distillation.take_means()),
                 "learning-rate": rate,
                 "grad-norm": norm,
                 "loss-scale": float(self.optimizer.get_loss_scale()),
+                "skipped-iterations": self.guard.take_skipped(),
                 "batch-size": self._batch,
                 "consumed-samples": self.consumed,
                 "consumed-tokens": self.consumed * self.options.seq_length,
@@ -468,7 +493,11 @@ def train(options: TrainOptions, groups: Groups) -> None:
         Interrupted: after a signal, everything saved.
     """
     start, source, facts = open_start(options, groups)
-    teachers = together(
-        groups.ranks, lambda: open_run_teachers(options, start, source, groups.grid)
-    )
-    Training(options, groups, start, source, facts, teachers).run()
+    with only_writer(options.save, groups.ranks):
+        if on_first_rank(groups.ranks, lambda: find_start(options, mend=False)) != start:
+            source.close()
+            start, source, facts = open_start(options, groups)  # a run has just ended there
+        teachers = together(
+            groups.ranks, lambda: open_run_teachers(options, start, source, groups.grid)
+        )
+        Training(options, groups, start, source, facts, teachers).run()

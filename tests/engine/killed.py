@@ -50,7 +50,37 @@ def kill_many(words: list[str], save: Path, times: int) -> list[dict[str, object
     return seen
 
 
+def start_many(words: list[str], save: Path, starts: int) -> dict[str, object]:
+    """Start one command many times at once, stop what still runs; who won, and all exit codes."""
+    import megatron_prune.engine.train  # noqa: F401 (imported once, for all runs)
+
+    children = []
+    for _ in range(starts):
+        child = os.fork()
+        if child == 0:
+            with open(save.parent / "said", "a") as said:
+                os.dup2(said.fileno(), 2)
+            os._exit(main(words))
+        children.append(child)
+    codes: dict[int, int] = {}
+    while len(codes) < starts - 1:
+        child, status = os.wait()
+        codes[child] = os.waitstatus_to_exitcode(status)
+    (winner,) = set(children) - set(codes)
+    metrics, since = save / "metrics.jsonl", time.monotonic()
+    while not (metrics.exists() and metrics.read_text()) and time.monotonic() - since < 120:
+        time.sleep(0.01)
+    os.kill(winner, signal.SIGTERM)
+    codes[winner] = os.waitstatus_to_exitcode(os.waitpid(winner, 0)[1])
+    return {"winner": winner, "codes": list(codes.values())}
+
+
 if __name__ == "__main__":
     given = json.loads(sys.argv[1])
-    result = kill_many(given["words"], Path(given["save"]), given["times"])
+    place = Path(given["save"])
+    result = (
+        start_many(given["words"], place, given["starts"])
+        if "starts" in given
+        else kill_many(given["words"], place, given["times"])
+    )
     Path(given["out"]).write_text(json.dumps(result))

@@ -8,6 +8,7 @@ file.
 from __future__ import annotations
 
 import json
+import math
 import os
 import random
 import shutil
@@ -234,8 +235,36 @@ def divergence(**given: Any) -> dict[str, float]:
     return errors(**given)
 
 
+def poisoned(words: list[str], at: dict[str, str], rank: int = 0) -> int:
+    """``command`` with iteration -> what goes wrong in it, on one rank: see `poison`."""
+    from megatron_prune.engine import train
+
+    original = train.Training._run
+    if int(os.environ["RANK"]) == rank:
+        train.Training._run = poison(original, {int(n): what for n, what in at.items()})
+    try:
+        return command(words)
+    finally:
+        train.Training._run = original
+
+
+def poison(original: Any, at: dict[int, str]) -> Any:
+    """``Training._run`` whose ``loss`` becomes nan, or ``high``, or whose ``gradient`` does."""
+
+    def run(self: Any, *args: Any, forward_only: bool) -> float:
+        share: float = original(self, *args, forward_only=forward_only)
+        what = None if forward_only else at.get(self.iteration + 1)
+        if what == "gradient":
+            for parameter in self.model.parameters():  # whichever part this rank's optimizer has
+                parameter.main_grad.view(-1)[0::7] = torch.inf
+        return {"loss": math.nan, "high": share + 100}.get(what or "", share)
+
+    return run
+
+
 CHECKS = {
     "divergence": divergence,
+    "poisoned": poisoned,
     "logits": logits,
     "gradients": gradients,
     "command": command,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import resource
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_prune.store.commit import check_manifest
 from tests.engine import killed
 from tests.engine.on_ranks import environment, start
 from tests.engine.runs import losses, told, words
@@ -95,12 +97,39 @@ def test_a_lost_rank_ends_the_others_and_the_checkpoint_before_it_loads(
     assert losses(save) == pytest.approx(losses(tmp_path / "whole"), abs=1e-4)
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("more", [(), ("--async-save",)], ids=["plain", "async"])
+def test_a_hung_rank_ends_the_others_within_the_timeout_and_its_checkpoint_loads(
+    tmp_path: Path, reference: Path, corpus: Path, more: tuple[str, ...]
+) -> None:
+    """F20: a rank that is stopped and does not answer; timeout + 5 s, exit 5."""
+    save, seconds = tmp_path / "run", 12
+    flags = ("--train-iters", 40, "--save-interval", 3, "--eval-iters", 0, *more)
+    waits = ("--distributed-timeout-minutes", seconds / 60)
+    processes = start(words(reference / "gqa", save, corpus, *flags, *waits), 2, tmp_path / "said")
+    try:
+        _wait_for(save, 5, processes[0])
+        processes[1].send_signal(signal.SIGSTOP)
+        since = time.monotonic()
+        assert processes[0].wait(60) == 5
+        took = time.monotonic() - since
+        assert took < seconds + 5
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    assert "rank 0" in (tmp_path / "said").read_text()
+    whole = [path.name for path in save.glob("iter_*") if not check_manifest(path)]
+    assert whole and len(whole) == len(list(save.glob("iter_*")))
+    ok(*words(reference / "gqa", save, corpus, *flags))
+    assert list(losses(save)) == list(range(1, 41)), "not continued from the last checkpoint"
+
+
+@pytest.mark.parametrize(("ranks", "flags"), [(1, ()), (2, ()), (2, ("--async-save",))])
 def test_a_full_disk_is_exit_4_and_leaves_what_was_there(
-    tmp_path: Path, reference: Path, corpus: Path, ranks: int
+    tmp_path: Path, reference: Path, corpus: Path, ranks: int, flags: tuple[str, ...]
 ) -> None:
     save = tmp_path / "run"
-    command = words(reference / "gqa", save, corpus, "--exit-interval", 3)
+    command = words(reference / "gqa", save, corpus, "--exit-interval", 3, *flags)
     ok(*command)
     before = directory_bytes(save / "iter_0000003")
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -119,12 +148,13 @@ def test_a_full_disk_is_exit_4_and_leaves_what_was_there(
     assert list(losses(save)) == [1, 2, 3, 4, 5, 6]
 
 
+@pytest.mark.parametrize("more", [(), ("--async-save",)], ids=["plain", "async"])
 @pytest.mark.parametrize("times", [8, pytest.param(40, marks=pytest.mark.slow)])
 def test_kills_at_random_moments_leave_whole_checkpoints(
-    tmp_path: Path, reference: Path, corpus: Path, times: int
+    tmp_path: Path, reference: Path, corpus: Path, times: int, more: tuple[str, ...]
 ) -> None:
     save, out = tmp_path / "run", tmp_path / "seen.json"
-    flags = ("--train-iters", 10 * times, "--save-interval", 1, "--keep-last", 2)
+    flags = ("--train-iters", 10 * times, "--save-interval", 1, "--keep-last", 2, *more)
     command = words(reference / "gqa", save, corpus, *flags)
     given = {"words": command, "save": str(save), "times": times, "out": str(out)}
     subprocess.run(
@@ -140,3 +170,25 @@ def test_kills_at_random_moments_leave_whole_checkpoints(
     assert not list(save.glob(".iter_*"))
     ok(*words(reference / "gqa", tmp_path / "whole", corpus, *flags))
     assert told(save) == told(tmp_path / "whole")
+    last = f"iter_{10 * times:07d}"
+    states = [directory_bytes(path / last) for path in (save, tmp_path / "whole")]
+    kept = [{n: d for n, d in one.items() if n.endswith(".distcp")} for one in states]
+    assert kept[0] == kept[1] and kept[0], "weights or optimizer differ from the unbroken run's"
+
+
+def test_of_many_starts_on_one_directory_one_wins(
+    tmp_path: Path, reference: Path, corpus: Path
+) -> None:
+    """F19; in processes that share one import of Megatron, which takes seconds."""
+    save = tmp_path / "run"
+    command = words(reference / "gqa", save, corpus, "--train-iters", 1000, "--eval-iters", 0)
+    given = {"words": command, "save": str(save), "starts": 20, "out": str(tmp_path / "codes")}
+    subprocess.run(
+        [sys.executable, killed.__file__, json.dumps(given)], env=environment(), check=True,
+        capture_output=True, timeout=300,
+    )  # fmt: skip
+    seen = json.loads((tmp_path / "codes").read_text())
+    assert sorted(seen["codes"]) == [2] * 19 + [75]
+    said = (save.parent / "said").read_text()
+    assert said.count(f"process {seen['winner']} on {socket.gethostname()} is training") == 19
+    assert list(save.glob("iter_*")) and not (save / ".lock").exists()

@@ -1,0 +1,94 @@
+"""Saving behind training: the same files, whole, and training does not wait for the disk."""
+
+from __future__ import annotations
+
+import re
+import time
+from pathlib import Path
+
+import pytest
+
+from megatron_prune.engine import dist_writer
+from megatron_prune.engine.train import Training
+from tests.engine.on_ranks import Job, launch, poison
+from tests.engine.runs import losses, told, words
+from tests.pico import directory_bytes, ok, refused
+
+
+def _checkpoints(save: Path) -> dict[str, dict[str, str]]:
+    """Weights and optimizer state of every checkpoint, as they lie on disk."""
+    return {
+        path.name: {n: d for n, d in directory_bytes(path).items() if n.endswith(".distcp")}
+        for path in save.glob("iter_*")
+    }
+
+
+@pytest.mark.parametrize(
+    "flags", [(), ("--bf16", "--use-distributed-optimizer"), ("--save-interval", 1)], ids=str
+)
+def test_the_files_are_those_of_a_save_that_training_waits_for(
+    tmp_path: Path, reference: Path, corpus: Path, flags: tuple[object, ...]
+) -> None:
+    """The state is that of the save's iteration, whatever training did since."""
+    waits, overlaps = tmp_path / "waits", tmp_path / "overlaps"
+    ok(*words(reference / "gqa", waits, corpus, *flags))
+    done = ok(*words(reference / "gqa", overlaps, corpus, *flags, "--async-save"))
+    assert _checkpoints(overlaps) == _checkpoints(waits)
+    assert told(overlaps) == told(waits)
+    assert (overlaps / "latest_checkpointed_iteration.txt").read_text() == "6"
+    assert "training stood still for" in done.err
+
+
+def test_training_goes_on_while_a_slow_disk_is_written(
+    tmp_path: Path, reference: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = dist_writer._Stream.write
+
+    def slow(self: dist_writer._Stream, data: bytes | memoryview) -> int:
+        time.sleep(0.0005)  # a checkpoint takes some thousand writes
+        return write(self, data)
+
+    save, waits = tmp_path / "run", tmp_path / "waits"
+    flags = ("--train-iters", 20, "--save-interval", 2, "--eval-iters", 0)
+    ok(*words(reference / "gqa", waits, corpus, *flags))
+    monkeypatch.setattr(dist_writer._Stream, "write", slow)
+    done = ok(*words(reference / "gqa", save, corpus, *flags, "--async-save", "--exit-interval", 4))
+    saved = re.findall(r"saved \S+ in (\S+) s, training stood still for (\S+) s", done.err)
+    assert len(saved) == 2
+    whole, stalled = map(float, saved[0])
+    lines = done.err.splitlines()
+    first = next(n for n, line in enumerate(lines) if "saved" in line)
+    assert "iteration 3/20" in "\n".join(lines[:first]), "training waited for the disk"
+    assert stalled < whole
+    assert _checkpoints(save) == {
+        name: files for name, files in _checkpoints(waits).items() if int(name[5:]) <= 4
+    }
+
+
+def test_a_run_that_stops_for_its_loss_keeps_the_save_under_way(
+    tmp_path: Path, reference: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Training, "_run", poison(Training._run, {4: "loss"}))
+    save = tmp_path / "run"
+    refused(
+        *words(reference / "gqa", save, corpus, "--async-save", "--eval-iters", 0),
+        says="iteration 3 is kept", code=3,
+    )  # fmt: skip
+    assert [path.name for path in save.glob("*iter_*")] == ["iter_0000003"]
+
+
+def test_ranks_save_behind_training_alike(tmp_path: Path, reference: Path, corpus: Path) -> None:
+    flags = ("--save-interval", 1, "--distributed-timeout-minutes", 1)
+    flags = (*flags, "--use-distributed-optimizer", "--pipeline-model-parallel-size", 2)
+    jobs = [
+        Job(
+            check="command",
+            world=4,
+            given={"words": words(reference / "gqa", tmp_path / name, corpus, *flags, *more)},
+        )
+        for name, more in [("waits", ()), ("overlaps", ("--async-save",))]
+    ]
+    assert launch(jobs, tmp_path / "jobs") == [[0] * 4] * 2
+    assert losses(tmp_path / "waits") == losses(tmp_path / "overlaps")
+    assert len(_checkpoints(tmp_path / "overlaps")) == 6
+    assert _checkpoints(tmp_path / "waits") == _checkpoints(tmp_path / "overlaps")
