@@ -179,6 +179,10 @@ def test_targets_of_a_file_are_the_losses_training_starts_with(
     table = tables(train("run", *flags, "--lr-warmup-iters", 0, recipe=recipe))[2]
     for row in table.values():
         assert row["loss"] == pytest.approx(row["target"], abs=1e-6)
+    dry = domain_runs.words(reference / "gqa", tmp_path / "dry", recipe, "--dry-run")
+    assert "measured on other windows" not in ok(*dry).err
+    other = ok(*dry, "--seed", 6).err
+    assert "measured on other windows than this training's (seed 5, now 6)" in other
     assert [row["weight"] for row in table.values()] == pytest.approx([0.5, 0.25, 0.25], abs=1e-6)
 
 
