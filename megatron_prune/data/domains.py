@@ -134,7 +134,8 @@ def epoch_order(seed: int, name: str, epoch: int, size: int) -> NDArray[np.int64
 class DomainOrder:
     """Which domain each sample of a run is drawn from, and which of its samples it is.
 
-    Memory: 10 bytes a sample since `drawn` was last asked for. Time: 3 us a sample.
+    Memory: 10 bytes a sample since `drawn` was last asked for, and 8 bytes a sample of one epoch of
+    each domain. Time: 2 microseconds a sample with a few domains.
     """
 
     def __init__(self, sizes: Mapping[str, int], weights: Mapping[str, float], seed: int) -> None:

@@ -128,6 +128,7 @@ def test_an_exhausted_domain_is_told_and_goes_on(
     assert size < drawn, "the domain is not exhausted"
     assert f"domain small: exhausted, all its {size} samples" in done.err
     assert "domain easy: exhausted" not in done.err
+    assert done.err.count("domain small: exhausted") == drawn // size  # each epoch once
     assert tables(tmp_path / "run")[6]["small"]["epochs"] == drawn / size
 
 
@@ -233,6 +234,7 @@ def test_a_run_is_not_continued_with_other_data(
     without = domain_runs.words(reference / "gqa", save, other)
     at = without.index("--domains")
     without[at : at + 2] = ["--data-path", prefix(corpora, "easy")]
+    refused(*without, says="--domain-update-interval goes with --domains, which is missing")
     at = without.index("--domain-update-interval")
     del without[at : at + 2]
     refused(*without, says="its run was one with --domains, this one is without")
