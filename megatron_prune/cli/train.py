@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from megatron_prune.cli.distill_flags import add_distill, distill_from
 from megatron_prune.cli.domain_flags import add_domains
 from megatron_prune.cli.engine_flags import add_engine, dtype_of
 from megatron_prune.cli.options import grid_from, positive
@@ -22,6 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add_learning_rate(parser)
     _add_optimizer(parser)
     _add_intervals(parser)
+    add_distill(parser)
     add_engine(parser)
 
 
@@ -211,6 +213,7 @@ def run(args: argparse.Namespace) -> None:
     given = vars(args) | {
         "dtype": dtype_of(args),
         "data_path": tuple(args.data_path),
+        "distill": distill_from(args),
         "rampup_batch_size": None if not args.rampup_batch_size else tuple(args.rampup_batch_size),
     }
     options = TrainOptions(**{field.name: given[field.name] for field in fields(TrainOptions)})

@@ -135,6 +135,10 @@ class TextTokenizer:
         by_id = sorted((number, token) for token, number in vocab.items())
         self.digest = hashlib.sha256(json.dumps(by_id, separators=(",", ":")).encode()).hexdigest()
 
+    def vocab(self) -> dict[str, int]:
+        """Token -> id, added ones included."""
+        return self._backend.vocab()
+
     def encode(self, text: str, add_special_tokens: bool) -> list[int]:
         """The ids of ``text``, tokenised in one piece."""
         return self.encode_batch([text], add_special_tokens)[0]

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import prod
 
 from megatron_prune import axes
 from megatron_prune.engine.checkpoint import find_start
+from megatron_prune.engine.distill import kept_logits_bytes
 from megatron_prune.engine.domains import check_data
 from megatron_prune.engine.groups import data_parallel_size
 from megatron_prune.engine.model import check_model
 from megatron_prune.engine.options import TrainOptions
-from megatron_prune.engine.train import model_options, tokenizer_of
+from megatron_prune.engine.train import model_options, open_run_teachers, tokenizer_of
 from megatron_prune.grid import ParallelGrid, padded_vocab_size
 from megatron_prune.shape import ModelConfig
+from megatron_prune.source import DTYPES, Source
 from megatron_prune.store import open_source
 
 
@@ -37,6 +40,27 @@ def bytes_per_parameter(dtype: str, distributed_copies: int = 1) -> float:
     if dtype == "fp32":
         return 4 + 4 + 8 / distributed_copies
     return 2 + 4 + 12 / distributed_copies  # and float32 master weights
+
+
+def _teachers(
+    options: TrainOptions, grid: ParallelGrid, copies: int, teachers: Sequence[Source]
+) -> dict[str, str]:
+    """A row a teacher: where it lies and what it adds to the fullest rank."""
+    rows = {}
+    size = DTYPES[options.dtype].itemsize
+    micro = options.micro_batch_size
+    count = options.batch_size(copies) // (micro * copies)
+    for number, source in enumerate(teachers, 1):
+        config, own = source.config, grid.for_layers(source.config.shape.num_layers)
+        largest = max(stage_parameters(config, own, p) for p in range(own.pipeline_parallel))
+        vocabulary = config.shape.vocab_size
+        logits = kept_logits_bytes(model_options(options), vocabulary, grid, micro, count)
+        rows[f"teacher {number}" if len(teachers) > 1 else "teacher"] = (
+            f"{source.path}, {axes.count_parameters(config):,} parameters: "
+            f"{largest * size / 1e9:.2f} GB a rank for weights, {logits / 1e9:.2f} GB on the last "
+            "stage for logits"
+        )
+    return rows
 
 
 def describe(options: TrainOptions, grid: ParallelGrid, processes: int) -> str:
@@ -72,4 +96,5 @@ def describe(options: TrainOptions, grid: ParallelGrid, processes: int) -> str:
         f"{steps * batch * options.seq_length:,} tokens in all",
         "save": str(options.save),
     }
+    rows |= _teachers(options, grid, copies, open_run_teachers(options, start, source, grid))
     return "\n".join(f"{name:<11} {value}" for name, value in rows.items())

@@ -20,6 +20,7 @@ from tqdm import tqdm
 from megatron_prune.store.commit import replace_file
 
 METRICS = "metrics.jsonl"
+_DISTILLED = ("kl loss", "hidden loss")  # of a run with a teacher
 
 
 def _rows_until(path: Path, iteration: int) -> list[str]:
@@ -72,7 +73,14 @@ class MetricsLog:
             return
         self._write(row)
         iteration, samples = row["iteration"], row["consumed-samples"]
-        for name in ("lm loss", "learning-rate", "grad-norm", "batch-size", "loss-scale"):
+        for name in (
+            "lm loss",
+            *_DISTILLED,
+            "learning-rate",
+            "grad-norm",
+            "batch-size",
+            "loss-scale",
+        ):
             if row.get(name) is not None:
                 self._board.add_scalar(name, row[name], iteration)
                 self._board.add_scalar(f"{name} vs samples", row[name], samples)

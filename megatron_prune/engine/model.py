@@ -6,7 +6,7 @@ Transformer Engine and CUDA, its spec. `weights` fills in the parameters.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from copy import copy
 from dataclasses import dataclass
 from typing import Any
@@ -105,9 +105,15 @@ class LanguageModel(GPTModel):
     """GPTModel that keeps padded vocabulary rows out of the softmax."""
 
     true_vocab_size: int
+    criterion: Callable[[Tensor, Tensor], Tensor] | None = None
 
     def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
-        """[b, s] labels, [s, b, V/TP] logits (overwritten) -> [b, s] nats, float32."""
+        """[b, s] labels, [s, b, V/TP] logits (overwritten) -> [b, s] nats, float32.
+
+        With a ``criterion`` (see `distill`) what that makes of logits and [s, b] labels.
+        """
+        if self.criterion is not None:
+            return self.criterion(logits, labels.t()).t().contiguous()
         losses = token_losses(
             logits, labels.t(), vocab_size=self.true_vocab_size, group=self.pg_collection.tp
         )

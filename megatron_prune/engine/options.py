@@ -10,6 +10,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 from megatron_prune.data.domains import WEIGHTINGS
+from megatron_prune.engine.distill_options import DistillOptions, check_distill
 from megatron_prune.engine.groups import data_parallel_size
 from megatron_prune.errors import ConfigError
 from megatron_prune.grid import ParallelGrid
@@ -57,6 +58,7 @@ class TrainOptions:
     recompute_granularity: str | None = None
     recompute_method: str | None = None
     recompute_num_layers: int | None = None
+    distill: DistillOptions | None = None
     # optimizer and learning rate
     min_lr: float = 0.0
     lr_decay_style: str = "linear"
@@ -153,6 +155,8 @@ def check_options(options: TrainOptions, grid: ParallelGrid, processes: int) -> 
     _check_batches(options, data_parallel_size(grid, processes))
     _check_learning_rate(options)
     _check_recompute(options)
+    if options.distill is not None:
+        check_distill(options.distill, grid, options.recompute_granularity)
 
 
 def _check_data_flags(options: TrainOptions) -> None:

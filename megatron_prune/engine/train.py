@@ -26,6 +26,7 @@ from megatron_prune.engine.checkpoint import (
     save_checkpoint,
 )
 from megatron_prune.engine.corpora import build_datasets, clean_cache, microbatches
+from megatron_prune.engine.distill import Distillation
 from megatron_prune.engine.domains import DomainLoading, check_data
 from megatron_prune.engine.failures import on_first_rank, together
 from megatron_prune.engine.groups import Groups
@@ -42,8 +43,10 @@ from megatron_prune.engine.optimizer import (
 )
 from megatron_prune.engine.options import TrainOptions
 from megatron_prune.engine.signals import StopSignals
+from megatron_prune.engine.teachers import check_layers, open_teachers
 from megatron_prune.engine.weights import draw_weights, load_weights
 from megatron_prune.errors import DamagedError, Interrupted
+from megatron_prune.grid import ParallelGrid
 from megatron_prune.source import CastSource, Source
 from megatron_prune.store import open_source
 from megatron_prune.store.passenger import Passenger
@@ -90,8 +93,23 @@ def tokenizer_of(options: TrainOptions, source: Source, start: Start) -> Path | 
     return start.directory if any("token" in name for name in source.companion_files) else None
 
 
+def open_run_teachers(
+    options: TrainOptions, start: Start, source: Source, grid: ParallelGrid
+) -> list[Source]:
+    """The teachers of the run, none without ``--teacher``; see `open_teachers`."""
+    if options.distill is None:
+        return []
+    tokenizer, paths = tokenizer_of(options, source, start), options.distill.teachers
+    run = model_options(options)
+    teachers = open_teachers(paths, source, tokenizer, grid, run, options.family)
+    check_layers(options.distill.hidden_layers, source, teachers[0])
+    return teachers
+
+
 class Training:
     """One run: its model, optimizer, data and how far it has come."""
+
+    distillation: Distillation | None = None
 
     def __init__(
         self,
@@ -100,6 +118,7 @@ class Training:
         start: Start,
         source: Source,
         facts: Sequence[CorpusFacts],
+        teachers: Sequence[Source] = (),
     ) -> None:
         self.options, self.groups, self.config = options, groups, source.config
         self.passenger = Passenger.of(CastSource(source, options.dtype))
@@ -109,7 +128,7 @@ class Training:
         self._skipped = 0
         self._at = self._batch = 0  # of the step under way: its iteration and its samples
         self._build_data(facts, start)
-        self._build_model(start, source)
+        self._build_model(start, source, teachers)
         source.close()
 
     def _build_data(self, facts: Sequence[CorpusFacts], start: Start) -> None:
@@ -130,13 +149,17 @@ class Training:
             options, facts, samples, self.config.shape.vocab_size
         )
 
-    def _build_model(self, start: Start, source: Source) -> None:
+    def _build_model(self, start: Start, source: Source, teachers: Sequence[Source]) -> None:
         options, groups = self.options, self.groups
         self.model = build_model(self.config, groups, model_options(options))
         if start.state is None and options.init_random:
             draw_weights(self.model, self.config, groups, options.seed)
         elif start.state is None:
             load_weights(self.model, source, groups)
+        if options.distill is not None:
+            self.distillation = Distillation(
+                options.distill, model_options(options), groups, teachers, self.model, options.seed
+            )
         self.ddp = wrap_model(self.model, options)
         self.optimizer = build_optimizer(self.ddp, options)
         self.scheduler = build_scheduler(self.optimizer, options, groups.data_parallel)
@@ -156,6 +179,8 @@ class Training:
         self.iteration, self.consumed = state["iteration"], state["consumed_samples"]
         self.validated_at = state["validated_at"]
         self._losses = list(state["losses"])
+        if self.distillation is not None:
+            self.distillation.load(state.get("taught losses", []))
         if saved is not None:
             load_optimizer(self.optimizer, saved)
             load_scheduler(self.scheduler, schedule, options)
@@ -171,6 +196,7 @@ class Training:
             "validated_at": self.validated_at,
             "losses": list(self._losses),
             "domains": None if self.domains is None else self.domains.state(self.consumed),
+            **({"taught losses": self.distillation.state()} if self.distillation else {}),
             "dtype": self.options.dtype,
             "use_distributed_optimizer": self.options.use_distributed_optimizer,
         }
@@ -182,14 +208,20 @@ class Training:
 
         Shares of all ranks sum to the mean over microbatches and data-parallel ranks.
         """
-        options, groups = self.options, self.groups
+        options, groups, distillation = self.options, self.groups, self.distillation
+        if distillation is not None and data is not None and not forward_only:
+            data = distillation.beside(data, count, options.micro_batch_size)
 
         def forward(data: Iterator[Any], model: Any) -> tuple[Tensor, Any]:
-            tokens, labels, mask = next(data)
+            tokens, labels, mask, *taught = next(data)
+            if distillation is not None and taught:
+                distillation.teach(*taught)
             losses = model(tokens, None, None, labels=labels)
 
             def loss(losses_bs: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
                 mean = (losses_bs * mask).sum() / mask.sum().clamp(min=1)
+                if distillation is not None and taught:
+                    return distillation.loss(mean, mask)
                 return mean, {"lm loss": mean.detach().clone()}
 
             return losses, loss
@@ -207,8 +239,9 @@ class Training:
             micro_batch_size=options.micro_batch_size,
             forward_only=forward_only,
         )
-        if not found:
-            return 0.0
+        if distillation is not None and not forward_only:
+            ranks = groups.data_parallel * groups.grid.tensor_parallel
+            distillation.keep_shares(found, count * ranks)
         total = sum(float(one["lm loss"]) for one in found)
         return total / count / groups.data_parallel / groups.grid.tensor_parallel
 
@@ -236,8 +269,15 @@ class Training:
         self.ddp.zero_grad_buffer()
         self.optimizer.zero_grad()
         share = self._run(data, count, forward_only=False)
-        loss, stops = self._sum_over_ranks(share, float(signals.received is not None))
+        told = () if self.distillation is None else self.distillation.shares
+        loss, stops, *taught = self._sum_over_ranks(
+            share, float(signals.received is not None), *told
+        )
         self._refuse_nonfinite("lm loss", loss)
+        if self.distillation is not None:
+            for name, value in zip(self.distillation.names, taught):
+                self._refuse_nonfinite(name, value)
+            self.distillation.advance(taught)
         succeeded, norm, _ = self.optimizer.step()
         if succeeded and norm is not None:
             self._refuse_nonfinite("gradient norm", float(norm))
@@ -381,6 +421,7 @@ class Training:
             {
                 "iteration": self.iteration,
                 "lm loss": sum(steps) / len(steps),
+                **({} if self.distillation is None else self.distillation.take_means()),
                 "learning-rate": rate,
                 "grad-norm": norm,
                 "loss-scale": float(self.optimizer.get_loss_scale()),
@@ -417,4 +458,7 @@ def train(options: TrainOptions, groups: Groups) -> None:
         Interrupted: after a signal, everything saved.
     """
     start, source, facts = open_start(options, groups)
-    Training(options, groups, start, source, facts).run()
+    teachers = together(
+        groups.ranks, lambda: open_run_teachers(options, start, source, groups.grid)
+    )
+    Training(options, groups, start, source, facts, teachers).run()

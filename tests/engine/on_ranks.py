@@ -227,7 +227,15 @@ def command(words: list[str], **by_rank: str) -> int:
     return main([*words, *by_rank.get(f"rank{os.environ['RANK']}", "").split()])
 
 
+def divergence(**given: Any) -> dict[str, float]:
+    """How far the distillation loss on this rank's shard is from plain torch's on the whole."""
+    from tests.engine.divergences import errors
+
+    return errors(**given)
+
+
 CHECKS = {
+    "divergence": divergence,
     "logits": logits,
     "gradients": gradients,
     "command": command,

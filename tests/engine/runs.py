@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from torch import Tensor
 
 from megatron_prune import axes
@@ -17,6 +19,8 @@ SHORT = [
     *("--train-iters", "6", "--save-interval", "3", "--log-interval", "1", "--seed", "5"),
     *("--eval-interval", "3", "--eval-iters", "1", "--split", "80,20,0"),
 ]
+
+_INDEX = ("document", "sample", "shuffle")
 
 
 def words(load: object, save: object, corpus: object, *more: object) -> list[str]:
@@ -48,3 +52,17 @@ def weights(save: Path) -> dict[str, Tensor]:
     """Every tensor of the newest checkpoint, by canonical name, read without Megatron."""
     source = open_source(save)
     return {name: source.read(name).clone() for name in axes.names(source.config)}
+
+
+def batches(save: Path, corpus: Path) -> list[Tensor]:
+    """[4, 33] tokens of each of the six steps of `SHORT`, from the run's own index of samples."""
+    from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+    index = {name: next(save.glob(f".cache/*-train-{name}_index.npy")) for name in _INDEX}
+    documents, samples, shuffle = (np.load(index[name]) for name in _INDEX)
+    data = IndexedDataset(str(corpus))
+    tokens = np.concatenate([data[int(number)] for number in documents]).astype(np.int64)
+    starts = np.concatenate([[0], np.cumsum([len(data[int(number)]) for number in documents])])
+    begins = [starts[samples[shuffle[i]][0]] + samples[shuffle[i]][1] for i in range(24)]
+    rows = torch.stack([torch.from_numpy(tokens[at : at + 33]) for at in begins])
+    return list(rows.view(6, 4, 33))

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from megatron_prune.data.tokenizers import load_tokenizer
-from tests.engine.runs import losses, rows, told, weights, words
+from tests.engine.runs import batches, losses, rows, told, weights, words
 from tests.pico import directory_bytes, make_model, ok, refused, run
 
 Train = Callable[..., Path]
@@ -66,7 +66,7 @@ def test_steps_are_those_of_a_plain_torch_loop(train: Train, reference: Path, co
     vectors = [p for p in model.parameters() if p.ndim == 1]
     groups = [{"params": matrices, "weight_decay": 0.5}, {"params": vectors, "weight_decay": 0.0}]
     adam = torch.optim.AdamW(groups, betas=(0.9, 0.9), eps=1e-8)
-    for row, batch in zip([r for r in rows(save) if "lm loss" in r], _batches(save, corpus)):
+    for row, batch in zip([r for r in rows(save) if "lm loss" in r], batches(save, corpus)):
         for group in adam.param_groups:
             group["lr"] = row["learning-rate"]
         tokens, targets = batch[:, :-1].contiguous(), batch[:, 1:].contiguous()
@@ -77,23 +77,6 @@ def test_steps_are_those_of_a_plain_torch_loop(train: Train, reference: Path, co
         adam.zero_grad()
         assert row["lm loss"] == pytest.approx(float(loss), abs=1e-4)
         assert row["grad-norm"] == pytest.approx(float(norm), rel=1e-3)
-
-
-def _batches(save: Path, corpus: Path) -> list[torch.Tensor]:
-    """[4, 33] tokens of each of the six steps of `SHORT`, from the run's own index of samples."""
-    from megatron.core.datasets.indexed_dataset import IndexedDataset
-
-    index = {name: next(save.glob(f".cache/*-train-{name}_index.npy")) for name in _INDEX}
-    documents, samples, shuffle = (np.load(index[name]) for name in _INDEX)
-    data = IndexedDataset(str(corpus))
-    tokens = np.concatenate([data[int(number)] for number in documents]).astype(np.int64)
-    starts = np.concatenate([[0], np.cumsum([len(data[int(number)]) for number in documents])])
-    begins = [starts[samples[shuffle[i]][0]] + samples[shuffle[i]][1] for i in range(24)]
-    rows = torch.stack([torch.from_numpy(tokens[at : at + 33]) for at in begins])
-    return list(rows.view(6, 4, 33))
-
-
-_INDEX = ("document", "sample", "shuffle")
 
 
 def test_tensorboard_has_megatrons_names(train: Train) -> None:
