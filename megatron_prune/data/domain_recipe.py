@@ -200,6 +200,30 @@ def read_targets(path: Path) -> dict[str, float]:
     }
 
 
+def other_windows(recipe: DomainRecipe, now: Mapping[str, Any]) -> str | None:
+    """What the file's losses were measured with, where that is not what is so ``now``.
+
+    Args:
+        now: of the training: ``seq_length``, ``split`` and ``seed``, by which windows are cut.
+
+    Returns:
+        A sentence; None where they agree or the file does not tell.
+    """
+    if recipe.targets is None:
+        return None
+    read_targets(Path(recipe.targets))  # it is one
+    saved = json.loads(Path(recipe.targets).read_text())
+    far = [
+        f"{key} {saved[key]}, now {now[key]}" for key in now if saved.get(key, now[key]) != now[key]
+    ]
+    if not far:
+        return None
+    return (
+        f"targets {recipe.targets}: measured on other windows than this training's "
+        f"({'; '.join(far)}): losses and targets differ by that, too"
+    )
+
+
 def target_losses(recipe: DomainRecipe, parameters: int) -> dict[str, float]:
     """The loss each domain should reach: its own, predicted, or from the file.
 

@@ -134,7 +134,8 @@ def epoch_order(seed: int, name: str, epoch: int, size: int) -> NDArray[np.int64
 class DomainOrder:
     """Which domain each sample of a run is drawn from, and which of its samples it is.
 
-    Memory: 10 bytes a sample since `drawn` was last asked for. Time: 3 us a sample.
+    Memory: 10 bytes a sample since `drawn` was last asked for, and 8 bytes a sample of one epoch of
+    each domain. Time: 2 microseconds a sample with a few domains.
     """
 
     def __init__(self, sizes: Mapping[str, int], weights: Mapping[str, float], seed: int) -> None:
@@ -147,7 +148,7 @@ class DomainOrder:
             if size < 1:
                 raise ConfigError(f"domain {name}: no sample to train on; give it more text")
         self.sizes, self.weights, self.seed = dict(sizes), dict(weights), seed
-        count = len(self.sizes)
+        self._names, count = list(self.sizes), len(self.sizes)
         self._start = 0  # of the segment: the first sample drawn with these weights
         self._expected = np.zeros(count)  # samples up to there by the weights
         self._before = np.zeros(count, dtype=np.int64)  # and as drawn
@@ -162,18 +163,23 @@ class DomainOrder:
 
     def _extend(self) -> None:
         """Locate the next samples, by the rule of Megatron's ``build_blending_indices``."""
-        weights = np.array(list(self.weights.values()), dtype=np.float64)
-        behind = self._expected - self._before
-        domains = np.zeros(_BLOCK, dtype=np.int16)
-        numbers = np.zeros(_BLOCK, dtype=np.int64)
+        weights, before = list(self.weights.values()), self._before.tolist()
+        behind = (self._expected - self._before).tolist()
+        ahead = self._ahead.tolist()  # plain numbers: arrays this small cost more than they save
+        domains, numbers = [], []
         position = self._first + len(self._domains) - self._start
-        for i in range(_BLOCK):
-            error = weights * max(position + i, 1) - self._ahead + behind
-            domain = int(error.argmax())
-            domains[i], numbers[i] = domain, self._before[domain] + self._ahead[domain]
-            self._ahead[domain] += 1
-        self._domains = np.concatenate([self._domains, domains])
-        self._numbers = np.concatenate([self._numbers, numbers])
+        for at in range(position, position + _BLOCK):
+            domain, most = 0, -math.inf
+            for i, weight in enumerate(weights):
+                error = weight * max(at, 1) - ahead[i] + behind[i]
+                if error > most:
+                    domain, most = i, error
+            domains.append(domain)
+            numbers.append(before[domain] + ahead[domain])
+            ahead[domain] += 1
+        self._ahead = np.array(ahead, dtype=np.int64)
+        self._domains = np.concatenate([self._domains, np.array(domains, dtype=np.int16)])
+        self._numbers = np.concatenate([self._numbers, np.array(numbers, dtype=np.int64)])
 
     def locate(self, sample: int) -> tuple[int, int]:
         """The domain of the run's sample, and how many of that domain came before it."""
@@ -186,7 +192,7 @@ class DomainOrder:
 
     def place(self, domain: int, number: int) -> int:
         """Where the ``number``-th sample drawn from a domain lies among its samples."""
-        name = list(self.sizes)[domain]
+        name = self._names[domain]
         epoch, at = divmod(number, self.sizes[name])
         if self._orders.get(domain, (-1,))[0] != epoch:
             self._orders[domain] = epoch, epoch_order(self.seed, name, epoch, self.sizes[name])

@@ -7,6 +7,7 @@ without building anything, and the whole of it is a few numbers in the checkpoin
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,12 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from megatron_prune import axes
-from megatron_prune.data.domain_recipe import DomainRecipe, read_recipe, target_losses
+from megatron_prune.data.domain_recipe import (
+    DomainRecipe,
+    other_windows,
+    read_recipe,
+    target_losses,
+)
 from megatron_prune.data.domains import (
     DomainOrder,
     UpdateRule,
@@ -104,6 +110,9 @@ def check_data(
     if options.domain_weighting == "dynamic":
         target_losses(recipe, axes.count_parameters(config))
         check_rule(rule_of(options), recipe.weights)
+        windows = {key: getattr(options, key) for key in ("seq_length", "split", "seed")}
+        if other := other_windows(recipe, windows):
+            print(other, file=sys.stderr)
     return check_domains(
         recipe,
         cut_of(options),

@@ -6,7 +6,7 @@ The fields carry the names and the defaults of Megatron's flags.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 from megatron_prune.data.domains import WEIGHTINGS
@@ -175,6 +175,10 @@ def _check_data_flags(options: TrainOptions) -> None:
             raise ConfigError(
                 "--data-path is missing: prefixes that preprocess wrote; or a recipe of --domains"
             )
+        for field in fields(options):
+            if field.name.startswith("domain_") and getattr(options, field.name) != field.default:
+                flag = "--" + field.name.replace("_", "-")
+                raise ConfigError(f"{flag} goes with --domains, which is missing")
         return
     if options.data_path:
         raise ConfigError("--data-path and --domains: give one; the recipe lists the corpora")

@@ -425,8 +425,8 @@ class Training:
                 self._finish_save()
             if self._is_due(options.log_interval):
                 self._log(log, rate, norm, lapse)
-                if self.domains is not None:
-                    self.domains.tell_epochs(log, self.consumed)
+            if self.domains is not None:
+                self.domains.tell_epochs(log, self.consumed)
             if not stop and self._must_validate():
                 self.validate(log)
                 lapse.restart(self.consumed)

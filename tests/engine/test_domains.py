@@ -128,6 +128,7 @@ def test_an_exhausted_domain_is_told_and_goes_on(
     assert size < drawn, "the domain is not exhausted"
     assert f"domain small: exhausted, all its {size} samples" in done.err
     assert "domain easy: exhausted" not in done.err
+    assert done.err.count("domain small: exhausted") == drawn // size  # each epoch once
     assert tables(tmp_path / "run")[6]["small"]["epochs"] == drawn / size
 
 
@@ -153,11 +154,12 @@ def test_evaluate_says_what_transformers_says(
             for at in range(0, 32 * count, 32)
         ]
     recipe = write_recipe(tmp_path / "r.yaml", domain_runs.domain_rows(corpora))
-    flags = ("--seq-length", 32, "--split", "80,20,0", "--micro-batch-size", 3)
+    flags = ("--seq-length", 32, "--split", "80,20,0", "--micro-batch-size", 4)
     where = ("--load", reference / "gqa", "--domains", recipe, *flags)
     done = ok("evaluate", *where, "--per-domain", "--save", tmp_path / "t.json")
     found = json.loads((tmp_path / "t.json").read_text())
-    assert found["domains"]["small"]["windows"] == count > 3
+    assert found["domains"]["small"]["windows"] == count
+    assert count % 4, "no microbatch is filled up"
     assert found["domains"]["small"]["loss"] == pytest.approx(sum(wanted) / count, abs=1e-5)
     assert [line.split()[0] for line in done.out.splitlines()] == [*TARGETS, "loss"]
 
@@ -179,6 +181,10 @@ def test_targets_of_a_file_are_the_losses_training_starts_with(
     table = tables(train("run", *flags, "--lr-warmup-iters", 0, recipe=recipe))[2]
     for row in table.values():
         assert row["loss"] == pytest.approx(row["target"], abs=1e-6)
+    dry = domain_runs.words(reference / "gqa", tmp_path / "dry", recipe, "--dry-run")
+    assert "measured on other windows" not in ok(*dry).err
+    other = ok(*dry, "--seed", 6).err
+    assert "measured on other windows than this training's (seed 5, now 6)" in other
     assert [row["weight"] for row in table.values()] == pytest.approx([0.5, 0.25, 0.25], abs=1e-6)
 
 
@@ -228,6 +234,7 @@ def test_a_run_is_not_continued_with_other_data(
     without = domain_runs.words(reference / "gqa", save, other)
     at = without.index("--domains")
     without[at : at + 2] = ["--data-path", prefix(corpora, "easy")]
+    refused(*without, says="--domain-update-interval goes with --domains, which is missing")
     at = without.index("--domain-update-interval")
     del without[at : at + 2]
     refused(*without, says="its run was one with --domains, this one is without")
