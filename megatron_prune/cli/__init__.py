@@ -32,6 +32,7 @@ STAGES = {
     "preprocess": "text to Megatron's .bin/.idx",
     "train": "continued pretraining, from any checkpoint",
     "evaluate": "loss, perplexity, bits per byte",
+    "generate": "continue a prompt, from any checkpoint",
     "report": "scores, plans and what a search tried, as one page",
 }
 
