@@ -52,7 +52,9 @@ _LOAD_ERRORS = (
     OSError,
 )
 _NUMBER = re.compile("[0-9]{1,18}")
-_OURS = re.compile(r"metrics\.jsonl|tensorboard|\.cache|\.iter_\d+\.(tmp|old)\..*|\.metrics\..*")
+_OURS = re.compile(
+    r"(metrics|commands)\.jsonl|tensorboard|\.cache|\.iter_\d+\.(tmp|old)\..*|\.metrics\..*"
+)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,14 +12,25 @@ import math
 import os
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
+from megatron_prune import __version__
 from megatron_prune.store.commit import replace_file
 
 METRICS = "metrics.jsonl"
+COMMANDS = "commands.jsonl"
+
+
+def record_command(save: Path, argv: Sequence[str], *, iteration: int, processes: int) -> None:
+    """Add a line to ``commands.jsonl``: what was started, from which iteration on, by how many."""
+    save.mkdir(parents=True, exist_ok=True)
+    row = {"iteration": iteration, "processes": processes, "argv": list(argv)}
+    with open(save / COMMANDS, "a", encoding="utf-8") as file:
+        file.write(json.dumps({**row, "version": __version__}) + "\n")
 
 
 def _rows_until(path: Path, iteration: int) -> list[str]:

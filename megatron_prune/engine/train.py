@@ -28,7 +28,7 @@ from megatron_prune.engine.checkpoint import (
 from megatron_prune.engine.corpora import build_datasets, check_corpora, clean_cache, microbatches
 from megatron_prune.engine.failures import on_first_rank, together
 from megatron_prune.engine.groups import Groups
-from megatron_prune.engine.metrics import MetricsLog
+from megatron_prune.engine.metrics import MetricsLog, record_command
 from megatron_prune.engine.model import ModelOptions, build_model, check_model
 from megatron_prune.engine.optimizer import (
     build_optimizer,
@@ -393,12 +393,19 @@ class _Lapse:
         return seconds, samples
 
 
-def train(options: TrainOptions, groups: Groups) -> None:
+def train(options: TrainOptions, groups: Groups, command: Sequence[str] = ()) -> None:
     """Check everything, then train.
+
+    Args:
+        command: what the user typed, to be recorded.
 
     Raises:
         PruneError: whatever cannot be used, before the first weight is read.
         Interrupted: after a signal, everything saved.
     """
     start, source, facts = open_start(options, groups)
-    Training(options, groups, start, source, facts).run()
+    training = Training(options, groups, start, source, facts)
+    if groups.ranks.is_first:
+        processes = groups.ranks.world_size
+        record_command(options.save, command, iteration=training.iteration, processes=processes)
+    training.run()
