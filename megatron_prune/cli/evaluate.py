@@ -2,7 +2,8 @@
 
 Takes any checkpoint at any layout: a model stored at TP=8 is evaluated alone or by as many
 processes as torchrun starts. The text is tokenised once with the model's own tokenizer, without
-special tokens, and cut into windows of --seq-length tokens that do not overlap.
+special tokens, and cut into windows of --seq-length tokens that do not overlap. With --tasks the
+model answers benchmark questions instead, through lm-evaluation-harness.
 """
 
 from __future__ import annotations
@@ -15,14 +16,20 @@ from pathlib import Path
 
 from megatron_prune.cli.engine_flags import add_engine, dtype_of
 from megatron_prune.cli.options import check_output_file, grid_from, positive
+from megatron_prune.cli.tasks import add_task_arguments, check_task_arguments, run_tasks
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--load", type=Path, required=True, metavar="CKPT_OR_HF", help="checkpoint of any format"
     )
-    parser.add_argument("--data", required=True, type=Path, help="text, or JSON lines with 'text'")
-    parser.add_argument("--seq-length", type=positive, default=1024, metavar="N")
+    parser.add_argument("--data", type=Path, help="text, or JSON lines with 'text'")
+    parser.add_argument(
+        "--seq-length",
+        type=positive,
+        metavar="N",
+        help="of a window (default 1024); with --tasks at most (default: all the model takes)",
+    )
     parser.add_argument("--max-windows", type=positive, metavar="N", help="the first N only")
     parser.add_argument(
         "--micro-batch-size", type=positive, default=1, metavar="N", help="default 1"
@@ -31,10 +38,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tokenizer-model", type=Path, metavar="PATH", help="default: the checkpoint's own"
     )
+    add_task_arguments(parser)
     add_engine(parser)
 
 
 def run(args: argparse.Namespace) -> None:
+    check_task_arguments(args)
+    if args.tasks is not None:
+        run_tasks(args)
+        return
     from megatron_prune.engine.failures import named_failures
     from megatron_prune.engine.groups import data_parallel_size, model_parallel, world_size
     from megatron_prune.evaluate.text import EvaluationOptions, evaluate, open_checked
@@ -44,7 +56,7 @@ def run(args: argparse.Namespace) -> None:
     options = EvaluationOptions(
         load=args.load,
         data=args.data,
-        seq_length=args.seq_length,
+        seq_length=args.seq_length or 1024,
         max_windows=args.max_windows,
         micro_batch_size=args.micro_batch_size,
         tokenizer_model=args.tokenizer_model,

@@ -87,8 +87,8 @@ def score_rows(
 ) -> list[tuple[list[float], list[bool]]]:
     """Of each row, for every token but its first: log-probability in nats, and whether it is what
     greedy decoding would have chosen. The same on all ranks of a copy of the model."""
-    tokens_bs = _filled_up(rows, model, groups)
-    targets_bs = tokens_bs.roll(-1, dims=1)  # the last has none; its score is cut off
+    tokens_bs = _filled_up([row[:-1] for row in rows], model, groups)
+    targets_bs = _filled_up([row[1:] for row in rows], model, groups)
 
     def pick(logits_bsV: Tensor) -> Tensor:
         greedy = _is_largest(logits_bsV, targets_bs, groups)
