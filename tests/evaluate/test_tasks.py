@@ -133,7 +133,6 @@ def test_one_process_answers_as_transformers(models, folder: Path, wanted: dict[
     ("name", "layout"),
     [
         ("tp3", ("--tensor-model-parallel-size", 3)),
-        ("tp3-sp", ("--tensor-model-parallel-size", 3, "--sequence-parallel")),
         ("pp2", ("--pipeline-model-parallel-size", 2)),
         ("dp2", ()),
     ],
@@ -143,14 +142,11 @@ def test_shards_answer_as_transformers(
     name: str, layout: tuple[object, ...],
 ) -> None:  # fmt: skip
     monkeypatch.setenv("HF_HOME", str(folder / "home"))
-    save, ranks = folder / f"{name}.json", 3 if name.startswith("tp3") else 2
+    save, ranks = folder / f"{name}.json", 3 if name == "tp3" else 2
     words = words_of(shards("gqa", "torch_dist", 3), folder, save, *layout)
     jobs = [Job(check="command", world=ranks, given={"words": words})]
     assert launch(jobs, folder / f"ranks-{name}", ranks=ranks) == [[0] * ranks]
     found = json.loads(save.read_text())
-    if name == "tp3-sp":  # 126 of 128 positions: another cut of the longest text
-        del found["results"]["pico_rolling"], wanted["results"]["pico_rolling"]
-        found["results"]["pico_rolling"] = wanted["results"]["pico_rolling"] = {}
     check(found, wanted)
 
 
