@@ -32,7 +32,8 @@ STAGES = {
     "preprocess": "text to Megatron's .bin/.idx",
     "train": "continued pretraining, from any checkpoint",
     "evaluate": "loss, perplexity, bits per byte",
-    "report": "scores, plans and what a search tried, as one page",
+    "generate": "continue a prompt, from any checkpoint",
+    "report": "scores, plans, training runs and judged models, as one page",
 }
 
 
@@ -70,6 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         stage = _parser().parse_args(argv[:1]).stage
         module, args = _stage_arguments(stage, argv[1:])
+        args.argv = argv  # for stages that record what was asked of them
         module.run(args)  # type: ignore[attr-defined]
     except PruneError as error:
         return _tell(error, str(error), error.exit_code, debug)

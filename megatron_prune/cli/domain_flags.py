@@ -8,7 +8,6 @@ from pathlib import Path
 
 from megatron_prune.cli.engine_flags import dtype_of
 from megatron_prune.cli.options import check_output_file, grid_from, positive
-from megatron_prune.errors import ConfigError
 
 
 def add_domains(parser: argparse.ArgumentParser) -> None:
@@ -52,12 +51,16 @@ def add_domains(parser: argparse.ArgumentParser) -> None:
     )
 
 
+DOMAIN_FLAGS = ("per_domain", "split", "seed", "eod_mask_loss", "data_cache_path")
+
+
 def add_domain_evaluation(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("domains, instead of --data")
     group.add_argument("--domains", type=Path, metavar="YAML", help="the recipe of `train`")
-    group.add_argument("--per-domain", action="store_true", help="tell the loss of each domain")
     group.add_argument(
-        "--save", type=Path, metavar="JSON", help="write the losses here: targets for `train`"
+        "--per-domain",
+        action="store_true",
+        help="tell the loss of each domain; --save keeps them: targets for `train`",
     )
     group.add_argument("--split", metavar="SHARES", help="default 969,30,1, as in `train`")
     group.add_argument("--seed", type=int, metavar="N", help="default 1234, as in `train`")
@@ -67,28 +70,6 @@ def add_domain_evaluation(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--data-cache-path", type=Path, metavar="DIR", help="sample indices; default: not kept"
     )
-
-
-def check_domain_flags(args: argparse.Namespace) -> bool:
-    """Whether `evaluate` is asked for domains.
-
-    Raises:
-        ConfigError: for both a text and domains, or neither, or a flag without its other.
-    """
-    if (args.data is None) == (args.domains is None):
-        both = "both are given" if args.data is not None else "both are missing"
-        raise ConfigError(f"--data and --domains: {both}; give one: a text, or a recipe of domains")
-    if args.domains is not None:
-        if args.json is not None:
-            raise ConfigError("--json goes with --data; with --domains use --per-domain --save")
-        if args.save is not None and not args.per_domain:
-            raise ConfigError("--save writes the loss of each domain; add --per-domain")
-        return True
-    given = ("per_domain", "save", "split", "seed", "eod_mask_loss", "data_cache_path")
-    for name in given:
-        if getattr(args, name) not in (None, False):
-            raise ConfigError(f"--{name.replace('_', '-')} goes with --domains, not --data")
-    return False
 
 
 def run_domains(args: argparse.Namespace) -> None:
@@ -107,7 +88,7 @@ def run_domains(args: argparse.Namespace) -> None:
     options = DomainEvaluationOptions(
         load=args.load,
         domains=args.domains,
-        seq_length=args.seq_length,
+        seq_length=args.seq_length or 1024,
         max_windows=args.max_windows,
         micro_batch_size=args.micro_batch_size,
         seed=1234 if args.seed is None else args.seed,

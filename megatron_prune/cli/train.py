@@ -261,4 +261,4 @@ def run(args: argparse.Namespace) -> None:
             grid, seed=options.seed, timeout_minutes=args.distributed_timeout_minutes
         ) as groups,
     ):
-        train(options, groups)
+        train(options, groups, args.argv)

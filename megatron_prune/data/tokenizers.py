@@ -237,14 +237,27 @@ def _from_sentencepiece(path: Path) -> TextTokenizer:
         raise _unreadable(path, error) from None
 
 
-def _from_transformers(folder: Path) -> TextTokenizer:
+def transformers_tokenizer(path: Path) -> Any:
+    """Transformers' own tokenizer of a directory or a Megatron checkpoint, with its chat template.
+
+    Raises:
+        ConfigError, DamagedError: see `load_tokenizer`.
+    """
+    if not path.is_dir():
+        raise ConfigError(
+            f"tokenizer {path}: wanted the directory of a model; a single file has no chat template"
+        )
+    return _read_by_transformers(_companion_directory(path))
+
+
+def _read_by_transformers(folder: Path) -> Any:
     from transformers import AutoConfig, AutoTokenizer
 
     try:
         # Only the model's type decides how its tokenizer is read. Its sizes, which transformers
         # would check by rules of its own, are none of a tokenizer's business.
         kind = _model_type(folder)
-        tokenizer = AutoTokenizer.from_pretrained(
+        return AutoTokenizer.from_pretrained(
             str(folder),
             config=None if kind is None else AutoConfig.for_model(kind),
             trust_remote_code=False,
@@ -252,6 +265,10 @@ def _from_transformers(folder: Path) -> TextTokenizer:
         )
     except BaseException as error:
         raise _unreadable(folder, error) from None
+
+
+def _from_transformers(folder: Path) -> TextTokenizer:
+    tokenizer = _read_by_transformers(folder)
     backend: _Backend = _Python(tokenizer)
     if tokenizer.is_fast:
         from tokenizers import Tokenizer

@@ -54,7 +54,8 @@ _LOAD_ERRORS = (
 )
 _NUMBER = re.compile("[0-9]{1,18}")
 _OURS = re.compile(
-    r"metrics\.jsonl|tensorboard|\.cache|\.lock|\.iter_\d+\.(tmp|old)\..*|\.metrics\..*"
+    r"(metrics|commands)\.jsonl|tensorboard|\.cache|\.lock|\.iter_\d+\.(tmp|old)\..*"
+    r"|\.metrics\..*"
 )
 
 

@@ -12,15 +12,26 @@ import math
 import os
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
+from megatron_prune import __version__
 from megatron_prune.store.commit import replace_file
 
 METRICS = "metrics.jsonl"
+COMMANDS = "commands.jsonl"
 _DISTILLED = ("kl loss", "hidden loss")  # of a run with a teacher
+
+
+def record_command(save: Path, argv: Sequence[str], *, iteration: int, processes: int) -> None:
+    """Add a line to ``commands.jsonl``: what was started, from which iteration on, by how many."""
+    save.mkdir(parents=True, exist_ok=True)
+    row = {"iteration": iteration, "processes": processes, "argv": list(argv)}
+    with open(save / COMMANDS, "a", encoding="utf-8") as file:
+        file.write(json.dumps({**row, "version": __version__}) + "\n")
 
 
 def _rows_until(path: Path, iteration: int) -> list[str]:
@@ -103,11 +114,13 @@ class MetricsLog:
         """What is known of each domain: loss, target, weight, tokens, token share, epochs."""
         if not self.active:
             return
-        self._write({"iteration": iteration, "consumed-samples": samples, "domains": table})
+        named = {
+            f"domain {what}/{name}": x for name, row in table.items() for what, x in row.items()
+        }
+        self._write({"iteration": iteration, "consumed-samples": samples, **named})
+        for name, x in named.items():
+            self._board.add_scalar(name, x, iteration)
         for name, row in table.items():
-            for what in ("loss", "target", "weight", "token share", "epochs"):
-                if what in row:
-                    self._board.add_scalar(f"domain {what}/{name}", row[what], iteration)
             self.say(
                 f"iteration {iteration}: domain {name}: loss {row['loss']:.4f}, "
                 f"weight {row['weight']:.4f}, share so far {row['token share']:.4f}"

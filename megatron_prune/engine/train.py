@@ -32,7 +32,7 @@ from megatron_prune.engine.domains import DomainLoading, check_data
 from megatron_prune.engine.failures import on_first_rank, together
 from megatron_prune.engine.groups import Groups
 from megatron_prune.engine.guard import StepGuard
-from megatron_prune.engine.metrics import MetricsLog
+from megatron_prune.engine.metrics import MetricsLog, record_command
 from megatron_prune.engine.model import ModelOptions, build_model, check_model
 from megatron_prune.engine.optimizer import (
     build_optimizer,
@@ -485,8 +485,11 @@ class _Lapse:
         return seconds, samples
 
 
-def train(options: TrainOptions, groups: Groups) -> None:
+def train(options: TrainOptions, groups: Groups, command: Sequence[str] = ()) -> None:
     """Check everything, then train.
+
+    Args:
+        command: what the user typed, to be recorded.
 
     Raises:
         PruneError: whatever cannot be used, before the first weight is read.
@@ -500,4 +503,8 @@ def train(options: TrainOptions, groups: Groups) -> None:
         teachers = together(
             groups.ranks, lambda: open_run_teachers(options, start, source, groups.grid)
         )
-        Training(options, groups, start, source, facts, teachers).run()
+        training = Training(options, groups, start, source, facts, teachers)
+        if groups.ranks.is_first:
+            processes = groups.ranks.world_size
+            record_command(options.save, command, iteration=training.iteration, processes=processes)
+        training.run()

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from megatron_prune.axes import count_parameters
 from megatron_prune.data.windows import model_windows, scored_bytes
 from megatron_prune.engine.failures import on_first_rank
 from megatron_prune.engine.groups import Groups
@@ -112,6 +113,7 @@ def evaluate(
         **judgement.as_dict(),
         "seconds": seconds,
         "tokens_per_second": judgement.tokens / seconds,
+        "parameters": count_parameters(source.config),
         "load": str(options.load),
         "data": str(options.data),
         "seq_length": options.seq_length,

@@ -1,7 +1,8 @@
 """What a report is made of: files, recognised by what they hold and checked to belong together.
 
-A scores file (safetensors whose header says so), plans (JSON with ``kept``) and what a budget
-search tried (JSON with a list ``candidates``). A further kind is one more case in `_read`.
+A scores file (safetensors whose header says so), plans (JSON with ``kept``), what a budget search
+tried (JSON with a list ``candidates``), training runs (directories with ``metrics.jsonl``) and what
+``evaluate`` made of models (JSON). A further kind is one more case in `_read`.
 """
 
 from __future__ import annotations
@@ -16,11 +17,16 @@ from typing import Any
 
 from megatron_prune.errors import ConfigError, PlanError
 from megatron_prune.plan import PrunePlan, load_plan
+from megatron_prune.report.judged import is_judgement, is_task_results
+from megatron_prune.report.runs import METRICS, Run, is_run, read_run
 from megatron_prune.scores import Scores, load_scores
 from megatron_prune.shape import ModelShape
 from megatron_prune.store.commit import hash_file
 
-WANTED = "wanted scores (safetensors), a plan (JSON) or a budget search's candidates (JSON)"
+WANTED = (
+    "wanted scores (safetensors), a plan (JSON), a budget search's candidates (JSON), a run (its "
+    f"directory or {METRICS}) or a result of evaluate (JSON)"
+)
 SIZES = ("num_layers", "hidden_size", "num_attention_heads", "num_query_groups", "ffn_hidden_size")
 
 
@@ -50,6 +56,18 @@ class Search:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Judged:
+    """What ``evaluate`` wrote.
+
+    Attributes:
+        kind: text, or tasks of lm-evaluation-harness.
+    """
+
+    kind: str
+    values: Mapping[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
 class InputFile:
     """One file of the command line, for the page's header."""
 
@@ -66,6 +84,9 @@ class Inputs:
     scores: Scores | None = None
     plans: Mapping[str, PrunePlan] = field(default_factory=dict)
     searches: Mapping[str, Search] = field(default_factory=dict)
+    runs: Mapping[str, Run] = field(default_factory=dict)
+    judgements: Mapping[str, Judged] = field(default_factory=dict)
+    results: Mapping[str, Judged] = field(default_factory=dict)
 
     @property
     def source_digest(self) -> str | None:
@@ -80,27 +101,35 @@ class Inputs:
         return self.scores.shape if self.scores is not None else next(iter(shapes), None)
 
 
-def read_inputs(paths: Sequence[Path]) -> Inputs:
+def split_name(text: str) -> tuple[str | None, Path]:
+    """``NAME=PATH`` as a name and a path; a path that is there is one, whatever is in it."""
+    name, equals, rest = text.partition("=")
+    if Path(text).exists() or not equals or not name or not rest:
+        return None, Path(text)
+    return name, Path(rest)
+
+
+def read_inputs(paths: Sequence[Path], names: Sequence[str | None] | None = None) -> Inputs:
     """Read and recognise every file, and check that they are about one model.
+
+    Args:
+        names: what to call each; None for its own name.
 
     Raises:
         ConfigError: a file that is missing or of no known kind, or a second scores file.
         PlanError: a plan that contradicts itself, or was made for another model.
         DamagedError: a scores file that cannot be read.
     """
-    scores: dict[str, Scores] = {}
-    plans: dict[str, PrunePlan] = {}
-    searches: dict[str, Search] = {}
+    found: dict[str, Scores | PrunePlan | Search | Run | Judged] = {}
     files = []
-    for path, label in zip(paths, _labels(paths)):
-        found = _read(path)
-        if isinstance(found, Scores):
-            scores[label], kind = found, "scores"
-        elif isinstance(found, PrunePlan):
-            plans[label], kind = found, "plan"
-        else:
-            searches[label], kind = found, "budget search"
-        files.append(InputFile(label=label, kind=kind, sha256=hash_file(path).sha256))
+    for path, label in zip(paths, _labels(paths, names or [None] * len(paths))):
+        found[label] = one = _read(path)
+        file = one.path if isinstance(one, Run) else path
+        files.append(InputFile(label=label, kind=_kind(one), sha256=hash_file(file).sha256))
+    scores = {label: x for label, x in found.items() if isinstance(x, Scores)}
+    plans = {label: x for label, x in found.items() if isinstance(x, PrunePlan)}
+    searches = {label: x for label, x in found.items() if isinstance(x, Search)}
+    judged = {label: x for label, x in found.items() if isinstance(x, Judged)}
     if len(scores) > 1:
         raise ConfigError(
             f"{' and '.join(scores)}: {len(scores)} scores files; a page shows one, make one each"
@@ -111,20 +140,34 @@ def read_inputs(paths: Sequence[Path]) -> Inputs:
         scores=next(iter(scores.values()), None),
         plans=plans,
         searches=searches,
+        runs={label: x for label, x in found.items() if isinstance(x, Run)},
+        judgements={label: x for label, x in judged.items() if x.kind == "text"},
+        results={label: x for label, x in judged.items() if x.kind == "tasks"},
     )
 
 
-def _labels(paths: Sequence[Path]) -> list[str]:
-    """File names, or whole paths where two files have one name."""
-    names = [path.name for path in paths]
-    labels = [str(p) if names.count(p.name) > 1 else p.name for p in paths]
+def _kind(found: Scores | PrunePlan | Search | Run | Judged) -> str:
+    kinds = {Scores: "scores", PrunePlan: "plan", Search: "budget search", Run: "training run"}
+    return f"judged on {found.kind}" if isinstance(found, Judged) else kinds[type(found)]
+
+
+def _labels(paths: Sequence[Path], names: Sequence[str | None]) -> list[str]:
+    """The names given; else those of files, a run's of its directory, or whole paths where two
+    have one name."""
+    own = [p.parent.name if p.name == METRICS else p.name or str(p) for p in paths]
+    labels = [
+        name or (str(p) if own.count(mine) > 1 else mine)
+        for name, p, mine in zip(names, paths, own)
+    ]
     for label in labels:
         if labels.count(label) > 1:
             raise ConfigError(f"{label}: stands twice; name each file once")
     return labels
 
 
-def _read(path: Path) -> Scores | PrunePlan | Search:
+def _read(path: Path) -> Scores | PrunePlan | Search | Run | Judged:
+    if is_run(path):
+        return read_run(path)
     if not path.is_file():
         what = "is a directory" if path.is_dir() else "is not there"
         raise ConfigError(f"{path}: {what}; {WANTED}")
@@ -138,6 +181,10 @@ def _read(path: Path) -> Scores | PrunePlan | Search:
         return load_plan(path)
     if isinstance(values, dict) and isinstance(values.get("candidates"), list):
         return _search(path, values)
+    if isinstance(values, dict) and is_judgement(values):
+        return Judged(kind="text", values=values)
+    if isinstance(values, dict) and is_task_results(values):
+        return Judged(kind="tasks", values=values)
     keys = ", ".join(sorted(map(str, values))[:8]) if isinstance(values, dict) else ""
     found = f"a table of {keys or 'nothing'}" if isinstance(values, dict) else type(values).__name__
     raise ConfigError(f"{path}: JSON that holds {found}; {WANTED}")

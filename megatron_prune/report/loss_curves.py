@@ -10,12 +10,12 @@ written at the end is passed over; one in the middle is refused.
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_prune.errors import ConfigError, PruneError
+from megatron_prune.errors import PruneError
+from megatron_prune.report.runs import LOSS, VALIDATION, read_rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,29 +32,12 @@ def read_loss_curve(path: Path) -> LossCurve:
     Raises:
         ConfigError: no such file, no loss in it, or a line that is not a JSON object.
     """
-    try:
-        lines = path.read_text().splitlines()
-    except OSError as error:
-        raise ConfigError(f"{path}: {error.strerror}; wanted the metrics.jsonl of a run") from None
-    training: dict[int, float] = {}
-    validation: dict[int, float] = {}
-    for number, line in enumerate(lines, start=1):
-        try:
-            row = json.loads(line)
-            iteration = int(row["iteration"])
-        except (ValueError, KeyError, TypeError):
-            if number == len(lines):
-                break
-            raise ConfigError(
-                f"{path}, line {number}: wanted a JSON object with 'iteration', found {line[:80]!r}"
-            ) from None
-        if "lm loss" in row:
-            training[iteration] = float(row["lm loss"])
-        if "validation loss" in row:
-            validation[iteration] = float(row["validation loss"])
-    if not training and not validation:
-        raise ConfigError(f"{path}: {len(lines)} lines and no 'lm loss' among them; has it run?")
-    return LossCurve(training=sorted(training.items()), validation=sorted(validation.items()))
+    rows = read_rows(path)
+
+    def losses(key: str) -> list[tuple[int, float]]:
+        return [(int(row["iteration"]), float(row[key])) for row in rows if key in row]
+
+    return LossCurve(training=losses(LOSS), validation=losses(VALIDATION))
 
 
 def smoothed(values: Sequence[float], window: int) -> list[float]:

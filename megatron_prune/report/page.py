@@ -11,7 +11,7 @@ import csv
 import io
 import json
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from html import escape
 from pathlib import Path
@@ -210,34 +210,35 @@ def beside_files(sections: Sequence[Section]) -> dict[str, Callable[[], bytes]]:
     return files
 
 
-def write_beside(directory: Path, sections: Sequence[Section], *, overwrite: bool) -> list[Path]:
-    """Write every picture and sheet into ``directory``, each file at once; returns their paths.
+def write_beside(
+    directory: Path, files: Mapping[str, Callable[[], bytes]], *, flag: str, overwrite: bool
+) -> None:
+    """Write some of `beside_files` into ``directory``, each file at once.
+
+    Args:
+        flag: that named the directory, for messages.
 
     Raises:
         ConfigError: it is a file, or one of the files is there and ``overwrite`` is not given.
         StorageError: it cannot be made or written.
     """
-    files = beside_files(sections)
-    check_directory(directory)
+    check_directory(directory, flag)
     there = [name for name in files if (directory / name).exists()]
     if there and not overwrite:
         raise ConfigError(
-            f"--png-dir {directory}: holds {there[0]} already; choose another or use --overwrite"
+            f"{flag} {directory}: holds {there[0]} already; choose another or use --overwrite"
         )
     try:
         directory.mkdir(exist_ok=True)
     except OSError as error:
-        raise StorageError(f"--png-dir {directory}: {error.strerror}") from None
+        raise StorageError(f"{flag} {directory}: {error.strerror}") from None
     for name, make in files.items():
         replace_file(directory / name, make())
-    return [directory / name for name in files]
 
 
-def check_directory(directory: Path) -> None:
+def check_directory(directory: Path, flag: str) -> None:
     """Refuse, before any work, a directory that is a file or has no place to be in."""
     if directory.exists() and not directory.is_dir():
-        raise ConfigError(f"--png-dir {directory}: is a file; wanted a directory")
+        raise ConfigError(f"{flag} {directory}: is a file; wanted a directory")
     if not directory.absolute().parent.is_dir():
-        raise StorageError(
-            f"--png-dir {directory}: {directory.parent} does not exist; make it first"
-        )
+        raise StorageError(f"{flag} {directory}: {directory.parent} does not exist; make it first")

@@ -1,4 +1,4 @@
-"""What a report shows of scores, plans and budget searches, section by section.
+"""What a report shows, section by section: first what came of it, then scores, plans and searches.
 
 Every section stands when one of the inputs has something for it: scores without a plan are maps
 with nothing outlined, a plan without scores is maps of what it keeps. Of several criteria the
@@ -30,9 +30,11 @@ from megatron_prune.report.decisions import (
     overlap_masks,
 )
 from megatron_prune.report.inputs import Inputs
+from megatron_prune.report.judged import judged_sections
 from megatron_prune.report.overview import overview_section
 from megatron_prune.report.page import Rows, Section, Sheet, slug
 from megatron_prune.report.pictures import Picture
+from megatron_prune.report.run_sections import run_sections
 from megatron_prune.report.tried import search_section
 from megatron_prune.report.unit_pictures import (
     NARROW,
@@ -77,7 +79,12 @@ def report_sections(inputs: Inputs, config: ModelConfig | None) -> list[Section]
     """
     axes = [_axis_section(inputs, axis) for axis in AXIS_NAMES]
     sections = [*axes, _overlap_section(inputs), search_section(inputs)]
-    return [overview_section(inputs, config), *(s for s in sections if s is not None)]
+    judged = judged_sections(
+        {label: x.values for label, x in inputs.judgements.items()},
+        {label: x.values for label, x in inputs.results.items()},
+    )
+    told = [*judged, *run_sections(inputs.runs)]
+    return [overview_section(inputs, config), *told, *(s for s in sections if s is not None)]
 
 
 def _views(inputs: Inputs, axis: str) -> list[_View]:

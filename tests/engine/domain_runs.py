@@ -68,4 +68,10 @@ def words(load: object, save: object, recipe: object, *more: object) -> list[str
 
 def tables(save: Path) -> dict[int, dict[str, dict[str, float]]]:
     """Iteration -> what the metrics tell of each domain then."""
-    return {row["iteration"]: row["domains"] for row in rows(save) if "domains" in row}
+    found: dict[int, dict[str, dict[str, float]]] = {}
+    for row in rows(save):
+        for key, value in row.items():
+            if key.startswith("domain "):
+                what, name = key.removeprefix("domain ").split("/")
+                found.setdefault(row["iteration"], {}).setdefault(name, {})[what] = value
+    return found

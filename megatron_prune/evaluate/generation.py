@@ -1,0 +1,174 @@
+"""What a model says to a prompt: checked first, tokenised as the model's own tokenizer does."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tqdm import tqdm
+
+from megatron_prune.data.tokenizers import TextTokenizer, load_tokenizer, transformers_tokenizer
+from megatron_prune.engine.decoding import continue_rows
+from megatron_prune.engine.failures import on_first_rank
+from megatron_prune.engine.groups import Groups
+from megatron_prune.engine.model import ModelOptions, build_model, check_model
+from megatron_prune.engine.sampling import Sampling
+from megatron_prune.engine.weights import load_weights
+from megatron_prune.errors import ConfigError
+from megatron_prune.grid import ParallelGrid
+from megatron_prune.shape import ModelConfig
+from megatron_prune.source import Source
+from megatron_prune.store import open_source
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationOptions:
+    """What to continue and how; the fields are the flags of ``generate``."""
+
+    load: Path
+    prompt: str
+    max_new_tokens: int = 64
+    sampling: Sampling = field(default_factory=Sampling)
+    chat: bool = False
+    tokenizer_model: Path | None = None
+    dtype: str = "fp32"
+    transformer_impl: str = "auto"
+    sequence_parallel: bool = False
+    family: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generation:
+    """Attributes:
+    text: the prompt and its continuation; the answer alone in a chat.
+    tokens: those added, the one that ended it included.
+    is_ended: by a token that ends a text, not by the limit.
+    """
+
+    text: str
+    tokens: tuple[int, ...]
+    is_ended: bool
+
+
+def open_for_generation(options: GenerationOptions, grid: ParallelGrid) -> Source:
+    """The model, opened and checked against the options; no weight is read.
+
+    Raises:
+        ConfigError: an option is out of range.
+        ShapeError: the layout does not fit the model.
+        CheckpointError: there is no model at ``load``.
+    """
+    options.sampling.check()
+    source = open_source(options.load, family=options.family)
+    source.config.shape.check_uniform("generate", "transformers on its export")
+    grid.check(source.config.shape)
+    check_model(source.config, _model_options(options, 2 * grid.tensor_parallel), 1)
+    return source
+
+
+def stop_tokens(source: Source, eod: int | None) -> frozenset[int]:
+    """The tokens that end a text: those of generation_config.json, else of config.json, else the
+    tokenizer's, as transformers looks for them."""
+    path = source.companion_files.get("generation_config.json")
+    values = {} if path is None else json.loads(path.read_text())
+    for found in (values.get("eos_token_id"), source.config.hf_config.get("eos_token_id"), eod):
+        if found is not None:
+            return frozenset(found if isinstance(found, list) else [found])
+    return frozenset()
+
+
+def _tokenise(options: GenerationOptions, config: ModelConfig) -> tuple[list[int], TextTokenizer]:
+    """The prompt's tokens, special ones as the tokenizer adds them.
+
+    Raises:
+        ConfigError: no chat template, a tokenizer of another vocabulary, or a prompt that does not
+            fit with what is to be added.
+    """
+    where = options.tokenizer_model or options.load
+    tokenizer = load_tokenizer(where)
+    if options.chat:
+        own = transformers_tokenizer(where)
+        if not own.chat_template:
+            raise ConfigError(
+                f"--chat: the tokenizer of {where} has no chat template; leave it out"
+            )
+        message = [{"role": "user", "content": options.prompt}]
+        text = own.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+        ids = tokenizer.encode(text, add_special_tokens=False)
+    else:
+        ids = tokenizer.encode(options.prompt, add_special_tokens=True)
+    if not ids:
+        raise ConfigError("--prompt: it is empty; wanted at least one token to continue")
+    if max(ids) >= config.shape.vocab_size:
+        raise ConfigError(
+            f"tokenizer {where}: makes token {max(ids)}, the model has a vocabulary of "
+            f"{config.shape.vocab_size}; give the model's own with --tokenizer-model"
+        )
+    _check_length(len(ids), options.max_new_tokens, config)
+    return ids, tokenizer
+
+
+def _check_length(prompt_tokens: int, new_tokens: int, config: ModelConfig) -> None:
+    window = config.sliding_window or config.max_position_embeddings
+    most = min(window, config.max_position_embeddings)
+    if prompt_tokens + new_tokens > most:
+        raise ConfigError(
+            f"--max-new-tokens {new_tokens} behind a prompt of {prompt_tokens} tokens is more than "
+            f"the {most} positions of the model; give {max(0, most - prompt_tokens)} or less"
+        )
+
+
+def _model_options(options: GenerationOptions, seq_length: int) -> ModelOptions:
+    return ModelOptions(
+        seq_length=seq_length,
+        dtype=options.dtype,
+        transformer_impl=options.transformer_impl,
+        sequence_parallel=options.sequence_parallel,
+    )
+
+
+def generate(source: Source, options: GenerationOptions, groups: Groups) -> Generation:
+    """The continuation, on every rank.
+
+    Raises:
+        ConfigError: see `_tokenise`.
+    """
+    groups.ranks.agree("the prompt", repr(options))
+    ids, tokenizer = on_first_rank(groups.ranks, lambda: _tokenise(options, source.config))
+    ends = stop_tokens(source, tokenizer.eod)
+    # rounded up, as sequence parallelism does; rotary positions are made for the length at hand
+    tp = groups.grid.tensor_parallel
+    whole = -(-(len(ids) + options.max_new_tokens) // tp) * tp
+    length = min(whole, source.config.max_position_embeddings // tp * tp)
+    model = build_model(source.config, groups, _model_options(options, max(length, 2)))
+    load_weights(model, source, groups)
+    with tqdm(
+        total=options.max_new_tokens,
+        unit="token",
+        disable=not groups.ranks.is_first,
+        file=sys.stderr,
+        leave=False,
+    ) as bar:
+        (new,) = continue_rows(
+            model,
+            [ids],
+            groups,
+            max_new_tokens=[options.max_new_tokens],
+            is_done=lambda _, tokens: tokens[-1] in ends,
+            sampling=options.sampling,
+            progress=bar.update,
+        )
+    is_ended = new[-1] in ends
+    added = _added_text(tokenizer, ids, new[:-1] if is_ended else new)
+    text = added.lstrip() if options.chat else options.prompt + added
+    return Generation(text=text, tokens=tuple(new), is_ended=is_ended)
+
+
+def _added_text(tokenizer: TextTokenizer, ids: Sequence[int], new: Sequence[int]) -> str:
+    """What ``new`` adds to the text of ``ids``; alone it might lose its leading space."""
+    before, whole = tokenizer.decode(ids), tokenizer.decode([*ids, *new])
+    before = before.rstrip("\N{REPLACEMENT CHARACTER}")  # a character that ``new`` completes
+    return whole[len(before) :] if whole.startswith(before) else tokenizer.decode(new)
