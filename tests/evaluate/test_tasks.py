@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -171,10 +172,8 @@ def test_refused_with_the_harness(models, folder: Path) -> None:
     refused(*load, "--tasks", "pico_bad", *flags, says="pico_bad: its data cannot be read")
 
 
-def test_without_the_harness_it_says_what_to_install(
-    models, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+@pytest.mark.skipif(find_spec("lm_eval") is not None, reason="lm-evaluation-harness is here")
+def test_without_the_harness_it_says_what_to_install(models) -> None:
     says = "not installed; pip install 'megatron_prune[eval]'"
     refused("evaluate", "--load", models("gqa"), "--tasks", "piqa", says=says)
 
