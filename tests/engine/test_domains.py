@@ -257,6 +257,6 @@ def test_a_model_of_no_numbers_names_the_domain(
     )  # fmt: skip
     target = ("--save", tmp_path / "t.json")
     where = ("--load", reference / "gqa")
-    refused("evaluate", *where, says="--data and --domains: both are missing")
+    refused("evaluate", *where, says="give one of --data TEXT, --domains RECIPE and --tasks")
     refused("evaluate", *where, "--domains", recipe, *target, says="add --per-domain")
     refused("evaluate", *where, "--data", recipe, *target, says="--save goes with --domains")

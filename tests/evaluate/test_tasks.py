@@ -181,8 +181,8 @@ def test_without_the_harness_it_says_what_to_install(models) -> None:
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
-        ((), "give one: --data TEXT for a loss, or --tasks"),
-        (("--tasks", "a", "--data", "b"), "give one: --data TEXT"),
+        ((), "give one of --data TEXT, --domains RECIPE and --tasks"),
+        (("--tasks", "a", "--data", "b"), "give one of --data TEXT"),
         (("--data", "b", "--limit", 3), "--limit goes with --tasks"),
         (("--tasks", "a", "--max-windows", 3), "--max-windows goes with --data"),
         (("--tasks", "a", "--num-fewshot", -1), "--num-fewshot -1; wanted 0 or more"),
