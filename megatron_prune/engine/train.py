@@ -485,6 +485,17 @@ class _Lapse:
         return seconds, samples
 
 
+def _opened(
+    options: TrainOptions, groups: Groups
+) -> tuple[Start, Source, list[CorpusFacts], list[Source]]:
+    """All that a run reads, checked."""
+    start, source, facts = open_start(options, groups)
+    teachers = together(
+        groups.ranks, lambda: open_run_teachers(options, start, source, groups.grid)
+    )
+    return start, source, facts, teachers
+
+
 def train(options: TrainOptions, groups: Groups, command: Sequence[str] = ()) -> None:
     """Check everything, then train.
 
@@ -495,14 +506,12 @@ def train(options: TrainOptions, groups: Groups, command: Sequence[str] = ()) ->
         PruneError: whatever cannot be used, before the first weight is read.
         Interrupted: after a signal, everything saved.
     """
-    start, source, facts = open_start(options, groups)
+    start, source, facts, teachers = _opened(options, groups)
     with only_writer(options.save, groups.ranks):
         if on_first_rank(groups.ranks, lambda: find_start(options, mend=False)) != start:
-            source.close()
-            start, source, facts = open_start(options, groups)  # a run has just ended there
-        teachers = together(
-            groups.ranks, lambda: open_run_teachers(options, start, source, groups.grid)
-        )
+            for one in (source, *teachers):
+                one.close()
+            start, source, facts, teachers = _opened(options, groups)  # a run has just ended there
         training = Training(options, groups, start, source, facts, teachers)
         if groups.ranks.is_first:
             processes = groups.ranks.world_size
