@@ -39,8 +39,9 @@ def main() -> None:
     from megatron_prune.engine.distill_options import DistillOptions
     from megatron_prune.engine.groups import model_parallel
     from megatron_prune.engine.options import TrainOptions
+    from megatron_prune.engine.run_inputs import open_inputs
     from megatron_prune.engine.signals import StopSignals
-    from megatron_prune.engine.train import Training, open_run_teachers, open_start
+    from megatron_prune.engine.train import Training
     from megatron_prune.grid import ParallelGrid
 
     with (
@@ -67,11 +68,7 @@ def main() -> None:
                 teachers=(args.model,), top_k=args.top_k, temperature=args.temperature
             ),
         )
-        runs = []
-        for options in (plain, taught):
-            start, source, facts = open_start(options, groups)
-            teachers = open_run_teachers(options, start, source, groups.grid)
-            runs.append(Training(options, groups, start, source, facts, teachers))
+        runs = [Training(one, groups, open_inputs(one, groups)) for one in (plain, taught)]
         distillation = runs[1].distillation
         assert distillation is not None
         seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in TIMED}

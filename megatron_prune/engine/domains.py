@@ -19,7 +19,6 @@ import torch.distributed as dist
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset
 from megatron.core.datasets.indexed_dataset import IndexedDataset
-from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from megatron_prune import axes
@@ -45,10 +44,9 @@ from megatron_prune.engine.failures import on_first_rank
 from megatron_prune.engine.groups import Groups
 from megatron_prune.engine.metrics import MetricsLog
 from megatron_prune.engine.options import TrainOptions
+from megatron_prune.engine.scoring import microbatch_results, microbatches_at_once
 from megatron_prune.errors import ConfigError, DamagedError
 from megatron_prune.shape import ModelConfig
-
-_CALLS_PER_STAGE = 4  # microbatches in flight per pipeline stage: 80% of the stages at work
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -266,15 +264,16 @@ def domain_loss(
     """
     per_step = micro_batch_size * groups.data_parallel
     steps = -(-len(windows) // per_step)
-    stages = groups.grid.pipeline_parallel
-    at_once = 1 if stages == 1 else _CALLS_PER_STAGE * stages
+    at_once = microbatches_at_once(groups)
     sums = torch.zeros(2, dtype=torch.float64, device=groups.device)
     model.eval()
     for first in range(0, steps, at_once):
         count = min(first + at_once, steps) - first
         batches = _batches(samples, windows, first, count, groups, micro_batch_size)
         length = len(samples[windows[0]]["tokens"])
-        for found in _sums(model, batches, count, micro_batch_size, length):
+        for found in microbatch_results(
+            model, batches, count, micro_batch_size, length, _nats_and_tokens
+        ):
             sums += found
     dist.all_reduce(sums)  # tensor-parallel ranks hold the same sums, which cancels
     total, tokens = sums.tolist()
@@ -296,36 +295,9 @@ def _batches(
         yield tokens, labels, mask * counts[:, None]
 
 
-def _sums(
-    model: Any,
-    batches: Iterator[tuple[Tensor, Tensor, Tensor]],
-    count: int,
-    micro_batch_size: int,
-    length: int,
-) -> list[Tensor]:
-    """(nats, tokens) of each microbatch, on the last stage."""
-
-    def forward(batches: Iterator[Any], model: Any) -> tuple[Tensor, object]:
-        tokens, labels, mask = next(batches)
-        losses = model(tokens, None, None, labels=labels)
-
-        def add(losses_bs: Tensor, non_loss_data: bool) -> Tensor:
-            kept = torch.where(mask > 0, losses_bs.double(), 0.0)  # padding's may be anything
-            return torch.stack([kept.sum(), mask.double().sum()])
-
-        return losses, add
-
-    found: list[Tensor] = get_forward_backward_func()(
-        forward_step_func=forward,
-        data_iterator=batches,
-        model=model,
-        num_microbatches=count,
-        seq_length=length,
-        micro_batch_size=micro_batch_size,
-        forward_only=True,
-        collect_non_loss_data=True,
-    )
-    return found
+def _nats_and_tokens(losses_bs: Tensor, mask_bs: Tensor) -> Tensor:
+    kept = torch.where(mask_bs > 0, losses_bs.double(), 0.0)  # padding's may be anything
+    return torch.stack([kept.sum(), mask_bs.double().sum()])
 
 
 # ---- a run's -----------------------------------------------------------------------------------

@@ -8,15 +8,17 @@ from math import prod
 from megatron_prune import axes
 from megatron_prune.engine.checkpoint import find_start
 from megatron_prune.engine.distill import kept_logits_bytes
-from megatron_prune.engine.domains import check_data
 from megatron_prune.engine.groups import data_parallel_size
-from megatron_prune.engine.model import check_model
 from megatron_prune.engine.options import TrainOptions
-from megatron_prune.engine.train import model_options, open_run_teachers, tokenizer_of
+from megatron_prune.engine.run_inputs import (
+    model_options,
+    open_corpora,
+    open_model,
+    open_run_teachers,
+)
 from megatron_prune.grid import ParallelGrid, padded_vocab_size
 from megatron_prune.shape import ModelConfig
 from megatron_prune.source import DTYPES, Source
-from megatron_prune.store import open_source
 
 
 def stage_parameters(config: ModelConfig, grid: ParallelGrid, pp_rank: int) -> int:
@@ -70,12 +72,9 @@ def describe(options: TrainOptions, grid: ParallelGrid, processes: int) -> str:
         PruneError: whatever cannot be used.
     """
     start = find_start(options, mend=False)
-    source = open_source(start.directory, family=options.family)
+    source = open_model(options, start, grid)
+    facts = open_corpora(options, start, source)
     config, copies = source.config, data_parallel_size(grid, processes)
-    config.shape.check_uniform("train", "prune without --nonuniform")
-    grid.check(config.shape)
-    check_model(config, model_options(options), grid.tensor_parallel)
-    facts = check_data(options, start, tokenizer_of(options, source, start), config)
     largest = max(stage_parameters(config, grid, p) for p in range(grid.pipeline_parallel))
     split = copies if options.use_distributed_optimizer else 1
     memory = largest * bytes_per_parameter(options.dtype, split)

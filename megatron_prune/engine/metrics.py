@@ -158,3 +158,19 @@ class MetricsLog:
             self._board.close()
             if self._bar is not None:
                 self._bar.close()
+
+
+class Lapse:
+    """Time and samples since the last logged iteration, without validation and saving."""
+
+    def __init__(self, consumed: int) -> None:
+        self.restart(consumed)
+
+    def restart(self, consumed: int) -> None:
+        self._since, self._from = time.monotonic(), consumed
+
+    def take(self, consumed: int) -> tuple[float, int]:
+        now = time.monotonic()
+        seconds, samples = max(now - self._since, 1e-9), consumed - self._from
+        self.restart(consumed)
+        return seconds, samples

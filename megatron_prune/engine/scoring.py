@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -13,6 +14,16 @@ from megatron_prune.engine.groups import Groups
 from megatron_prune.engine.model import LanguageModel
 
 _CALLS_PER_STAGE = 4  # microbatches in flight per pipeline stage: 80% of the stages at work
+
+
+def microbatches_at_once(groups: Groups) -> int:
+    """How many microbatches to hand to the pipeline in one call."""
+    stages = groups.grid.pipeline_parallel
+    return 1 if stages == 1 else _CALLS_PER_STAGE * stages
+
+
+def _window_means(losses_bS: Tensor) -> Tensor:
+    return losses_bS[:, :-1].double().mean(1)
 
 
 @torch.no_grad()
@@ -42,12 +53,16 @@ def window_losses(
     order[:count] = torch.arange(count)
     batches = order.view(steps, groups.data_parallel, micro_batch_size)[:, groups.dp_rank]
     found = torch.zeros(steps, micro_batch_size, dtype=torch.float64, device=groups.device)
-    at_once = 1 if stages == 1 else _CALLS_PER_STAGE * stages
+    at_once = microbatches_at_once(groups)
     model.eval()
     for first in range(0, steps, at_once):
         last = min(first + at_once, steps)
-        losses = _score(model, (windows_WS[i].to(groups.device) for i in batches[first:last]),
-                        last - first, micro_batch_size, length)  # fmt: skip
+        tokens = (windows_WS[i].to(groups.device) for i in batches[first:last])
+        # the last position has no target: any label will do, its loss is cut off
+        batch = ((tokens_bS, tokens_bS.roll(-1, dims=1)) for tokens_bS in tokens)
+        losses = microbatch_results(
+            model, batch, last - first, micro_batch_size, length, _window_means
+        )
         if groups.is_last_stage:
             found[first:last] = torch.stack(losses).double()
         progress(min(last * per_step, count) - min(first * per_step, count))
@@ -58,16 +73,25 @@ def window_losses(
     return torch.stack(everyone, dim=1).flatten()[:count].cpu()
 
 
-def _score(
-    model: LanguageModel, batches: Iterator[Tensor], count: int, micro_batch_size: int, length: int
+def microbatch_results(
+    model: LanguageModel,
+    batches: Iterator[tuple[Tensor, ...]],
+    count: int,
+    micro_batch_size: int,
+    length: int,
+    reduce: Callable[..., Tensor],
 ) -> list[Tensor]:
-    """Run ``count`` microbatches through the pipeline; the last stage gets their losses."""
+    """What ``reduce`` makes of the losses of ``count`` microbatches, on the last stage.
 
-    def forward(batches: Iterator[Tensor], model: LanguageModel) -> tuple[Tensor, object]:
-        tokens_bS = next(batches)
-        # the last position has no target: any label will do, its loss is cut off
-        out = model(tokens_bS, None, None, labels=tokens_bS.roll(-1, dims=1))
-        return out, lambda losses_bS, non_loss_data: losses_bS[:, :-1].double().mean(1)
+    Args:
+        batches: (tokens [b, S], labels [b, S], ...) on the last and the first stage's device.
+        reduce: (losses [b, S], ...) -> tensor, with what follows the labels in a batch.
+    """
+
+    def forward(batches: Iterator[Any], model: LanguageModel) -> tuple[Tensor, object]:
+        tokens_bS, labels_bS, *rest = next(batches)
+        losses_bS = model(tokens_bS, None, None, labels=labels_bS)
+        return losses_bS, lambda losses_bS, non_loss_data: reduce(losses_bS, *rest)
 
     found: list[Tensor] = get_forward_backward_func()(
         forward_step_func=forward,

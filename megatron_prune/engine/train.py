@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import math
 import sys
-import time
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,7 +18,6 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 from tqdm import tqdm
 
-from megatron_prune.data.sidecar import CorpusFacts
 from megatron_prune.engine.checkpoint import (
     Start,
     find_start,
@@ -28,12 +25,12 @@ from megatron_prune.engine.checkpoint import (
 )
 from megatron_prune.engine.corpora import build_datasets, clean_cache, microbatches
 from megatron_prune.engine.distill import Distillation
-from megatron_prune.engine.domains import DomainLoading, check_data
-from megatron_prune.engine.failures import on_first_rank, together
+from megatron_prune.engine.domains import DomainLoading
+from megatron_prune.engine.failures import on_first_rank
 from megatron_prune.engine.groups import Groups
 from megatron_prune.engine.guard import StepGuard
-from megatron_prune.engine.metrics import MetricsLog, record_command
-from megatron_prune.engine.model import ModelOptions, build_model, check_model
+from megatron_prune.engine.metrics import Lapse, MetricsLog, record_command
+from megatron_prune.engine.model import build_model
 from megatron_prune.engine.optimizer import (
     build_optimizer,
     build_scheduler,
@@ -45,80 +42,16 @@ from megatron_prune.engine.optimizer import (
     wrap_model,
 )
 from megatron_prune.engine.options import TrainOptions
+from megatron_prune.engine.run_inputs import RunInputs, model_options, open_inputs
 from megatron_prune.engine.run_lock import only_writer
 from megatron_prune.engine.saving import Saver
 from megatron_prune.engine.signals import StopSignals
-from megatron_prune.engine.teachers import (
-    check_layers,
-    check_projections,
-    open_teachers,
-    projected_layers,
-)
 from megatron_prune.engine.weights import draw_weights, load_weights
 from megatron_prune.errors import DamagedError, Interrupted
-from megatron_prune.grid import ParallelGrid
-from megatron_prune.source import CastSource, Source
-from megatron_prune.store import open_source
+from megatron_prune.source import CastSource
 from megatron_prune.store.passenger import Passenger
 
 _SKIPPED_STEPS_MAX = 50  # fp16: halving the loss scale from 2**32 to 1 takes 33 steps
-
-
-def model_options(options: TrainOptions) -> ModelOptions:
-    return ModelOptions(
-        seq_length=options.seq_length,
-        dtype=options.dtype,
-        transformer_impl=options.transformer_impl,
-        sequence_parallel=options.sequence_parallel,
-        recompute_granularity=options.recompute_granularity,
-        recompute_method=options.recompute_method,
-        recompute_num_layers=options.recompute_num_layers,
-    )
-
-
-def open_start(options: TrainOptions, groups: Groups) -> tuple[Start, Source, list[CorpusFacts]]:
-    """Where the run starts, its model opened, its corpora checked; no weight is read.
-
-    Raises:
-        PruneError: whatever a user has given and cannot be used.
-    """
-    groups.ranks.agree("the command line", repr(options))
-    start = on_first_rank(groups.ranks, lambda: find_start(options))
-    source = together(groups.ranks, lambda: open_source(start.directory, family=options.family))
-    source.config.shape.check_uniform("train", "prune without --nonuniform")
-    groups.grid.check(source.config.shape)
-    check_model(source.config, model_options(options), groups.grid.tensor_parallel)
-    tokenizer = tokenizer_of(options, source, start)
-    facts = on_first_rank(
-        groups.ranks,
-        lambda: check_data(options, start, tokenizer, source.config),
-    )
-    return start, source, facts
-
-
-def tokenizer_of(options: TrainOptions, source: Source, start: Start) -> Path | None:
-    """Where the tokenizer lies that the corpora must have been made with; None when unknown."""
-    if options.tokenizer_model is not None:
-        return options.tokenizer_model
-    return start.directory if any("token" in name for name in source.companion_files) else None
-
-
-def open_run_teachers(
-    options: TrainOptions, start: Start, source: Source, grid: ParallelGrid
-) -> list[Source]:
-    """The teachers of the run, none without ``--teacher``; see `open_teachers`."""
-    saved = [] if start.state is None else start.state.get("projections", [])
-    if options.distill is None:
-        check_projections(start.directory, saved, [])
-        return []
-    tokenizer, paths = tokenizer_of(options, source, start), options.distill.teachers
-    run = model_options(options)
-    teachers = open_teachers(paths, source, tokenizer, grid, run, options.family)
-    pairs = options.distill.hidden_layers
-    check_layers(pairs, source, teachers[0])
-    if start.state is not None:
-        check_projections(start.directory, saved, projected_layers(pairs, source, teachers))
-    return teachers
 
 
 class Training:
@@ -126,15 +59,8 @@ class Training:
 
     distillation: Distillation | None = None
 
-    def __init__(
-        self,
-        options: TrainOptions,
-        groups: Groups,
-        start: Start,
-        source: Source,
-        facts: Sequence[CorpusFacts],
-        teachers: Sequence[Source] = (),
-    ) -> None:
+    def __init__(self, options: TrainOptions, groups: Groups, inputs: RunInputs) -> None:
+        start, source = inputs.start, inputs.source
         self.options, self.groups, self.config = options, groups, source.config
         self.passenger = Passenger.of(CastSource(source, options.dtype))
         self.iteration, self.consumed = 0, 0
@@ -145,12 +71,12 @@ class Training:
         self._skipped = 0  # in a row, by fp16's loss scale
         self.guard = StepGuard(options, None if start.state is None else start.state.get("guard"))
         self._at = self._batch = 0  # of the step under way: its iteration and its samples
-        self._build_data(facts, start)
-        self._build_model(start, source, teachers)
+        self._build_data(inputs)
+        self._build_model(inputs)
         source.close()
 
-    def _build_data(self, facts: Sequence[CorpusFacts], start: Start) -> None:
-        options = self.options
+    def _build_data(self, inputs: RunInputs) -> None:
+        options, facts = self.options, inputs.facts
         copies = self.groups.data_parallel
         samples = (
             options.samples_after(options.train_iters, copies),
@@ -160,23 +86,26 @@ class Training:
         on_first_rank(self.groups.ranks, lambda: clean_cache(options.cache_path))
         self.domains: DomainLoading | None = None
         if options.domains is not None:
-            self.domains = DomainLoading(options, self.groups, self.config, facts, start.state)
+            self.domains = DomainLoading(
+                options, self.groups, self.config, facts, inputs.start.state
+            )
             self.train_data, self.valid_data = self.domains.train_data, None
             return
         self.train_data, self.valid_data = build_datasets(
             options, facts, samples, self.config.shape.vocab_size
         )
 
-    def _build_model(self, start: Start, source: Source, teachers: Sequence[Source]) -> None:
-        options, groups = self.options, self.groups
-        self.model = build_model(self.config, groups, model_options(options))
+    def _build_model(self, inputs: RunInputs) -> None:
+        options, groups, start = self.options, self.groups, inputs.start
+        built_as = model_options(options)
+        self.model = build_model(self.config, groups, built_as)
         if start.state is None and options.init_random:
             draw_weights(self.model, self.config, groups, options.seed)
         elif start.state is None:
-            load_weights(self.model, source, groups)
+            load_weights(self.model, inputs.source, groups)
         if options.distill is not None:
             self.distillation = Distillation(
-                options.distill, model_options(options), groups, teachers, self.model, options.seed
+                options.distill, built_as, groups, inputs.teachers, self.model, options.seed
             )
         self.ddp = wrap_model(self.model, options)
         self.optimizer = build_optimizer(self.ddp, options)
@@ -338,12 +267,15 @@ class Training:
 
     def validate(self, log: MetricsLog) -> None:
         """Loss on the first ``--eval-iters`` batches of the validation part: always the same."""
-        options, groups = self.options, self.groups
-        if self.domains is not None:
+        if self.domains is None:
+            loss = self._validation_loss()
+        else:
             loss = self.domains.validate(self.model, log, self.iteration, self.consumed)
-            self.validated_at = self.iteration
-            log.validation(self.iteration, self.consumed, loss)
-            return
+        self.validated_at = self.iteration
+        log.validation(self.iteration, self.consumed, loss)
+
+    def _validation_loss(self) -> float:
+        options, groups = self.options, self.groups
         count = options.batch_size(groups.data_parallel) // (
             options.micro_batch_size * groups.data_parallel
         )
@@ -355,8 +287,7 @@ class Training:
                 data = microbatches(self.valid_data, first, count, options.micro_batch_size, groups)
                 share += self._run(data, count, forward_only=True)
         (loss,) = self._sum_over_ranks(share / options.eval_iters)
-        self.validated_at = self.iteration
-        log.validation(self.iteration, self.consumed, loss)
+        return loss
 
     def _is_due(self, interval: int | None) -> bool:
         return interval is not None and self.iteration % interval == 0
@@ -415,7 +346,7 @@ class Training:
         options = self.options
         if self._must_validate():  # the run before was stopped between step and validation
             self.validate(log)
-        lapse = _Lapse(self.consumed)
+        lapse = Lapse(self.consumed)
         while self.iteration < options.train_iters:
             rate = learning_rate(self.optimizer)
             loss, norm, stop = self.step(signals)
@@ -447,7 +378,7 @@ class Training:
     def _is_done(self) -> bool:
         return self.iteration == self.options.train_iters
 
-    def _log(self, log: MetricsLog, rate: float, norm: float | None, lapse: _Lapse) -> None:
+    def _log(self, log: MetricsLog, rate: float, norm: float | None, lapse: Lapse) -> None:
         seconds, samples = lapse.take(self.consumed)
         steps, self._losses = self._losses, []
         finite = [loss for loss in steps if math.isfinite(loss)]
@@ -469,33 +400,6 @@ class Training:
         )
 
 
-class _Lapse:
-    """Time and samples since the last logged iteration, without validation and saving."""
-
-    def __init__(self, consumed: int) -> None:
-        self.restart(consumed)
-
-    def restart(self, consumed: int) -> None:
-        self._since, self._from = time.monotonic(), consumed
-
-    def take(self, consumed: int) -> tuple[float, int]:
-        now = time.monotonic()
-        seconds, samples = max(now - self._since, 1e-9), consumed - self._from
-        self.restart(consumed)
-        return seconds, samples
-
-
-def _opened(
-    options: TrainOptions, groups: Groups
-) -> tuple[Start, Source, list[CorpusFacts], list[Source]]:
-    """All that a run reads, checked."""
-    start, source, facts = open_start(options, groups)
-    teachers = together(
-        groups.ranks, lambda: open_run_teachers(options, start, source, groups.grid)
-    )
-    return start, source, facts, teachers
-
-
 def train(options: TrainOptions, groups: Groups, command: Sequence[str] = ()) -> None:
     """Check everything, then train.
 
@@ -506,13 +410,12 @@ def train(options: TrainOptions, groups: Groups, command: Sequence[str] = ()) ->
         PruneError: whatever cannot be used, before the first weight is read.
         Interrupted: after a signal, everything saved.
     """
-    start, source, facts, teachers = _opened(options, groups)
+    inputs = open_inputs(options, groups)
     with only_writer(options.save, groups.ranks):
-        if on_first_rank(groups.ranks, lambda: find_start(options, mend=False)) != start:
-            for one in (source, *teachers):
-                one.close()
-            start, source, facts, teachers = _opened(options, groups)  # a run has just ended there
-        training = Training(options, groups, start, source, facts, teachers)
+        if on_first_rank(groups.ranks, lambda: find_start(options, mend=False)) != inputs.start:
+            inputs.close()
+            inputs = open_inputs(options, groups)  # a run has just ended there
+        training = Training(options, groups, inputs)
         if groups.ranks.is_first:
             processes = groups.ranks.world_size
             record_command(options.save, command, iteration=training.iteration, processes=processes)

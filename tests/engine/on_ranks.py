@@ -178,7 +178,7 @@ def gradients(
     ``wanted`` is a Hugging Face directory with transformers' gradients in place of the weights.
     """
     from megatron_prune import axes
-    from megatron_prune.engine import train, weights
+    from megatron_prune.engine import run_inputs, train, weights
     from megatron_prune.engine.groups import model_parallel
     from megatron_prune.engine.loss import real_columns
     from megatron_prune.engine.model import build_model
@@ -195,7 +195,7 @@ def gradients(
         )  # fmt: skip
         run = train.Training.__new__(train.Training)
         run.options, run.groups = given, groups
-        run.model = build_model(source.config, groups, train.model_options(given))
+        run.model = build_model(source.config, groups, run_inputs.model_options(given))
         weights.load_weights(run.model, source, groups)
         run.ddp = wrap_model(run.model, given)
         run.optimizer = build_optimizer(run.ddp, given)

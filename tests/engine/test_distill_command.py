@@ -120,8 +120,9 @@ def test_the_teacher_is_left_as_it_is(
     from megatron_prune.engine.distill_options import DistillOptions
     from megatron_prune.engine.groups import model_parallel
     from megatron_prune.engine.options import TrainOptions
+    from megatron_prune.engine.run_inputs import open_inputs
     from megatron_prune.engine.signals import StopSignals
-    from megatron_prune.engine.train import Training, open_run_teachers, open_start
+    from megatron_prune.engine.train import Training
     from megatron_prune.grid import ParallelGrid
 
     options = TrainOptions(
@@ -131,9 +132,7 @@ def test_the_teacher_is_left_as_it_is(
     )  # fmt: skip
     before = directory_bytes(teacher)
     with model_parallel(ParallelGrid()) as groups, StopSignals() as signals:
-        start, source, facts = open_start(options, groups)
-        found = open_run_teachers(options, start, source, groups.grid)
-        run = Training(options, groups, start, source, facts, found)
+        run = Training(options, groups, open_inputs(options, groups))
         assert run.distillation is not None
         (model,) = run.distillation.teachers
         kept = {name: x.clone() for name, x in model.state_dict().items() if x is not None}
