@@ -1,0 +1,184 @@
+"""What recovery buys: constant or dynamic domains, LM loss or distillation, pruned or random.
+
+  python benchmarks/recovery.py --source runs/models/SmolLM2-135M-Instruct \\
+      --pruned RUN_DIR/pruned --corpus runs/corpus --bf16
+
+``--pruned`` is what the walk has pruned (``scripts/prune_llama.sh``), ``--corpus`` a directory of
+``NAME.train.jsonl`` and ``NAME.eval.txt`` for each domain (``tools/make_default_corpus.py``). Every
+row is one `train` on the same number of tokens and one `evaluate` a domain, on text that is not
+trained on. ``equal time`` rows get fewer steps: as many as fit into the time of the LM rows, by the
+median seconds of a step in this run. Work is kept in ``--work``: what is there is not run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+WARM_UP = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """How a run differs: what it starts from, how domains are weighted, what it learns from."""
+
+    dynamic: bool = False
+    distilled: bool = False
+    random: bool = False
+    equal_time: bool = False
+
+
+ROWS = {
+    "LM loss, constant": Row(),
+    "LM loss, dynamic": Row(dynamic=True),
+    "distilled, constant": Row(distilled=True),
+    "distilled, dynamic": Row(distilled=True, dynamic=True),
+    "distilled, constant, equal time": Row(distilled=True, equal_time=True),
+    "distilled, dynamic, equal time": Row(distilled=True, dynamic=True, equal_time=True),
+    "random weights, LM loss, constant": Row(random=True),
+}
+
+
+def run(*words: object) -> None:
+    command = [sys.executable, "-m", "megatron_prune", *map(str, words)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)}\n{done.stderr}")
+
+
+class Bench:
+    """The domains, the targets of the source model, and the rows made so far."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args, self.work = args, args.work.resolve()
+        self.work.mkdir(parents=True, exist_ok=True)
+        self.engine = ["--bf16"] if args.bf16 else []
+        self.cut = ["--seq-length", args.seq_length, "--split", "95,5,0"]
+        self.names = sorted(p.name.split(".")[0] for p in args.corpus.glob("*.train.jsonl"))
+        self.recipe = self.work / "domains.yaml"
+        targets = self.work / "targets.json"
+        if not targets.exists():
+            self._prepare(targets)
+
+    def _prepare(self, targets: Path) -> None:
+        """Tokenise, and measure what the source model reaches on each domain."""
+        domains = []
+        for name in self.names:
+            prefix = self.work / f"{name}_text_document"
+            if not prefix.with_suffix(".idx").exists():
+                run("preprocess", "--input", self.args.corpus / f"{name}.train.jsonl",
+                    "--json-key", "text", "--tokenizer-model", self.args.source,
+                    "--output-prefix", self.work / name, "--append-eod")  # fmt: skip
+            domains.append({"name": name, "prefixes": [str(prefix)], "weight": 1})
+        self.recipe.write_text(yaml.safe_dump({"domains": domains}))
+        run("evaluate", "--load", self.args.source, "--domains", self.recipe, "--per-domain",
+            "--max-windows", self.args.eval_iters * self.args.global_batch_size, "--save", targets,
+            *self.cut, *self.engine)  # fmt: skip
+        self.recipe.write_text(yaml.safe_dump({"targets": str(targets), "domains": domains}))
+
+    def steps(self, row: Row) -> int:
+        if not row.equal_time:
+            return int(self.args.steps)
+        seconds = [
+            self.seconds(
+                next(name for name, one in ROWS.items() if one == Row(distilled=distilled))
+            )
+            for distilled in (False, True)
+        ]
+        return round(self.args.steps * seconds[0] / seconds[1])
+
+    def _rows(self, name: str) -> list[dict[str, float]]:
+        lines = (self.save(name) / "metrics.jsonl").read_text().splitlines()
+        return [json.loads(line) for line in lines]
+
+    def seconds(self, name: str) -> float:
+        """Median of a step."""
+        found = [row["seconds"] for row in self._rows(name) if "lm loss" in row]
+        return statistics.median(found[WARM_UP:])
+
+    def save(self, name: str) -> Path:
+        return self.work / name.replace(",", "").replace(" ", "_")
+
+    def train(self, name: str, row: Row) -> None:
+        args, steps = self.args, self.steps(row)
+        flags = ["--domain-weighting", "dynamic" if row.dynamic else "constant"]
+        if row.dynamic:
+            flags += ["--domain-update-interval", args.update_interval]
+        flags += ["--teacher", args.source] if row.distilled else []
+        flags += ["--init-random"] if row.random else []
+        run("train", "--load", args.pruned, "--save", self.save(name), "--domains", self.recipe,
+            "--train-iters", steps, "--micro-batch-size", args.micro_batch_size,
+            "--global-batch-size", args.global_batch_size, "--lr", args.lr, "--min-lr",
+            args.lr / 10, "--lr-decay-style", "cosine", "--lr-warmup-iters", steps // 10,
+            "--eval-iters", args.eval_iters, "--eval-interval", args.update_interval,
+            "--log-interval", 1, *self.cut, *flags, *self.engine)  # fmt: skip
+
+    def bits_per_byte(self, checkpoint: Path, where: Path) -> list[float]:
+        """Of each domain's held-out text."""
+        found = []
+        for name in self.names:
+            result = where / f"{name}.evaluate.json"
+            if not result.exists():
+                run("evaluate", "--load", checkpoint, "--data",
+                    self.args.corpus / f"{name}.eval.txt", "--seq-length", 512, "--max-windows",
+                    self.args.windows, "--json", result, *self.engine)  # fmt: skip
+            found.append(float(json.loads(result.read_text())["bits_per_byte"]))
+        return found
+
+    def shares(self, name: str) -> list[float]:
+        """What was drawn of each domain, by the last validation."""
+        told = [row for row in self._rows(name) if f"domain token share/{self.names[0]}" in row]
+        return [told[-1][f"domain token share/{domain}"] for domain in self.names]
+
+
+def _line(name: str, steps: object, seconds: str, bits: list[float], shares: str) -> None:
+    mean = statistics.fmean(bits)
+    cells = " | ".join(f"{x:.3f}" for x in bits)
+    print(f"| {name} | {steps} | {seconds} | {cells} | {mean:.3f} | {shares} |", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--source", type=Path, required=True, help="teacher, and the targets")
+    parser.add_argument("--pruned", type=Path, required=True, help="where every row starts")
+    parser.add_argument(
+        "--corpus", type=Path, required=True, help="NAME.train.jsonl, NAME.eval.txt"
+    )
+    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--seq-length", type=int, default=256)
+    parser.add_argument("--micro-batch-size", type=int, default=4)
+    parser.add_argument("--global-batch-size", type=int, default=4)
+    parser.add_argument("--lr", type=float, default=5e-4)
+    parser.add_argument("--update-interval", type=int, default=20, help="steps, of dynamic weights")
+    parser.add_argument("--eval-iters", type=int, default=4, help="batches of each domain")
+    parser.add_argument("--windows", type=int, default=16, help="judged, of 512 tokens a domain")
+    parser.add_argument("--bf16", action="store_true")
+    parser.add_argument("--work", type=Path, default=Path("runs/recovery"), help="where to work")
+    parser.add_argument("--only", default="", help="part of a row's name")
+    args = parser.parse_args()
+    bench = Bench(args)
+    columns = [f"{name} bits/byte" for name in bench.names]
+    print(f"| run | steps | s a step | {' | '.join(columns)} | mean | drawn |")
+    print("|" + "---|" * (len(columns) + 5))
+    for name, checkpoint in (("source", args.source), ("pruned", args.pruned)):
+        where = bench.work / name
+        where.mkdir(exist_ok=True)
+        _line(name, 0, "", bench.bits_per_byte(checkpoint, where), "")
+    for name, row in ROWS.items():
+        if args.only not in name:
+            continue
+        bench.train(name, row)
+        bits = bench.bits_per_byte(bench.save(name), bench.save(name))
+        shares = " / ".join(f"{share:.2f}" for share in bench.shares(name))
+        _line(name, bench.steps(row), f"{bench.seconds(name):.2f}", bits, shares)
+
+
+if __name__ == "__main__":
+    main()
