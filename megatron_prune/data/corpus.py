@@ -273,8 +273,10 @@ def _start_worker(encoder: Encoder) -> None:
 
 
 def _end_with_parent() -> None:
-    """A worker waits for work on a pipe it holds both ends of, so it would outlive a killed "
-    "parent."""
+    """Leave when the parent is killed.
+
+    A worker waits for work on a pipe it holds both ends of, and would not notice.
+    """
     parent = multiprocessing.parent_process()
     assert parent is not None
     wait([parent.sentinel])

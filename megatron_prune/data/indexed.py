@@ -54,8 +54,7 @@ def token_dtype(vocab_size: int) -> np.dtype[Any]:
 
 
 def corpus_path(prefix: str | Path, suffix: str) -> Path:
-    """``/data/en_text_document`` and ``.idx`` -> ``/data/en_text_document.idx``; dots in names "
-    "are kept."""
+    """``/data/en_text_document`` and ``.idx``, joined; dots in names are kept."""
     return Path(f"{prefix}{suffix}")
 
 

@@ -33,8 +33,7 @@ class SentenceSplitter:
 
 
 def load_splitter(texts: Iterable[str]) -> SentenceSplitter:
-    """The splitter for a corpus that begins with ``texts``, of which only as much as needed is "
-    "drawn."""
+    """The splitter for a corpus that begins with ``texts``; draws only as many as it needs."""
     try:
         return SentenceSplitter(origin="nltk punkt_tab english", punkt=PunktTokenizer("english"))
     except LookupError:

@@ -182,8 +182,7 @@ def load_tokenizer(path: str | Path) -> TextTokenizer:
 
 
 def _companion_directory(path: Path) -> Path:
-    """Where the tokenizer's files of a Megatron checkpoint lie; ``path`` itself for other "
-    "directories."""
+    """Where a Megatron checkpoint has its tokenizer's files; other directories: ``path``."""
     tracker = path / TRACKER
     if not tracker.is_file():
         return path / "hf" if (path / "hf").is_dir() else path
@@ -196,8 +195,7 @@ def _companion_directory(path: Path) -> Path:
     if not folder.is_dir():
         raise ConfigError(
             f"tokenizer {path}: this Megatron checkpoint has no {folder.relative_to(path)}, so it "
-            "does "
-            "not carry its tokenizer; name the model's Hugging Face directory instead"
+            "does not carry its tokenizer; name the model's Hugging Face directory instead"
         )
     return folder
 
@@ -305,8 +303,10 @@ def _do_the_same(left: _Backend, right: _Backend, texts: Sequence[str]) -> bool:
 
 
 def _unreadable(path: Path, error: BaseException) -> BaseException:
-    """Our error for what a tokenizer library raised; Rust's panics are BaseExceptions, as Ctrl-C "
-    "is."""
+    """Our error for what a tokenizer library raised.
+
+    Rust's panics are BaseExceptions, as Ctrl-C is.
+    """
     if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
         return error
     said = " ".join(str(error).split())[:200]
