@@ -120,14 +120,14 @@ class Bench:
             "--eval-iters", args.eval_iters, "--eval-interval", args.update_interval,
             "--log-interval", 1, *self.cut, *flags, *self.engine)  # fmt: skip
 
-    def bits_per_byte(self, checkpoint: Path, where: Path) -> list[float]:
+    def bits_per_byte(self, name: str, checkpoint: Path) -> list[float]:
         """Of each domain's held-out text."""
         found = []
-        for name in self.names:
-            result = where / f"{name}.evaluate.json"
+        for domain in self.names:
+            result = self.work / f"{self.save(name).name}.{domain}.json"
             if not result.exists():
                 run("evaluate", "--load", checkpoint, "--data",
-                    self.args.corpus / f"{name}.eval.txt", "--seq-length", 512, "--max-windows",
+                    self.args.corpus / f"{domain}.eval.txt", "--seq-length", 512, "--max-windows",
                     self.args.windows, "--json", result, *self.engine)  # fmt: skip
             found.append(float(json.loads(result.read_text())["bits_per_byte"]))
         return found
@@ -168,14 +168,12 @@ def main() -> None:
     print(f"| run | steps | s a step | {' | '.join(columns)} | mean | drawn |")
     print("|" + "---|" * (len(columns) + 5))
     for name, checkpoint in (("source", args.source), ("pruned", args.pruned)):
-        where = bench.work / name
-        where.mkdir(exist_ok=True)
-        _line(name, 0, "", bench.bits_per_byte(checkpoint, where), "")
+        _line(name, 0, "", bench.bits_per_byte(name, checkpoint), "")
     for name, row in ROWS.items():
         if args.only not in name:
             continue
         bench.train(name, row)
-        bits = bench.bits_per_byte(bench.save(name), bench.save(name))
+        bits = bench.bits_per_byte(name, bench.save(name))
         shares = " / ".join(f"{share:.2f}" for share in bench.shares(name))
         _line(name, bench.steps(row), f"{bench.seconds(name):.2f}", bits, shares)
 
