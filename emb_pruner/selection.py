@@ -1,0 +1,128 @@
+"""Which K tokens to keep, by how often a corpus has each.
+
+All methods keep what is mandatory and a closed set: see `forest`. ``leaf`` takes tokens away from
+the outside (leaf-based vocabulary pruning, arXiv:2512.03989); ``closure`` adds the most frequent
+with their parts; ``prefix`` adds the earliest learned and needs no corpus.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from emb_pruner.forest import Forest
+from megatron_prune.errors import ConfigError
+
+PRIOR = 0.05  # share of the corpus that the prior is worth
+
+
+def with_prior(forest: Forest, counts_V: NDArray[np.int64], share: float) -> NDArray[np.float64]:
+    """Counts as if the corpus had gone on for ``share`` of its length in the tokenizer's own.
+
+    Of that the tokens' frequencies are taken as Zipf's law of their ranks, 1 / (rank + 10): it
+    orders what a small corpus has not met.
+    """
+    weights_V = 1 / (np.asarray(forest.rank, dtype=np.float64) + 10)
+    total = max(float(counts_V.sum()), 1.0)
+    return counts_V + share * total * weights_V / weights_V.sum()
+
+
+def leaf(forest: Forest, counts_V: NDArray[np.float64], size: int) -> set[int]:
+    """Take the cheapest leaf, hand its count to its parts, until ``size`` are left.
+
+    A leaf is a token that no kept token is merged from. Its count is what the corpus grows by when
+    it goes: each time it came up, its two parts do.
+    """
+    kept = forest.closure(set(range(forest.size)) - forest.dead)
+    costs, children = counts_V.astype(np.float64), np.zeros(forest.size, dtype=np.int64)
+    for token in kept:
+        for part in forest.parts[token] or ():
+            children[part] += 1
+
+    def is_leaf(token: int) -> bool:
+        return children[token] == 0 and token not in forest.mandatory
+
+    def entry(token: int) -> tuple[float, int, int]:
+        return float(costs[token]), -forest.rank[token], token
+
+    heap = [entry(token) for token in kept if is_leaf(token)]
+    heapq.heapify(heap)
+    while len(kept) > size:
+        cost, _, token = heapq.heappop(heap)
+        if cost != costs[token]:  # it was handed counts since
+            heapq.heappush(heap, entry(token))
+            continue
+        kept.discard(token)
+        for part in forest.parts[token] or ():
+            costs[part] += costs[token]
+            children[part] -= 1
+        for part in set(forest.parts[token] or ()):
+            if is_leaf(part):
+                heapq.heappush(heap, entry(part))
+    return kept
+
+
+def _grow(forest: Forest, order: list[int], size: int) -> set[int]:
+    """Add tokens in turn, each with its parts, while they fit."""
+    kept = set(forest.required)
+    while len(kept) < size:  # again for what was too large a step
+        for token in order:
+            more = forest.closure([token]) - kept
+            if len(kept) + len(more) <= size:
+                kept |= more
+    return kept
+
+
+def closure(forest: Forest, counts_V: NDArray[np.float64], size: int) -> set[int]:
+    """The most frequent tokens, each with its parts."""
+    alive = (token for token in range(forest.size) if token not in forest.dead)
+    return _grow(
+        forest, sorted(alive, key=lambda token: (-counts_V[token], forest.rank[token])), size
+    )
+
+
+def prefix(forest: Forest, counts_V: NDArray[np.float64], size: int) -> set[int]:
+    """The tokens that were learned first; the counts are not looked at."""
+    alive = (token for token in range(forest.size) if token not in forest.dead)
+    return _grow(forest, sorted(alive, key=lambda token: forest.rank[token]), size)
+
+
+METHODS: dict[str, Callable[[Forest, NDArray[np.float64], int], set[int]]] = {
+    "leaf": leaf,
+    "closure": closure,
+    "prefix": prefix,
+}
+
+
+def select(
+    forest: Forest,
+    size: int,
+    *,
+    method: str,
+    counts_V: NDArray[np.int64] | None,
+    prior: float = PRIOR,
+) -> tuple[int, ...]:
+    """The kept tokens, ascending: ``size`` of them.
+
+    Args:
+        counts_V: [V] int64, how often each token came up; None needs ``prefix``.
+
+    Raises:
+        ConfigError: a size below what is mandatory or above what there is, or no counts.
+    """
+    alive = len(forest.closure(set(range(forest.size)) - forest.dead))
+    if not len(forest.required) <= size <= alive:
+        raise ConfigError(
+            f"--vocab-size-remain {size}: {len(forest.required)} tokens have to stay and "
+            f"{alive} of {forest.size} can be produced; wanted a size between"
+        )
+    if counts_V is None:
+        if method != "prefix":
+            raise ConfigError(f"--method {method} needs --counts; without them: --method prefix")
+        counts_V = np.zeros(forest.size, dtype=np.int64)
+    kept = METHODS[method](forest, with_prior(forest, counts_V, prior), size)
+    assert len(kept) == size, (len(kept), size)
+    return tuple(sorted(kept))

@@ -1,0 +1,100 @@
+"""The decision as a file: which tokens of which tokenizer stay.
+
+One permutation serves the tokenizer's files and the rows of the model: the kept ids in ascending
+order, so that a token's new id is its place among them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import pairwise
+from pathlib import Path
+
+from megatron_prune.errors import PlanError
+
+VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class VocabPlan:
+    """Attributes:
+    kept: ids of the source tokenizer, ascending.
+    source_size: tokens of the source tokenizer, added ones included; a model may have more rows.
+    tokenizer_digest: of the source tokenizer, as `megatron_prune.data.tokenizers` has it.
+    method: how the tokens were chosen.
+    balance_for: TP size for which no padding is needed.
+    reasons: how many tokens stay for which reason.
+    """
+
+    kept: tuple[int, ...]
+    source_size: int
+    tokenizer_digest: str
+    method: str
+    balance_for: int = 1
+    reasons: Mapping[str, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.kept or self.kept[0] < 0 or self.kept[-1] >= self.source_size:
+            raise PlanError(f"kept: wanted ids from 0 to {self.source_size - 1}, at least one")
+        if any(a >= b for a, b in pairwise(self.kept)):
+            raise PlanError("kept: not sorted, or an id stands twice")
+
+    @property
+    def size(self) -> int:
+        return len(self.kept)
+
+    @cached_property
+    def new_ids(self) -> dict[int, int]:
+        """Old id -> new id, of kept tokens."""
+        return {old: new for new, old in enumerate(self.kept)}
+
+    def to_json(self) -> str:
+        values = {
+            "version": VERSION,
+            "tokenizer_digest": self.tokenizer_digest,
+            "source_size": self.source_size,
+            "size": self.size,
+            "method": self.method,
+            "balance_for": self.balance_for,
+            "reasons": dict(self.reasons),
+            "kept": list(self.kept),
+        }
+        lines = [f" {json.dumps(key)}: {json.dumps(value)}" for key, value in values.items()]
+        return "{\n" + ",\n".join(lines) + "\n}\n"
+
+
+def load_vocab_plan(path: Path) -> VocabPlan:
+    """Read a plan file.
+
+    Raises:
+        PlanError: missing, not a vocabulary plan, another version, or one that contradicts itself.
+    """
+    try:
+        values = json.loads(path.read_text())
+        if values["version"] != VERSION:
+            raise PlanError(f"version {values['version']!r}; this reads version {VERSION}")
+        kept = values["kept"]
+        if not all(type(token) is int for token in kept):
+            raise PlanError("kept: holds something other than integers")
+        plan = VocabPlan(
+            kept=tuple(kept),
+            source_size=int(values["source_size"]),
+            tokenizer_digest=str(values["tokenizer_digest"]),
+            method=str(values["method"]),
+            balance_for=int(values["balance_for"]),
+            reasons={str(key): int(count) for key, count in values["reasons"].items()},
+        )
+        if plan.size != values["size"]:
+            raise PlanError(f"size says {values['size']}, kept has {plan.size} tokens")
+        return plan
+    except OSError as error:
+        raise PlanError(f"--plan {path}: {error.strerror}") from None
+    except PlanError as error:
+        raise PlanError(f"--plan {path}: {error}") from None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise PlanError(
+            f"--plan {path}: not a vocabulary plan: {type(error).__name__} {error}"
+        ) from None
