@@ -16,6 +16,7 @@ import traceback
 from collections.abc import Sequence
 
 from megatron_prune import __version__
+from megatron_prune.cli import vocab
 from megatron_prune.cli.recipe import expand_recipe, with_dashes
 from megatron_prune.errors import PruneError
 from megatron_prune.ranks import is_first_rank
@@ -29,6 +30,7 @@ STAGES = {
     "prune": "cut the checkpoint as the plan says",
     "reshard": "change TP, PP or the format of a Megatron checkpoint",
     "verify": "check every tensor of a pruned checkpoint against source and plan",
+    "vocab": "a smaller tokenizer with its rows: count, plan, prune",
     "preprocess": "text to Megatron's .bin/.idx",
     "train": "continued pretraining, from any checkpoint",
     "evaluate": "loss, perplexity, bits per byte",
@@ -50,8 +52,17 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _stage(argv: Sequence[str]) -> tuple[str, Sequence[str]]:
+    """The stage's name, such as ``prune`` or ``vocab prune``, and the arguments after it."""
+    stage = _parser().parse_args(argv[:1]).stage
+    if stage != "vocab":
+        return stage, argv[1:]
+    action = vocab.parser().parse_args(argv[1:2]).action
+    return f"{stage} {action}", argv[2:]
+
+
 def _stage_arguments(stage: str, argv: Sequence[str]) -> tuple[object, argparse.Namespace]:
-    module = importlib.import_module(f"megatron_prune.cli.{stage}")
+    module = importlib.import_module(f"megatron_prune.cli.{stage.replace(' ', '_')}")
     parser = argparse.ArgumentParser(
         prog=f"megatron-prune {stage}",
         description=module.__doc__,
@@ -69,8 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in argv
     try:
-        stage = _parser().parse_args(argv[:1]).stage
-        module, args = _stage_arguments(stage, argv[1:])
+        module, args = _stage_arguments(*_stage(argv))
         args.argv = argv  # for stages that record what was asked of them
         module.run(args)  # type: ignore[attr-defined]
     except PruneError as error:

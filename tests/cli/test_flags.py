@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from megatron_prune.cli import STAGES
+from megatron_prune.cli.vocab import ACTIONS
 from megatron_prune.errors import ConfigError
 from tests.pico import directory_bytes, ok, refused, run
 
@@ -22,7 +23,7 @@ Models, Shards, Plans = Callable[[str], Path], Callable[..., Path], Callable[[st
 FILE_STAGES = ("convert", "inspect", "plan", "prune", "report", "reshard", "verify")
 
 
-@pytest.mark.parametrize("stage", sorted(STAGES))
+@pytest.mark.parametrize("stage", sorted(set(STAGES) - {"vocab"}))
 def test_help_of_every_stage_explains_it(stage: str) -> None:
     text = ok(stage, "--help").out
     usage, about, *_ = text.split("\n\n")
@@ -46,8 +47,15 @@ def test_help_lists_every_stage_in_the_order_of_the_walk() -> None:
     assert places == sorted(places)
 
 
+def test_help_of_vocab_lists_its_actions() -> None:
+    text = ok("vocab", "--help").out
+    places = [text.index(f"\n  {action} ") for action in ACTIONS]
+    assert places == sorted(places)
+
+
 def test_an_unknown_stage_or_flag_is_a_usage_error() -> None:
-    for argv in (["slice"], [], ["inspect"], ["inspect", "x", "--frobnicate"]):
+    wrong = (["slice"], [], ["inspect"], ["inspect", "x", "--frobnicate"], ["vocab"])
+    for argv in (*wrong, ["vocab", "slice"]):
         done = run(*argv)
         assert done.code == 2 and "usage: megatron-prune" in done.err
 
