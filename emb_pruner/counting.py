@@ -60,12 +60,6 @@ class TokenCounter:
     def cutter(self) -> Cutter:
         return cutter_for(self.vocabulary)
 
-    @cached_property
-    def size(self) -> int:
-        """Ids of the tokenizer: the largest there is and one."""
-        known: int | None = getattr(self.vocabulary, "size", None)
-        return self.vocabulary.forest.size if known is None else known
-
     def __call__(self, piece: Piece) -> Tally:
         if isinstance(piece, Ids):
             return self._ids(piece)
@@ -77,12 +71,12 @@ class TokenCounter:
     def _ids(self, piece: Ids) -> Tally:
         path, dtype = corpus_path(piece.prefix, ".bin"), np.dtype(piece.dtype)
         found = np.fromfile(path, dtype, piece.count, offset=piece.start * dtype.itemsize)
-        wrong = (found < 0) | (found >= self.size)
+        wrong = (found < 0) | (found >= self.vocabulary.size)
         if wrong.any():
             at = int(wrong.argmax())
             raise ConfigError(
                 f"{path}: token {piece.start + at} has the id {found[at]}, {self._path} has "
-                f"{self.size} ids; the corpus was made with another tokenizer"
+                f"{self.vocabulary.size} ids; the corpus was made with another tokenizer"
             )
         ids, counts = np.unique(found, return_counts=True)
         return Tally(
@@ -139,7 +133,7 @@ def count_tokens(
         DistributedError: a worker process died.
     """
     inputs = list(inputs)
-    counts_V = np.zeros(counter.size, dtype=np.int64)
+    counts_V = np.zeros(counter.vocabulary.size, dtype=np.int64)
     sizes = dict.fromkeys(("bytes", "characters", "documents"), 0)
     for piece, tally in map_pieces(read_pieces(inputs, counter.cutter), counter, workers):
         counts_V[tally.ids] += tally.counts

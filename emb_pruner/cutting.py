@@ -19,10 +19,13 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from emb_pruner.formats import Vocabulary
+from emb_pruner.formats.sentencepiece import SentencePiece
 from emb_pruner.formats.spelling import SPACE, crosses_words
+from emb_pruner.formats.tiktoken import Tiktoken
 from emb_pruner.formats.tokenizer_json import TokenizerJson
 
 _MARKS = r"!-/:-@\[-`{-~"  # ASCII's printable characters that are no letters or digits
@@ -77,9 +80,13 @@ class Cutter:
 
     def pieces(self, text: str) -> Sequence[str]:
         """What can be encoded one by one in place of the text."""
-        if self.cut is None or any(token in text for token in self.added):
+        if self.cut is None or (self._added and self._added.search(text)):
             return [text]
         return self.cut(text)
+
+    @cached_property
+    def _added(self) -> re.Pattern[str] | None:
+        return re.compile("|".join(map(re.escape, self.added))) if self.added else None
 
     def last_border(self, text: str) -> tuple[int, int] | None:
         """The last place to cut a text of which more follows: end of one part, start of the next.
@@ -110,6 +117,11 @@ def cutter_for(vocabulary: Vocabulary) -> Cutter:
     """How texts can be cut for a tokenizer."""
     if isinstance(vocabulary, TokenizerJson):
         return of_tokenizer_json(vocabulary.document)
+    if isinstance(vocabulary, SentencePiece):
+        return of_sentencepiece(vocabulary.proto)
+    if isinstance(vocabulary, Tiktoken):
+        family = vocabulary.family
+        return of_tiktoken(family.pattern, family.specials, family.normal_form)
     return WHOLE
 
 
@@ -130,9 +142,8 @@ def of_tokenizer_json(document: Mapping[str, Any]) -> Cutter:
     if strips or any(SPACE in text or re.search(r"\s|^$", text) for text in added):
         return WHOLE
     if _is_gpt2_like(splitters) and all(step == {"type": "NFC"} for step in normalizers):
-        # an added token that is sought in the normalised text might not be seen in the raw one
-        normalized = bool(normalizers) and any(token["normalized"] for token in tokens)
-        return WHOLE if normalized else _byte_level(added)
+        sought = [token["content"] for token in tokens if token["normalized"]]
+        return WHOLE if normalizers and _may_be_composed(sought) else _byte_level(added)
     model = document["model"]
     if model.get("type", "BPE") != "BPE" or any(map(crosses_words, model["vocab"])):
         return WHOLE
@@ -160,12 +171,22 @@ def of_sentencepiece(model: Any) -> Cutter:
     return _words(_WORD_SPACE if normalizer.add_dummy_prefix else _WORD_START, ())
 
 
-def of_tiktoken(pattern: str, added: Iterable[str]) -> Cutter:
-    """From the pattern of an ``Encoding``, and its special tokens."""
+def of_tiktoken(pattern: str, added: Iterable[str], normal_form: str | None = None) -> Cutter:
+    """From the pattern of an ``Encoding``, its special tokens, and what is done before."""
     added = list(added)
     if pattern not in PATTERNS or any(re.search(r"\s|^$", text) for text in added):
         return WHOLE
+    if normal_form is not None and (normal_form != "NFC" or _may_be_composed(added)):
+        return WHOLE
     return _byte_level(added)
+
+
+def _may_be_composed(added: Iterable[str]) -> bool:
+    """NFC may make one of them of a text that does not spell it out.
+
+    Of ASCII only ``K``, ``;`` and a backtick stand in the place of other characters.
+    """
+    return any(not token.isascii() or set(token) & set("K;`") for token in added)
 
 
 def _steps(document: Mapping[str, Any], part: str) -> list[dict[str, Any]]:

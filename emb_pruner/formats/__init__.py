@@ -27,10 +27,12 @@ class Vocabulary(Protocol):
     Attributes:
         path: what it was opened from; `open_vocabulary` of it gives the same again, in a worker.
         kind: for reports: ``tokenizers BPE``, ``SentencePiece Unigram``, ``tiktoken``...
+        size: the largest id and one, added tokens included.
     """
 
     path: Path
     kind: str
+    size: int
 
     @property
     def forest(self) -> Forest:

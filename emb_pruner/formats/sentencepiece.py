@@ -115,6 +115,7 @@ class SentencePiece:
             self.pieces = [piece.piece for piece in self.proto.pieces]
         except (RuntimeError, ValueError) as error:
             raise unreadable(file, error) from None
+        self.size = len(self.pieces)
         # Unigram adds up scores along a text in float32: where two cuts are worth the same, what
         # came before decides.
         self._has_words = not self.is_unigram and not any(map(crosses_words, self.pieces))
@@ -135,7 +136,7 @@ class SentencePiece:
 
     @cached_property
     def forest(self) -> Forest:
-        mandatory, size = fixed_pieces(self.proto), len(self.pieces)
+        mandatory, size = fixed_pieces(self.proto), self.size
         parts, unmade = [None] * size, set[int]()
         if not self.is_unigram:
             parts, unmade = self._merged()
@@ -152,7 +153,7 @@ class SentencePiece:
         )
 
     def _merged(self) -> tuple[list[Any], set[int]]:
-        texts, size = list(self.pieces), len(self.pieces)
+        texts, size = list(self.pieces), self.size
         found = {
             piece.piece: (-piece.score, id)
             for id, piece in enumerate(self.proto.pieces)

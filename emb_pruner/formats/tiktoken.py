@@ -51,6 +51,7 @@ class Tiktoken:
         self.tokens = {id: to_letters(token) for token, id in self.ranks.items()}
         self.tokens |= {id: name for name, id in self.specials.items()}
         self.ids = {token: id for id, token in self.tokens.items()}
+        self.size = len(self.ids)
 
     @cached_property
     def _encoding(self) -> Any:
@@ -73,7 +74,6 @@ class Tiktoken:
 
     @cached_property
     def forest(self) -> Forest:
-        size = len(self.ids)
         texts = {id: token for token, id in self.ranks.items()}
         atoms = {
             id: [self.ranks[token[at : at + 1]] for at in range(len(token))]
@@ -84,7 +84,7 @@ class Tiktoken:
             rank = self.ranks.get(texts[left] + texts[right])
             return None if rank is None else (rank, rank)
 
-        parts, _ = bpe_parts(atoms, merge, size)  # the others are found whole
+        parts, _ = bpe_parts(atoms, merge, self.size)  # the others are found whole
         mandatory = {id: "byte" for token, id in self.ranks.items() if len(token) == 1}
         mandatory |= dict.fromkeys(self.specials.values(), "special")
         tried = {}
@@ -93,7 +93,7 @@ class Tiktoken:
                 tried[id] = text
         return forest(
             parts=parts,
-            order=list(range(size)),
+            order=list(range(self.size)),
             mandatory=mandatory,
             dead=never_found(self.encode, tried),
         )

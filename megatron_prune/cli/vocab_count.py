@@ -75,7 +75,9 @@ def _count(args: argparse.Namespace) -> Counts:
         raise ConfigError("--tokenizer PATH is missing: whose tokens to count in --input")
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # processes are counted by --workers alone
     counter = TokenCounter(args.tokenizer, args.json_key)
-    corpora = check_corpora(args.input, args.input_kind, counter.vocabulary.digest, counter.size)
+    corpora = check_corpora(
+        args.input, args.input_kind, counter.vocabulary.digest, counter.vocabulary.size
+    )
     with byte_bar("count") as start:
         tell = start(sum(corpus.file_bytes for corpus in corpora))
         return count_tokens(counter, corpora, workers=args.workers, tell=tell)

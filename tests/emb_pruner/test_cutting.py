@@ -6,6 +6,7 @@ import json
 import random
 import re
 import sys
+import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -216,7 +217,7 @@ def test_words_are_wrong_for_a_vocabulary_that_crosses_them() -> None:
         {"lstrip": True},
         {"single_word": True},
         {"content": "an end"},
-        {"normalizer": {"type": "NFC"}, "normalized": True},
+        {"normalizer": {"type": "NFC"}, "normalized": True, "content": "<|KEY|>"},
     ],
     ids=str,
 )
@@ -253,6 +254,16 @@ def test_a_border_is_found_from_afar_and_not_beside_added_tokens() -> None:
     text = "ab cd<|end|> e<|end|> <|end|>" + "x" * 100_000
     assert cutter.last_border(text) == (2, 3)
     assert cutter.last_border("x" * 100_000) is None
+
+
+def test_normalising_makes_no_other_ascii() -> None:
+    made = {
+        letter
+        for number in range(0x80, sys.maxunicode + 1)
+        for letter in unicodedata.normalize("NFC", chr(number))
+        if letter.isascii()
+    }
+    assert made == set("K;`")
 
 
 def test_pythons_classes_lie_within_those_of_the_patterns() -> None:
