@@ -192,8 +192,10 @@ class TokenizerJson:
         """Name -> content of what `write` writes; the plan is not checked."""
         text = dump_document(pruned_document(self.document, self.ids, plan))
         check_numbers(text, self.ids, plan)
-        files = {} if self.folder is None else pruned_companions(self.folder, plan)
-        if self.folder is None or (self.folder / "tokenizer.json").is_file():
+        if self.folder is None:
+            return {self.path.name: text.encode()}
+        files = pruned_companions(self.folder, plan)
+        if (self.folder / "tokenizer.json").is_file():
             files["tokenizer.json"] = text.encode()
         return files
 

@@ -65,6 +65,21 @@ def _unigram(folder: Path) -> Path:
     return _sentencepiece(folder, "unigram", byte_fallback=False)
 
 
+def _unigram_json(folder: Path) -> Path:
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.Unigram())
+    tokenizer.normalizer = normalizers.NFKC()
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Metaspace()
+    trainer = trainers.UnigramTrainer(
+        vocab_size=900, special_tokens=["<unk>", "</s>"], unk_token="<unk>", show_progress=False
+    )
+    tokenizer.train_from_iterator(prose(), trainer)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return folder / "tokenizer.json"
+
+
 def _llama(folder: Path) -> Path:
     """A directory with the same vocabulary as tokenizer.json and as a SentencePiece model."""
     from transformers import LlamaTokenizer
@@ -102,6 +117,7 @@ FORMATS = {
     "tokenizers BPE": _byte_level,
     "SentencePiece BPE": _spm_bpe,
     "SentencePiece Unigram": _unigram,
+    "tokenizers Unigram": _unigram_json,
     "llama": _llama,
     "tiktoken": _tiktoken,
 }

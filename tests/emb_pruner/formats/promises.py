@@ -73,12 +73,21 @@ def strange_texts(vocabulary: Vocabulary, count: int, seed: int = 0) -> Iterator
 
 
 def broken_units(
-    source: Vocabulary, pruned: Vocabulary, plan: VocabPlan, texts: Iterable[str]
+    source: Vocabulary,
+    pruned: Vocabulary,
+    plan: VocabPlan,
+    texts: Iterable[str],
+    seen: set[str] | None = None,
 ) -> tuple[int, list[str]]:
-    """Units whose tokens are all kept: how many different ones, and those that changed."""
-    units = dict.fromkeys(unit for text in texts for unit in source.units(text))
+    """Units whose tokens are all kept: how many different ones, and those that changed.
+
+    Args:
+        seen: those that were looked at before; the new ones are added.
+    """
+    seen = set() if seen is None else seen
     checked, broken = 0, []
-    names = list(units)
+    names = sorted({unit for text in texts for unit in source.units(text)} - seen)
+    seen.update(names)
     for unit, old, new in zip(names, source.encode_units(names), pruned.encode_units(names)):
         if all(id in plan.new_ids for id in old):
             checked += 1

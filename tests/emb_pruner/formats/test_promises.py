@@ -10,9 +10,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from emb_pruner.formats import Vocabulary, open_vocabulary
+from emb_pruner.formats.sentencepiece import UNUSED, read_model
 from megatron_prune.data.tokenizers import load_tokenizer
 from megatron_prune.errors import PlanError
-from tests.emb_pruner.formats.conftest import prose
+from tests.emb_pruner.formats.conftest import make, prose
 from tests.emb_pruner.formats.promises import (
     broken_units,
     plan_of,
@@ -68,7 +69,7 @@ def test_texts_come_back_as_before(vocabulary: Vocabulary, pruned: Vocabulary) -
 def test_without_closure_units_of_kept_tokens_change(
     vocabulary: Vocabulary, tmp_path: Path
 ) -> None:
-    if vocabulary.kind == "SentencePiece Unigram":
+    if "Unigram" in vocabulary.kind:
         pytest.skip("nothing is merged: every set is closed")
     plan = unclosed_plan(vocabulary, SIZE)
     open_one = write_unchecked(vocabulary, plan, tmp_path)
@@ -111,3 +112,30 @@ def test_a_plan_for_another_tokenizer_is_refused(
 
 def test_it_opens_again_from_its_path(vocabulary: Vocabulary) -> None:
     assert open_vocabulary(vocabulary.path).digest == vocabulary.digest
+
+
+def test_it_opens_from_a_megatron_checkpoint(tmp_path: Path) -> None:
+    (folder := tmp_path / "iter_0000007/hf").mkdir(parents=True)
+    alone = make("tokenizers BPE", folder)
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("7")
+    carried = open_vocabulary(tmp_path)
+    assert carried.path == tmp_path and carried.digest == alone.digest
+    assert carried.write(some_plan(alone, SIZE), tmp_path) == alone.write(
+        some_plan(alone, SIZE), tmp_path
+    )
+
+
+def test_pieces_that_sentencepiece_splits_again_stay(tmp_path: Path) -> None:
+    """UNUSED pieces are merged and then given back in two: what is kept must not change by that."""
+    path = make("SentencePiece BPE", tmp_path).path
+    proto = read_model(path)
+    for id in range(300, 500, 10):
+        if len(proto.pieces[id].piece) > 1:
+            proto.pieces[id].type = UNUSED
+    path.write_bytes(proto.SerializeToString())
+    source = open_vocabulary(path)
+    assert list(source.forest.mandatory.values()).count("unused") >= 15
+    plan = some_plan(source, SIZE)
+    pruned = write(source, plan, tmp_path / "pruned")
+    checked, broken = broken_units(source, pruned, plan, [*prose(), *strange_texts(source, 500)])
+    assert checked > 300 and broken == []

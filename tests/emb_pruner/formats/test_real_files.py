@@ -16,6 +16,7 @@ import pytest
 
 from emb_pruner.formats import Vocabulary, open_vocabulary
 from emb_pruner.formats.ranks import read_ranks
+from megatron_prune.data.tokenizers import transformers_tokenizer
 from tests.emb_pruner.formats.conftest import prose
 from tests.emb_pruner.formats.promises import (
     broken_units,
@@ -31,7 +32,7 @@ from tests.emb_pruner.formats.promises import (
 DATA = Path(os.environ.get("MEGATRON_PRUNE_DATA", "no such folder"))
 FILES = {
     "llama2": (DATA / "llama2.tokenizer.model", 16000),
-    "smollm2": (Path("runs/models/SmolLM2-135M-Instruct"), 16384),
+    "smollm2": (Path(__file__).parents[3] / "runs/models/SmolLM2-135M-Instruct", 16384),
     "qwen": (Path(os.environ.get("QWEN_TIKTOKEN", "no such file")), 65536),
 }
 UNITS = 100_000
@@ -61,10 +62,10 @@ def test_no_unit_of_100_000_changes(real: tuple[Vocabulary, int], tmp_path: Path
     vocabulary, size = real
     plan = some_plan(vocabulary, size)
     pruned, source = write(vocabulary, plan, tmp_path), texts(vocabulary)
-    checked, number = 0, 0
+    checked, number, seen = 0, 0, set[str]()
     while checked < UNITS:
         batch = list(islice(source, 20_000))
-        found, broken = broken_units(vocabulary, pruned, plan, batch)
+        found, broken = broken_units(vocabulary, pruned, plan, batch, seen)
         assert broken == []
         assert texts_that_change(vocabulary, pruned, batch) == []
         checked, number = checked + found, number + len(batch)
@@ -90,6 +91,20 @@ def test_every_kept_token_can_be_produced(real: tuple[Vocabulary, int], tmp_path
     }
     assert pruned.forest.unreachable(set(range(size))) == set()
     print(f"\n{vocabulary.kind}: {len(pruned.forest.dead)} of {size} dead")
+
+
+@pytest.mark.skipif(not FILES["smollm2"][0].is_dir(), reason="no SmolLM2")
+def test_a_real_chat_template_renders_to_the_mapped_ids(tmp_path: Path) -> None:
+    source = open_vocabulary(FILES["smollm2"][0])
+    messages = [{"role": "user", "content": "Why is the naïve café closed? 你好\n\n  x = 1"}]
+    text = transformers_tokenizer(source.path).apply_chat_template(messages, tokenize=False)
+    old = source.encode([text])[0]
+    plan = plan_of(source, source.forest.closure(old) | source.forest.required)
+    source.write(plan, tmp_path)
+    pruned = transformers_tokenizer(tmp_path)
+    assert pruned.apply_chat_template(messages, tokenize=False) == text
+    ids = pruned.apply_chat_template(messages, tokenize=True, return_dict=False)
+    assert ids == [plan.new_ids[id] for id in old] and pruned.eos_token_id in ids
 
 
 @pytest.mark.skipif(not FILES["qwen"][0].exists(), reason="no Qwen ranks")
