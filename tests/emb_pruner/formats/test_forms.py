@@ -11,9 +11,16 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from emb_pruner.formats import Vocabulary, open_vocabulary
 from emb_pruner.formats.json_writing import pruned_document
+from emb_pruner.formats.sentencepiece import UNUSED, read_model
 from megatron_prune.data.tokenizers import load_tokenizer, transformers_tokenizer
 from tests.emb_pruner.formats.conftest import TEMPLATE, make, prose
-from tests.emb_pruner.formats.promises import plan_of, some_plan, strange_texts, write
+from tests.emb_pruner.formats.promises import (
+    plan_of,
+    some_plan,
+    strange_texts,
+    write,
+    write_unchecked,
+)
 
 SIZE = 640
 MESSAGES = [
@@ -54,6 +61,31 @@ def test_sentencepiece_and_fast_form_agree_where_the_originals_do(tmp_path: Path
     agreed = set(texts) - disagreements(slow, fast, texts)
     assert len(agreed) > 1000
     assert disagreements(pruned_slow, pruned, texts) & agreed == set()
+
+
+def test_without_a_character_the_two_forms_disagree(tmp_path: Path) -> None:
+    """SentencePiece merges characters that it has no piece for, `tokenizers` cannot."""
+    (folder := tmp_path / "source").mkdir()
+    fast = make("llama", folder)
+    alone = open_vocabulary(folder / "tokenizer.model")
+    letter = fast.ids["k"]  # type: ignore[attr-defined]
+    assert fast.forest.mandatory[letter] == alone.forest.mandatory[letter] == "character"
+    (bare := tmp_path / "tokenizer.json").write_bytes((folder / "tokenizer.json").read_bytes())
+    assert open_vocabulary(bare).forest.mandatory[letter] == "character"
+    plan = plan_of(fast, set(range(fast.forest.size)) - {letter})
+    pruned = write_unchecked(fast, plan, tmp_path / "pruned")
+    slow = open_vocabulary(tmp_path / "pruned/tokenizer.model")
+    assert disagreements(slow, pruned, prose())
+
+
+def test_a_directory_keeps_what_its_sentencepiece_form_needs(tmp_path: Path) -> None:
+    fast = make("llama", tmp_path)
+    long = next(id for id in range(500, 700) if len(fast.token(id)) > 2)
+    assert long not in fast.forest.mandatory
+    proto = read_model(tmp_path / "tokenizer.model")
+    proto.pieces[long].type = UNUSED
+    (tmp_path / "tokenizer.model").write_bytes(proto.SerializeToString())
+    assert open_vocabulary(tmp_path).forest.mandatory[long] == "unused"
 
 
 @pytest.mark.parametrize("name", ["tokenizers BPE", "llama", "tiktoken"])
