@@ -36,7 +36,7 @@ def leaf(forest: Forest, counts_V: NDArray[np.float64], size: int) -> set[int]:
     A leaf is a token that no kept token is merged from. Its count is what the corpus grows by when
     it goes: each time it came up, its two parts do.
     """
-    kept = forest.closure(set(range(forest.size)) - forest.dead)
+    kept = _usable(forest)
     costs, children = counts_V.astype(np.float64), np.zeros(forest.size, dtype=np.int64)
     for token in kept:
         for part in forest.parts[token] or ():
@@ -65,6 +65,11 @@ def leaf(forest: Forest, counts_V: NDArray[np.float64], size: int) -> set[int]:
     return kept
 
 
+def _usable(forest: Forest) -> set[int]:
+    """Tokens that come up, and what they are merged from: that alone may never come up."""
+    return forest.closure(set(range(forest.size)) - forest.dead)
+
+
 def _grow(forest: Forest, order: list[int], size: int) -> set[int]:
     """Add tokens in turn, each with its parts, while they fit."""
     kept = set(forest.required)
@@ -78,16 +83,13 @@ def _grow(forest: Forest, order: list[int], size: int) -> set[int]:
 
 def closure(forest: Forest, counts_V: NDArray[np.float64], size: int) -> set[int]:
     """The most frequent tokens, each with its parts."""
-    alive = (token for token in range(forest.size) if token not in forest.dead)
-    return _grow(
-        forest, sorted(alive, key=lambda token: (-counts_V[token], forest.rank[token])), size
-    )
+    order = sorted(_usable(forest), key=lambda token: (-counts_V[token], forest.rank[token]))
+    return _grow(forest, order, size)
 
 
 def prefix(forest: Forest, counts_V: NDArray[np.float64], size: int) -> set[int]:
     """The tokens that were learned first; the counts are not looked at."""
-    alive = (token for token in range(forest.size) if token not in forest.dead)
-    return _grow(forest, sorted(alive, key=lambda token: forest.rank[token]), size)
+    return _grow(forest, sorted(_usable(forest), key=lambda token: forest.rank[token]), size)
 
 
 METHODS: dict[str, Callable[[Forest, NDArray[np.float64], int], set[int]]] = {
@@ -113,7 +115,7 @@ def select(
     Raises:
         ConfigError: a size below what is mandatory or above what there is, or no counts.
     """
-    alive = len(forest.closure(set(range(forest.size)) - forest.dead))
+    alive = len(_usable(forest))
     if not len(forest.required) <= size <= alive:
         raise ConfigError(
             f"--vocab-size-remain {size}: {len(forest.required)} tokens have to stay and "

@@ -52,7 +52,8 @@ class Vocabulary(Protocol):
         """What the text is cut into before tokens are sought; each is tokenised by itself.
 
         ``encode([text])[0]`` is the ids of its units one after the other. Units are in the
-        tokenizer's own spelling (``Ġthe``, ``▁the``): for `encode_units`, not for `encode`.
+        tokenizer's own spelling (``Ġthe``, ``▁the``): for `encode_units`, not for `encode`. With
+        Unigram a whole text may be one.
         """
 
     def encode_units(self, units: Sequence[str]) -> list[list[int]]:
