@@ -13,6 +13,7 @@ from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 
+from emb_pruner.forest import Forest
 from megatron_prune.errors import PlanError
 
 VERSION = 1
@@ -98,3 +99,31 @@ def load_vocab_plan(path: Path) -> VocabPlan:
         raise PlanError(
             f"--plan {path}: not a vocabulary plan: {type(error).__name__} {error}"
         ) from None
+
+
+def check_fits(plan: VocabPlan, forest: Forest, digest: str, name: str) -> None:
+    """Refuse a plan that does not keep the promises of `forest`.
+
+    Args:
+        digest: of the tokenizer at hand.
+        name: where it was read, for messages.
+
+    Raises:
+        PlanError: made for another tokenizer, without a mandatory token, or not closed.
+    """
+    if plan.tokenizer_digest != digest or plan.source_size != forest.size:
+        raise PlanError(
+            f"tokenizer {name}: the plan was made for another one ({plan.source_size} tokens, "
+            f"{plan.tokenizer_digest[:12]}; here {forest.size}, {digest[:12]}); plan again"
+        )
+    kept = set(plan.kept)
+    if missing := sorted(forest.required - kept):
+        raise PlanError(
+            f"tokenizer {name}: the plan drops {len(missing)} tokens that have to stay "
+            f"({', '.join(map(str, missing[:8]))}...); plan again"
+        )
+    if missing := sorted(forest.unreachable(kept)):
+        raise PlanError(
+            f"tokenizer {name}: the plan keeps {len(missing)} tokens without what they are merged "
+            f"from ({', '.join(map(str, missing[:8]))}...); plan again"
+        )

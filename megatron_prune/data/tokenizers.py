@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -132,8 +132,7 @@ class TextTokenizer:
         self.name = name
         self.eod = eod
         self.vocab_size = len(vocab)
-        by_id = sorted((number, token) for token, number in vocab.items())
-        self.digest = hashlib.sha256(json.dumps(by_id, separators=(",", ":")).encode()).hexdigest()
+        self.digest = vocabulary_digest(vocab)
 
     def vocab(self) -> dict[str, int]:
         """Token -> id, added ones included."""
@@ -152,6 +151,12 @@ class TextTokenizer:
         return self._backend.decode(ids)
 
 
+def vocabulary_digest(vocab: Mapping[str, int]) -> str:
+    """See `TextTokenizer`; of token -> id."""
+    by_id = sorted((number, token) for token, number in vocab.items())
+    return hashlib.sha256(json.dumps(by_id, separators=(",", ":")).encode()).hexdigest()
+
+
 def load_tokenizer(path: str | Path) -> TextTokenizer:
     """The tokenizer at ``path``; see the module for what a path may be.
 
@@ -162,13 +167,7 @@ def load_tokenizer(path: str | Path) -> TextTokenizer:
     path = Path(path)
     if path.is_file():
         return _from_file(path)
-    if not path.is_dir():
-        raise ConfigError(
-            f"tokenizer {path}: no such file or directory; wanted a Hugging Face directory, a "
-            "tokenizer.json, a SentencePiece .model file or a Megatron checkpoint written by "
-            "convert"
-        )
-    folder = _companion_directory(path)
+    folder = tokenizer_directory(path)
     if not any((folder / sign).is_file() for sign in _SIGNS):
         raise ConfigError(
             f"tokenizer {path}: no tokenizer files in {folder}; wanted one of {', '.join(_SIGNS)}"
@@ -181,8 +180,18 @@ def load_tokenizer(path: str | Path) -> TextTokenizer:
     return _from_transformers(folder)
 
 
-def _companion_directory(path: Path) -> Path:
-    """Where a Megatron checkpoint has its tokenizer's files; other directories: ``path``."""
+def tokenizer_directory(path: Path) -> Path:
+    """Where a Megatron checkpoint has its tokenizer's files; other directories: ``path``.
+
+    Raises:
+        ConfigError: not a directory, or a checkpoint without a tokenizer.
+    """
+    if not path.is_dir():
+        raise ConfigError(
+            f"tokenizer {path}: no such file or directory; wanted a Hugging Face directory, a "
+            "tokenizer.json, a SentencePiece .model file or a Megatron checkpoint written by "
+            "convert"
+        )
     tracker = path / TRACKER
     if not tracker.is_file():
         return path / "hf" if (path / "hf").is_dir() else path
@@ -214,7 +223,7 @@ def _from_file(path: Path) -> TextTokenizer:
     try:
         tokenizer = Tokenizer.from_file(str(path))
     except BaseException as error:
-        raise _unreadable(path, error) from None
+        raise unreadable(path, error) from None
     return TextTokenizer(_Fast(tokenizer), name=str(path), eod=None)
 
 
@@ -232,7 +241,7 @@ def _from_sentencepiece(path: Path) -> TextTokenizer:
         RuntimeError,
         ValueError,
     ) as error:  # ValueError: a message or a piece that is not UTF-8
-        raise _unreadable(path, error) from None
+        raise unreadable(path, error) from None
 
 
 def transformers_tokenizer(path: Path) -> Any:
@@ -245,10 +254,15 @@ def transformers_tokenizer(path: Path) -> Any:
         raise ConfigError(
             f"tokenizer {path}: wanted the directory of a model; a single file has no chat template"
         )
-    return _read_by_transformers(_companion_directory(path))
+    return read_by_transformers(tokenizer_directory(path))
 
 
-def _read_by_transformers(folder: Path) -> Any:
+def read_by_transformers(folder: Path) -> Any:
+    """Transformers' tokenizer of a directory, from its files alone; no code of its author is run.
+
+    Raises:
+        ConfigError, DamagedError: see `load_tokenizer`.
+    """
     from transformers import AutoConfig, AutoTokenizer
 
     try:
@@ -262,11 +276,11 @@ def _read_by_transformers(folder: Path) -> Any:
             local_files_only=True,
         )
     except BaseException as error:
-        raise _unreadable(folder, error) from None
+        raise unreadable(folder, error) from None
 
 
 def _from_transformers(folder: Path) -> TextTokenizer:
-    tokenizer = _read_by_transformers(folder)
+    tokenizer = read_by_transformers(folder)
     backend: _Backend = _Python(tokenizer)
     if tokenizer.is_fast:
         from tokenizers import Tokenizer
@@ -302,7 +316,7 @@ def _do_the_same(left: _Backend, right: _Backend, texts: Sequence[str]) -> bool:
     )
 
 
-def _unreadable(path: Path, error: BaseException) -> BaseException:
+def unreadable(path: Path, error: BaseException) -> BaseException:
     """Our error for what a tokenizer library raised.
 
     Rust's panics are BaseExceptions, as Ctrl-C is.
