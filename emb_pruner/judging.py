@@ -73,5 +73,7 @@ def judge(
 def dead_tokens(source: Vocabulary, pruned: Vocabulary, plan: VocabPlan) -> list[int]:
     """Kept tokens, by their old ids, that can no longer be produced and could be before."""
     return sorted(
-        plan.kept[token] for token in pruned.forest.dead if plan.kept[token] not in source.forest.dead
+        plan.kept[token]
+        for token in pruned.forest.dead
+        if plan.kept[token] not in source.forest.dead
     )
