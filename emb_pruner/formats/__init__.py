@@ -13,8 +13,12 @@ from typing import Protocol
 
 from emb_pruner.forest import Forest
 from emb_pruner.vocab_plan import VocabPlan
-from megatron_prune.data.tokenizers import tokenizer_directory
+from megatron_prune.data.tokenizers import document_by_transformers, tokenizer_directory
 from megatron_prune.errors import ConfigError
+
+_WANTED = (
+    "a tokenizer.json, a SentencePiece .model file, tiktoken ranks, or a directory with one of them"
+)
 
 
 class Vocabulary(Protocol):
@@ -70,15 +74,37 @@ def open_vocabulary(path: Path) -> Vocabulary:
         ConfigError: nothing there, or a tokenizer that cannot be pruned, by its name.
         DamagedError: a tokenizer's file that cannot be read as one.
     """
-    from emb_pruner.formats import tokenizer_json
-
     path = Path(path)
-    if path.is_file() and path.suffix == ".json":
-        return tokenizer_json.open_file(path)
+    if path.is_file():
+        return _of_file(path)
+    from emb_pruner.formats.sentencepiece import SentencePiece
+    from emb_pruner.formats.tiktoken import Tiktoken
+    from emb_pruner.formats.tokenizer_json import TokenizerJson, check_model, read_document
+
     folder = tokenizer_directory(path)
+    described = (folder / "tokenizer_config.json").is_file()
     if (folder / "tokenizer.json").is_file():
-        return tokenizer_json.open_file(folder / "tokenizer.json", path)
-    raise ConfigError(
-        f"tokenizer {path}: wanted a tokenizer.json, a SentencePiece .model file, tiktoken ranks, "
-        "or a directory with one of them"
-    )
+        return TokenizerJson(path, read_document(folder / "tokenizer.json"), folder=folder)
+    if ranks := sorted(folder.glob("*.tiktoken")):
+        return Tiktoken(path, ranks[0])
+    if (folder / "tokenizer.model").is_file() and not described:
+        return SentencePiece(path, folder / "tokenizer.model")
+    if not (described or (folder / "vocab.json").is_file()):
+        raise ConfigError(f"tokenizer {path}: no tokenizer files in {folder}; wanted {_WANTED}")
+    document = document_by_transformers(folder)
+    check_model(path, document["model"])
+    return TokenizerJson(path, document, folder=folder)
+
+
+def _of_file(path: Path) -> Vocabulary:
+    from emb_pruner.formats.sentencepiece import SentencePiece
+    from emb_pruner.formats.tiktoken import Tiktoken
+    from emb_pruner.formats.tokenizer_json import TokenizerJson, read_document
+
+    if path.suffix == ".tiktoken":
+        return Tiktoken(path, path)
+    if path.suffix == ".model":
+        return SentencePiece(path, path)
+    if path.suffix == ".json":
+        return TokenizerJson(path, read_document(path))
+    raise ConfigError(f"tokenizer {path}: wanted {_WANTED}")

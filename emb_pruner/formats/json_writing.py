@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from emb_pruner.vocab_plan import VocabPlan
@@ -117,3 +118,10 @@ def check_numbers(text: str, ids: Mapping[str, int], plan: VocabPlan) -> None:
                 "source's ids have gaps, write its added tokens into model.vocab first"
             )
     assert len(found) == len(wanted), (len(found), len(wanted))
+
+
+def write_files(files: Mapping[str, bytes], directory: Path) -> list[str]:
+    """Write each under its name; the names, sorted."""
+    for name, content in files.items():
+        (directory / name).write_bytes(content)
+    return sorted(files)

@@ -14,8 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from emb_pruner.forest import Forest, Parts
+from emb_pruner.formats.companions import fixed_by_companions, pruned_companions
 from emb_pruner.formats.growing import bpe_parts, forest, never_found
-from emb_pruner.formats.json_writing import check_numbers, dump_document, pruned_document
+from emb_pruner.formats.json_writing import (
+    check_numbers,
+    dump_document,
+    pruned_document,
+    write_files,
+)
 from emb_pruner.formats.spelling import (
     BYTE_TOKEN,
     SPACE,
@@ -40,24 +46,34 @@ def read_document(path: Path) -> dict[str, Any]:
     """
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
-        kind = document["model"].get("type", "BPE" if "merges" in document["model"] else "?")
+        document["model"].get("type")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DamagedError(
             f"tokenizer {path}: not a tokenizer.json ({type(error).__name__} {error}); copy it "
             "again from its source"
         ) from None
+    check_model(path, document["model"])
+    return dict(document)
+
+
+def check_model(path: Path, model: dict[str, Any]) -> None:
+    """Refuse by name what cannot be pruned.
+
+    Raises:
+        ConfigError: WordPiece, WordLevel and other models.
+    """
+    kind = model.get("type", "BPE" if "merges" in model else "?")
     if kind not in MODELS:
         raise ConfigError(
             f"tokenizer {path}: its model is {kind}; vocabularies of {' and '.join(MODELS)} "
             "models, SentencePiece and tiktoken can be pruned"
         )
     for name in ("continuing_subword_prefix", "end_of_word_suffix"):
-        if document["model"].get(name):
+        if model.get(name):
             raise ConfigError(
-                f"tokenizer {path}: {name} {document['model'][name]!r}; vocabularies that mark the "
-                "ends of words inside of tokens cannot be pruned"
+                f"tokenizer {path}: {name} {model[name]!r}; vocabularies that mark the ends of "
+                "words inside of tokens cannot be pruned"
             )
-    return dict(document)
 
 
 def merge_pairs(model: dict[str, Any]) -> Iterator[tuple[str, str]]:
@@ -81,13 +97,15 @@ class TokenizerJson:
 
     Args:
         path: what a user named.
-        document: of the tokenizer.json.
+        document: of the tokenizer.json, or of what transformers makes of the directory without one.
+        folder: the directory whose other files are the tokenizer's too; None for a file alone.
     """
 
-    def __init__(self, path: Path, document: dict[str, Any]) -> None:
+    def __init__(self, path: Path, document: dict[str, Any], *, folder: Path | None = None) -> None:
         from tokenizers import Tokenizer
 
         self.path = path
+        self.folder = folder
         self.document = document
         self.model = document["model"]
         self.is_unigram = self.model.get("type") == "Unigram"
@@ -104,13 +122,20 @@ class TokenizerJson:
         self.is_byte_level = "ByteLevel" in _types(
             [document.get("pre_tokenizer"), document.get("decoder")]
         )
-        self._has_words = not self.is_byte_level and not any(
+        # Unigram: see `emb_pruner.formats.sentencepiece`.
+        self._has_words = not (self.is_unigram or self.is_byte_level) and not any(
             crosses_words(token) for token in self.tokens.values()
         )
 
     @cached_property
     def digest(self) -> str:
-        return load_tokenizer(self.path).digest
+        loaded = load_tokenizer(self.path)
+        if strange := sorted(loaded.vocab().items() ^ self.ids.items()):
+            raise ConfigError(
+                f"tokenizer {self.path}: its files disagree on {len(strange)} tokens, "
+                f"{strange[0][0]!r} first; load it and save it again with transformers"
+            )
+        return loaded.digest
 
     @cached_property
     def forest(self) -> Forest:
@@ -144,11 +169,12 @@ class TokenizerJson:
 
     def units(self, text: str) -> list[str]:
         found: list[str] = []
-        for piece in self._added_pattern.split(text) if self._added_pattern else [text]:
+        pieces = self._added_pattern.split(text) if self._added_pattern else [text]
+        for place, piece in enumerate(pieces):
             if piece in self._added:
                 found.append(piece)
             elif piece:
-                found.extend(self._plain_units(piece))
+                found.extend(self._plain_units(piece, is_first=place == 0))
         return found
 
     def encode_units(self, units: Sequence[str]) -> list[list[int]]:
@@ -160,17 +186,35 @@ class TokenizerJson:
 
     def write(self, plan: VocabPlan, directory: Path) -> list[str]:
         check_fits(plan, self.forest, self.digest, str(self.path))
+        return write_files(self.files(plan), directory)
+
+    def files(self, plan: VocabPlan) -> dict[str, bytes]:
+        """Name -> content of what `write` writes; the plan is not checked."""
         text = dump_document(pruned_document(self.document, self.ids, plan))
         check_numbers(text, self.ids, plan)
-        (directory / "tokenizer.json").write_text(text, encoding="utf-8")
-        return ["tokenizer.json"]
+        files = {} if self.folder is None else pruned_companions(self.folder, plan)
+        if self.folder is None or (self.folder / "tokenizer.json").is_file():
+            files["tokenizer.json"] = text.encode()
+        return files
 
-    def _plain_units(self, text: str) -> list[str]:
+    def _plain_units(self, text: str, *, is_first: bool) -> list[str]:
         if self._tokenizer.normalizer is not None:
             text = self._tokenizer.normalizer.normalize_str(text)
-        if self._tokenizer.pre_tokenizer is not None:
-            return [unit for unit, _ in self._tokenizer.pre_tokenizer.pre_tokenize_str(text)]
-        return WORDS.findall(text) if self._has_words else [text]
+        cut = self._tokenizer.pre_tokenizer if is_first else self._later_pre_tokenizer
+        units = [text] if cut is None else [unit for unit, _ in cut.pre_tokenize_str(text)]
+        return (
+            [word for unit in units for word in WORDS.findall(unit)] if self._has_words else units
+        )
+
+    @cached_property
+    def _later_pre_tokenizer(self) -> Any:
+        """For what follows an added token: no space is put before it that stands only first."""
+        from tokenizers import Tokenizer, models
+
+        bare = json.loads(Tokenizer(models.BPE()).to_str())
+        text = json.dumps(bare | {"pre_tokenizer": self.document.get("pre_tokenizer")})
+        first, never = '"prepend_scheme": "first"', '"prepend_scheme": "never"'
+        return Tokenizer.from_str(text.replace(first, never)).pre_tokenizer
 
     @cached_property
     def _added(self) -> dict[str, int]:
@@ -209,6 +253,8 @@ class TokenizerJson:
             found[unknown] = "unknown"
         for id, added in self._tokenizer.get_added_tokens_decoder().items():
             found[id] = "special" if added.special else "added"
+        if self.folder is not None:
+            found = fixed_by_companions(self.folder, self.ids) | found
         return found
 
     def _merged(
@@ -230,8 +276,3 @@ class TokenizerJson:
         parts, unmade = bpe_parts(atoms, lambda left, right: rules.get((left, right)), self.size)
         spelled = atoms.keys() | mandatory.keys()
         return parts, unmade | (set(vocab.values()) - spelled), order
-
-
-def open_file(path: Path, named: Path | None = None) -> TokenizerJson:
-    """The tokenizer.json at ``path``; ``named`` is the directory that a user named."""
-    return TokenizerJson(named or path, read_document(path))

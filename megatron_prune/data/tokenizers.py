@@ -254,15 +254,25 @@ def transformers_tokenizer(path: Path) -> Any:
         raise ConfigError(
             f"tokenizer {path}: wanted the directory of a model; a single file has no chat template"
         )
-    return read_by_transformers(tokenizer_directory(path))
+    return _read_by_transformers(tokenizer_directory(path))
 
 
-def read_by_transformers(folder: Path) -> Any:
-    """Transformers' tokenizer of a directory, from its files alone; no code of its author is run.
+def document_by_transformers(folder: Path) -> dict[str, Any]:
+    """The tokenizer.json that transformers makes of a directory without one.
 
     Raises:
-        ConfigError, DamagedError: see `load_tokenizer`.
+        ConfigError: it has no form for `tokenizers`; others: see `load_tokenizer`.
     """
+    tokenizer = _read_by_transformers(folder)
+    if not tokenizer.is_fast:
+        raise ConfigError(
+            f"tokenizer {folder}: transformers reads it with {type(tokenizer).__name__}, which has "
+            "no tokenizer.json; name its SentencePiece .model file instead"
+        )
+    return dict(json.loads(tokenizer.backend_tokenizer.to_str()))
+
+
+def _read_by_transformers(folder: Path) -> Any:
     from transformers import AutoConfig, AutoTokenizer
 
     try:
@@ -280,7 +290,7 @@ def read_by_transformers(folder: Path) -> Any:
 
 
 def _from_transformers(folder: Path) -> TextTokenizer:
-    tokenizer = read_by_transformers(folder)
+    tokenizer = _read_by_transformers(folder)
     backend: _Backend = _Python(tokenizer)
     if tokenizer.is_fast:
         from tokenizers import Tokenizer

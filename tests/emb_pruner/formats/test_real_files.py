@@ -1,0 +1,107 @@
+"""The promises on real vocabularies, on 100,000 units each.
+
+Llama-2's model and WikiText-2 are sought in the folder that MEGATRON_PRUNE_DATA names, SmolLM2
+where tools/get_default_model.py puts it, Qwen's ranks in the file that QWEN_TIKTOKEN names (the
+wheel `dashscope` has it).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from itertools import chain, islice
+from pathlib import Path
+
+import pytest
+
+from emb_pruner.formats import Vocabulary, open_vocabulary
+from emb_pruner.formats.ranks import read_ranks
+from tests.emb_pruner.formats.conftest import prose
+from tests.emb_pruner.formats.promises import (
+    broken_units,
+    plan_of,
+    some_plan,
+    strange_texts,
+    texts_that_change,
+    unclosed_plan,
+    write,
+    write_unchecked,
+)
+
+DATA = Path(os.environ.get("MEGATRON_PRUNE_DATA", "no such folder"))
+FILES = {
+    "llama2": (DATA / "llama2.tokenizer.model", 16000),
+    "smollm2": (Path("runs/models/SmolLM2-135M-Instruct"), 16384),
+    "qwen": (Path(os.environ.get("QWEN_TIKTOKEN", "no such file")), 65536),
+}
+UNITS = 100_000
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module", params=list(FILES))
+def real(request: pytest.FixtureRequest) -> tuple[Vocabulary, int]:
+    path, size = FILES[request.param]
+    if not path.exists():
+        pytest.skip(f"no {path}")
+    if request.param == "qwen":
+        pytest.importorskip("tiktoken")
+    return open_vocabulary(path), size
+
+
+def texts(vocabulary: Vocabulary) -> Iterator[str]:
+    """Prose, WikiText-2 where it is, then strange texts without end."""
+    yield from prose()
+    if (DATA / "wikitext2.valid.txt").is_file():
+        yield from (DATA / "wikitext2.valid.txt").read_text().splitlines()
+    yield from strange_texts(vocabulary, 10**9)
+
+
+def test_no_unit_of_100_000_changes(real: tuple[Vocabulary, int], tmp_path: Path) -> None:
+    vocabulary, size = real
+    plan = some_plan(vocabulary, size)
+    pruned, source = write(vocabulary, plan, tmp_path), texts(vocabulary)
+    checked, number = 0, 0
+    while checked < UNITS:
+        batch = list(islice(source, 20_000))
+        found, broken = broken_units(vocabulary, pruned, plan, batch)
+        assert broken == []
+        assert texts_that_change(vocabulary, pruned, batch) == []
+        checked, number = checked + found, number + len(batch)
+    print(f"\n{vocabulary.kind}: {checked} units of {number} texts, all as before")
+
+
+def test_without_closure_units_change(real: tuple[Vocabulary, int], tmp_path: Path) -> None:
+    vocabulary, size = real
+    plan = unclosed_plan(vocabulary, size)
+    pruned = write_unchecked(vocabulary, plan, tmp_path)
+    sample = list(islice(texts(vocabulary), 20_000))
+    checked, broken = broken_units(vocabulary, pruned, plan, sample)
+    print(f"\n{vocabulary.kind}: not closed, {len(broken)} of {checked} units changed")
+    assert broken
+
+
+def test_every_kept_token_can_be_produced(real: tuple[Vocabulary, int], tmp_path: Path) -> None:
+    vocabulary, size = real
+    plan = some_plan(vocabulary, size)
+    pruned = write(vocabulary, plan, tmp_path)
+    assert pruned.forest.dead <= {
+        plan.new_ids[id] for id in vocabulary.forest.dead & set(plan.kept)
+    }
+    assert pruned.forest.unreachable(set(range(size))) == set()
+    print(f"\n{vocabulary.kind}: {len(pruned.forest.dead)} of {size} dead")
+
+
+@pytest.mark.skipif(not FILES["qwen"][0].exists(), reason="no Qwen ranks")
+@pytest.mark.skipif(not (DATA / "qwen.30k.tiktoken").is_file(), reason="no broken Qwen ranks")
+def test_broken_ranks_work_again_given_their_source(tmp_path: Path) -> None:
+    vocabulary = open_vocabulary(FILES["qwen"][0])
+    broken = read_ranks(DATA / "qwen.30k.tiktoken")
+    kept = {vocabulary.ranks[token] for token in broken}  # type: ignore[attr-defined]
+    forest = vocabulary.forest
+    plan = plan_of(vocabulary, forest.closure(kept) | forest.required)
+    mended = write(vocabulary, plan, tmp_path)
+    sample = list(chain(prose(), strange_texts(vocabulary, 5000)))
+    assert texts_that_change(vocabulary, mended, sample) == []
+    assert broken_units(vocabulary, mended, plan, sample)[1] == []
+    print(f"\n{len(broken)} ranks, {plan.size} tokens with their parts, bytes and specials")
