@@ -1,9 +1,9 @@
 """Text to Megatron's .bin/.idx, which training here and stock Megatron-LM both read.
 
-Takes JSON lines (.jsonl, or .jsonl.gz), one document a line. Writes OUT_text_document.bin, .idx and
-a sidecar .json (tokenizer, counts, hashes) for each key; with --split-sentences OUT_text_sentence,
-one sequence a sentence. The files are the same for any number of workers; they appear whole or not
-at all.
+Takes JSON lines (.jsonl; .gz and .zst too), one document a line. Writes OUT_text_document.bin, .idx
+and a sidecar .json (tokenizer, counts, hashes) for each key; with --split-sentences
+OUT_text_sentence, one sequence a sentence. The files are the same for any number of workers; they
+appear whole or not at all.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from tqdm import tqdm
 from megatron_prune.data.corpus import (
     Encoder,
     check_inputs,
-    encode_chunks,
+    map_pieces,
     parse_lines,
     read_chunks,
 )
@@ -51,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         required=True,
         metavar="FILE",
-        help=".jsonl or .jsonl.gz files, in order",
+        help=".jsonl files, .gz and .zst too, in order",
     )
     parser.add_argument(
         "--json-key",
@@ -205,7 +205,7 @@ def _fill(
         mininterval=0.5,
     )
     with bar:
-        for chunk, by_key in encode_chunks(read_chunks(args.input), encoder, args.workers):
+        for chunk, by_key in map_pieces(read_chunks(args.input), encoder, args.workers):
             for writer, documents in zip(writers, by_key, strict=True):
                 writer.add(documents.tokens, documents.lengths, documents.sequences_per_document)
             seconds = max(time.monotonic() - start, 1e-9)

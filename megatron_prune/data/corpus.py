@@ -1,9 +1,9 @@
 """From JSON lines to token ids, in order, in bounded memory, with any number of processes.
 
 Every line is one JSON object, and the value of each key asked for is a string; blank lines are
-skipped; ``.gz`` is read as it is. Refused with the file and the line: what is not UTF-8, not JSON,
-not an object, without the key, not a string, or holds half a surrogate pair. The first bad line in
-the order of the files is the one named, however many workers run.
+skipped; ``.gz`` and ``.zst`` are read as they are. Refused with the file and the line: what is not
+UTF-8, not JSON, not an object, without the key, not a string, or holds half a surrogate pair. The
+first bad line in the order of the files is the one named, however many workers run.
 
 A document becomes what Megatron-LM's ``preprocess_data.py`` makes of it: the tokenizer's own
 default special tokens on every sequence, EOD on the last one if asked for, sequences without a
@@ -17,33 +17,35 @@ transformers) and ends by itself when the parent is killed.
 
 from __future__ import annotations
 
-import gzip
 import json
 import multiprocessing
 import os
 import signal
 import threading
-import zlib
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from itertools import chain
 from multiprocessing.connection import wait
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_prune.data.packed import import_zstd, open_unpacked
 from megatron_prune.data.sentences import SentenceSplitter
 from megatron_prune.data.tokenizers import TextTokenizer
-from megatron_prune.errors import ConfigError, DamagedError, DistributedError
+from megatron_prune.errors import ConfigError, DistributedError
 
 CHUNK_BYTES = 1 << 19
 LINE_BYTES_MAX = 1 << 30  # a binary file has no line ends either
-_PACKED = {".zst", ".bz2", ".xz", ".zip", ".lz4", ".parquet", ".arrow", ".tar", ".7z"}
+_PACKED = {".bz2", ".xz", ".zip", ".lz4", ".parquet", ".arrow", ".tar", ".7z"}
+
+Piece = TypeVar("Piece")
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +84,8 @@ def check_inputs(paths: Sequence[str | Path]) -> int:
                 f"--input {path}: {path.suffix} is not read; unpack it to .jsonl, or pack it as "
                 ".jsonl.gz"
             )
+        if path.suffix == ".zst":
+            import_zstd(path)
         if path.is_dir():
             raise ConfigError(
                 f"--input {path} is a directory; wanted .jsonl files (the shell expands "
@@ -98,15 +102,8 @@ def check_inputs(paths: Sequence[str | Path]) -> int:
 def read_chunks(paths: Iterable[str | Path]) -> Iterator[Chunk]:
     """The files' lines in order, in chunks of about ``CHUNK_BYTES``."""
     for path in map(Path, paths):
-        with open(path, "rb") as raw:
-            packed = path.suffix == ".gz"
-            file: Any = gzip.GzipFile(fileobj=raw) if packed else raw
-            try:
-                yield from _chunks_of(path, file, raw)
-            except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-                raise DamagedError(
-                    f"--input {path}: not a whole gzip file ({error}); copy it again"
-                ) from None
+        with open_unpacked(path) as (file, raw):
+            yield from _chunks_of(path, file, raw)
 
 
 def _chunks_of(path: Path, file: Any, raw: BinaryIO) -> Iterator[Chunk]:
@@ -219,27 +216,30 @@ class Encoder:
         )
 
 
-def encode_chunks(
-    chunks: Iterable[Chunk], encoder: Encoder, workers: int = 1
-) -> Iterator[tuple[Chunk, list[Documents]]]:
-    """Each chunk with its documents, in order. One worker means this process.
+def map_pieces(
+    pieces: Iterable[Piece], work: Callable[[Piece], Result], workers: int = 1
+) -> Iterator[tuple[Piece, Result]]:
+    """Each piece of a corpus with what ``work`` makes of it, in order, in bounded memory.
+
+    Args:
+        work: such as an `Encoder`; sent to every worker once. One worker means this process.
 
     Raises:
-        ConfigError: the first bad line.
+        PruneError: what ``work`` raised on the first piece that it refused.
         DistributedError: a worker process died.
     """
     if workers == 1:
-        for chunk in chunks:
-            yield chunk, encoder(chunk)
+        for piece in pieces:
+            yield piece, work(piece)
         return
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(
-        workers, mp_context=context, initializer=_start_worker, initargs=(encoder,)
+        workers, mp_context=context, initializer=_start_worker, initargs=(work,)
     )
-    under_way: deque[tuple[Chunk, Future[list[Documents]]]] = deque()
+    under_way: deque[tuple[Piece, Future[Result]]] = deque()
     try:
-        for chunk in chunks:
-            under_way.append((chunk, pool.submit(_encode_here, chunk)))
+        for piece in pieces:
+            under_way.append((piece, pool.submit(_work_here, piece)))
             if len(under_way) > 2 * workers + 1:
                 yield _first_done(under_way)
         while under_way:
@@ -253,19 +253,17 @@ def encode_chunks(
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _first_done(
-    under_way: deque[tuple[Chunk, Future[list[Documents]]]],
-) -> tuple[Chunk, list[Documents]]:
-    chunk, future = under_way.popleft()
-    return chunk, future.result()
+def _first_done(under_way: deque[tuple[Piece, Future[Result]]]) -> tuple[Piece, Result]:
+    piece, future = under_way.popleft()
+    return piece, future.result()
 
 
-_encoder: Encoder | None = None  # of this worker process; never set in the parent
+_work: Callable[[Any], Any] | None = None  # of this worker process; never set in the parent
 
 
-def _start_worker(encoder: Encoder) -> None:
-    global _encoder
-    _encoder = encoder
+def _start_worker(work: Callable[[Any], Any]) -> None:
+    global _work
+    _work = work
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the parent ends the workers
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -283,6 +281,6 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _encode_here(chunk: Chunk) -> list[Documents]:
-    assert _encoder is not None
-    return _encoder(chunk)
+def _work_here(piece: Any) -> Any:
+    assert _work is not None
+    return _work(piece)

@@ -4,6 +4,8 @@ import gzip
 import json
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,7 +18,7 @@ from megatron_prune.data.corpus import (
     Documents,
     Encoder,
     check_inputs,
-    encode_chunks,
+    map_pieces,
     parse_lines,
     read_chunks,
 )
@@ -77,6 +79,34 @@ def test_gzip_is_read_as_it_is_and_a_cut_one_is_damaged(
         lines_of(packed)
 
 
+def test_zstandard_is_read_as_it_is_and_a_cut_one_is_damaged(
+    jsonl: Path, texts: list[str], tmp_path: Path
+) -> None:
+    zstd = pytest.importorskip("backports.zstd")
+    packed = tmp_path / "c.jsonl.zst"
+    half = len(jsonl.read_bytes()) // 2
+    parts = jsonl.read_bytes()[:half], jsonl.read_bytes()[half:]
+    packed.write_bytes(b"".join(map(zstd.compress, parts)))
+    assert lines_of(packed) == [[text] for text in texts]
+    whole = packed.read_bytes()
+    for broken in (whole[:-20], b"text" + whole):
+        packed.write_bytes(broken)
+        with pytest.raises(DamagedError, match=r"c\.jsonl\.zst: not a whole zstandard file"):
+            lines_of(packed)
+
+
+def test_zstandard_without_its_reader_is_refused_with_its_name(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl.zst").touch()
+    script = "import sys; sys.modules['compression'] = sys.modules['backports'] = None\n"
+    script += "from megatron_prune.data.corpus import check_inputs; check_inputs(sys.argv[1:])"
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path / "a.jsonl.zst")],
+        capture_output=True,
+        text=True,
+    )
+    assert "pip install 'megatron_prune[zstd]'" in done.stderr.splitlines()[-1]
+
+
 BAD_LINES = {
     b"words": r"not JSON .*wanted one object a line",
     b'{"text": "a"': r"not JSON",
@@ -114,11 +144,11 @@ def test_a_line_without_end_is_refused_before_memory_is(
 
 def test_inputs_that_cannot_be_read_are_refused(tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
-    (tmp_path / "a.jsonl.zst").touch()
+    (tmp_path / "a.jsonl.bz2").touch()
     for name, needle in (
         ("nowhere.jsonl", "No such file"),
         ("folder", "is a directory; wanted"),
-        ("a.jsonl.zst", r"\.zst is not read; unpack it"),
+        ("a.jsonl.bz2", r"\.bz2 is not read; unpack it"),
     ):
         with pytest.raises(ConfigError, match=needle) as caught:
             check_inputs([tmp_path / name])
@@ -129,11 +159,11 @@ def test_a_document_is_its_ids_and_eod(spm: Path, jsonl: Path, texts: list[str])
     encoder = encoder_for(spm)
     tokenizer = encoder.tokenizer
     wanted = [[*tokenizer.encode(text, True), tokenizer.eod] for text in texts]
-    tokens, lengths, counts = flat(encode_chunks(read_chunks([jsonl]), encoder))
+    tokens, lengths, counts = flat(map_pieces(read_chunks([jsonl]), encoder))
     assert tokens == [i for ids in wanted for i in ids]
     assert lengths == [len(ids) for ids in wanted]
     assert counts == [1] * len(texts)
-    plain = flat(encode_chunks(read_chunks([jsonl]), encoder_for(spm, eod=None)))
+    plain = flat(map_pieces(read_chunks([jsonl]), encoder_for(spm, eod=None)))
     assert plain[1] == [length - 1 for length in lengths]
 
 
@@ -147,7 +177,7 @@ def test_sentences_are_sequences_and_eod_ends_the_last(spm: Path, tmp_path: Path
     wanted = [t.encode(s, True) for s in ("The fox jumps.", "The dog is lazy!", "Is it?", "one")]
     wanted[2].append(t.eod or 0)
     wanted[3].append(t.eod or 0)
-    tokens, lengths, counts = flat(encode_chunks(read_chunks([tmp_path / "a.jsonl"]), encoder))
+    tokens, lengths, counts = flat(map_pieces(read_chunks([tmp_path / "a.jsonl"]), encoder))
     assert tokens == [i for ids in wanted for i in ids]
     assert lengths == [len(ids) for ids in wanted]
     assert counts == [3, 0, 0, 1]
@@ -155,7 +185,7 @@ def test_sentences_are_sequences_and_eod_ends_the_last(spm: Path, tmp_path: Path
 
 def test_a_text_without_tokens_is_a_document_without_sequences(bpe: Path, tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": ""}\n{"text": "fox"}\n')
-    found = flat(encode_chunks(read_chunks([tmp_path / "a.jsonl"]), encoder_for(bpe)))
+    found = flat(map_pieces(read_chunks([tmp_path / "a.jsonl"]), encoder_for(bpe)))
     assert found[2] == [0, 1] and found[1] == [len(found[0])]
 
 
@@ -167,8 +197,8 @@ def test_two_workers_give_what_one_gives(
     encoder = encoder_for(request.getfixturevalue(kind))
     chunks = list(read_chunks([jsonl]))
     assert len(chunks) > 8  # more than are under way at once
-    one = list(encode_chunks(chunks, encoder))
-    two = list(encode_chunks(chunks, encoder, workers=2))
+    one = list(map_pieces(chunks, encoder))
+    two = list(map_pieces(chunks, encoder, workers=2))
     assert [chunk for chunk, _ in two] == chunks
     assert flat(iter(one)) == flat(iter(two))
 
@@ -181,7 +211,7 @@ def test_the_first_bad_line_is_named_by_any_number_of_workers(
     path.write_text('{"text": "the"}\n' * 5 + "bad\n" + "worse\n" * 5)
     for workers in (1, 2):
         with pytest.raises(ConfigError, match="line 6: not JSON"):
-            list(encode_chunks(read_chunks([path]), encoder_for(spm), workers))
+            list(map_pieces(read_chunks([path]), encoder_for(spm), workers))
 
 
 def test_chunks_are_not_read_far_ahead_of_the_work(spm: Path) -> None:
@@ -193,7 +223,7 @@ def test_chunks_are_not_read_far_ahead_of_the_work(spm: Path) -> None:
             drawn += 1
             yield Chunk(path="x", first_line=1, lines=[b'{"text": "a"}'], file_bytes=0)
 
-    found = encode_chunks(endless(), encoder_for(spm), workers=2)
+    found = map_pieces(endless(), encoder_for(spm), workers=2)
     for _ in range(10):
         next(found)
     assert drawn <= 10 + 2 * 2 + 2
@@ -213,10 +243,10 @@ class _KillsItsWorker:
 def test_a_worker_that_is_killed_ends_the_work_with_a_message() -> None:
     chunks = [Chunk(path="x", first_line=1, lines=[], file_bytes=0)] * 20
     with pytest.raises(DistributedError, match="one of the 2 workers ended without a word"):
-        list(encode_chunks(chunks, _KillsItsWorker(), workers=2))  # type: ignore[arg-type]
+        list(map_pieces(chunks, _KillsItsWorker(), workers=2))  # type: ignore[arg-type]
 
 
 def test_an_id_that_does_not_fit_is_refused(spm: Path, jsonl: Path) -> None:
     encoder = encoder_for(spm, dtype=np.dtype(np.uint8), eod=300)
     with pytest.raises(ConfigError, match=r"corpus\.jsonl, from line 1: token id 3\d\d does not"):
-        list(encode_chunks(read_chunks([jsonl]), encoder))
+        list(map_pieces(read_chunks([jsonl]), encoder))
