@@ -152,7 +152,8 @@ def _table(report: dict[str, Any]) -> str:
     dropped = report["tokens"] - report["kept"]
     reasons = ", ".join(f"{count} {reason}" for reason, count in report["reasons"].items())
     lines = [
-        f"{report['kind']}: {report['kept']} of {report['tokens']} tokens stay ({report['method']})",
+        f"{report['kind']}: {report['kept']} of {report['tokens']} tokens stay, "
+        f"chosen by {report['method']}",
         f"of these {reasons}",
         f"dead tokens {len(report['dead'])}"
         + (f": {' '.join(map(repr, report['dead'][:8]))}" if report["dead"] else ""),
