@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -50,7 +51,7 @@ def written(vocabulary: TokenizerJson, plan: VocabPlan, folder: Path) -> Vocabul
 
 
 @torch.inference_mode()
-def bits_per_byte(model: nn.Module, ids: list[int], size: int) -> float:
+def bits_per_byte(model: Any, ids: list[int], size: int) -> float:
     """Of a text of ``size`` bytes; the first token of a window is given."""
     nats = 0.0
     for start in range(0, len(ids), WINDOW):
@@ -62,7 +63,7 @@ def bits_per_byte(model: nn.Module, ids: list[int], size: int) -> float:
     return nats / math.log(2) / size
 
 
-def cut(model: nn.Module, kept: tuple[int, ...]) -> nn.Module:
+def cut(model: Any, kept: tuple[int, ...]) -> Any:
     """A copy with the kept rows of embedding and output layer."""
     small = copy.deepcopy(model)
     rows = torch.tensor(kept)
