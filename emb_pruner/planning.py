@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from emb_pruner.counts import load_counts
 from emb_pruner.forest import Forest
 from emb_pruner.formats import Vocabulary
+from emb_pruner.remain_ids import closed_ids, read_ids
 from emb_pruner.selection import PRIOR, select, with_prior
 from emb_pruner.vocab_plan import VocabPlan
 from megatron_prune.errors import ConfigError
@@ -55,6 +56,35 @@ def make_vocab_plan(
         method=method,
         balance_for=balance_for,
         reasons=reasons(forest, kept, found, prior),
+    )
+
+
+def plan_of_ids(
+    vocabulary: Vocabulary, path: Path, *, close: bool, balance_for: int = 1
+) -> VocabPlan:
+    """A plan that keeps the ids of a ``remain_vocab_ids.pt``.
+
+    Of its reasons ``asked for`` are the ids given, ``closure`` what was added as parts of them.
+
+    Args:
+        close: add the tokens that have to stay with them.
+
+    Raises:
+        ConfigError, DamagedError: see `read_ids` and `closed_ids`.
+    """
+    ids = read_ids(path, vocabulary.size)
+    kept = closed_ids(vocabulary, ids, close=close, where=str(path))
+    forest, asked = vocabulary.forest, set(ids)
+    found = Counter(
+        forest.mandatory.get(token) or (ASKED if token in asked else "closure") for token in kept
+    )
+    return VocabPlan(
+        kept=kept,
+        source_size=vocabulary.size,
+        tokenizer_digest=vocabulary.digest,
+        method="ids",
+        balance_for=balance_for,
+        reasons=dict(sorted(found.items())),
     )
 
 

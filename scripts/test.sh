@@ -22,7 +22,7 @@ mypy
 
 say "shellcheck"
 # All in one call, so that what one file defines for another is seen.
-mapfile -t shell_files < <(find scripts tools .ci -type f \( -name '*.sh' -o -name '*.sbatch' -o -name run \) | sort)
+mapfile -t shell_files < <(find scripts tools emb_pruner .ci -type f \( -name '*.sh' -o -name '*.sbatch' -o -name run \) | sort)
 shellcheck --external-sources "${shell_files[@]}"
 
 say "hadolint"

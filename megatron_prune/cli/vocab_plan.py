@@ -49,6 +49,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--keep-file", type=Path, metavar="TXT", help="tokens that stay in any case, one a line"
     )
     parser.add_argument(
+        "--keep-ids",
+        type=Path,
+        metavar="PT",
+        help="keep the ids of a remain_vocab_ids.pt, in place of --vocab-size-remain",
+    )
+    parser.add_argument(
+        "--close", action="store_true", help="add what has to stay with --keep-ids, too"
+    )
+    parser.add_argument(
+        "--save-ids", type=Path, metavar="PT", help="the kept ids as a remain_vocab_ids.pt, too"
+    )
+    parser.add_argument(
         "--balance-for",
         type=positive,
         default=1,
@@ -66,36 +78,73 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     from emb_pruner.formats import open_vocabulary
-    from emb_pruner.planning import make_vocab_plan
+    from emb_pruner.remain_ids import write_ids
     from megatron_prune.store.commit import replace_file
 
-    if args.vocab_size_remain is None:
-        raise ConfigError("--vocab-size-remain K is missing: how many tokens to keep")
-    check_size(args.vocab_size_remain, args.balance_for, any_size=args.any_size)
-    inputs = [path for path in (args.counts, args.keep_file, *args.held_out) if path is not None]
+    _check_choice(args)
+    given = (args.counts, args.keep_file, args.keep_ids, *args.held_out)
+    inputs = [path for path in given if path is not None]
     for path in inputs:
         if not path.is_file():
             raise ConfigError(f"{path}: no such file")
     check_output_file(args.save, overwrite=args.overwrite, inputs=(args.tokenizer, *inputs))
+    if args.save_ids is not None:
+        check_output_file(
+            args.save_ids,
+            overwrite=args.overwrite,
+            inputs=(args.tokenizer, *inputs, args.save),
+            flag="--save-ids",
+        )
     vocabulary = open_vocabulary(args.tokenizer)
-    plan = make_vocab_plan(
-        vocabulary,
-        args.vocab_size_remain,
-        counts=args.counts,
-        method=args.method,
-        prior=args.prior,
-        keep_file=args.keep_file,
-        balance_for=args.balance_for,
-    )
+    plan = _plan(vocabulary, args)
     report = _report(vocabulary, plan, args.held_out)
+    if args.save_ids is not None:
+        write_ids(args.save_ids, plan.kept)
     replace_file(args.save, plan.to_json().encode())
     print(json.dumps(report, indent=1) if args.json else _table(report))
     print(f"wrote {args.save}", file=sys.stderr)
 
 
-def check_size(size: int, balance_for: int, *, any_size: bool) -> None:
-    """Raises:
-    ConfigError: a size that would have to be padded, with the nearest ones.
+def _check_choice(args: argparse.Namespace) -> None:
+    if args.keep_ids is None:
+        if args.close:
+            raise ConfigError("--close belongs to --keep-ids; other plans are closed by themselves")
+        if args.vocab_size_remain is None:
+            raise ConfigError("--vocab-size-remain K is missing: how many tokens to keep")
+        check_size(args.vocab_size_remain, args.balance_for, any_size=args.any_size)
+        return
+    for name in ("vocab_size_remain", "counts", "method", "prior", "keep_file"):
+        if getattr(args, name) is not None:
+            raise ConfigError(
+                f"--keep-ids says which tokens stay; leave out --{name.replace('_', '-')}"
+            )
+
+
+def _plan(vocabulary: Vocabulary, args: argparse.Namespace) -> VocabPlan:
+    from emb_pruner.planning import make_vocab_plan, plan_of_ids
+
+    if args.keep_ids is None:
+        return make_vocab_plan(
+            vocabulary,
+            args.vocab_size_remain,
+            counts=args.counts,
+            method=args.method,
+            prior=args.prior,
+            keep_file=args.keep_file,
+            balance_for=args.balance_for,
+        )
+    plan = plan_of_ids(vocabulary, args.keep_ids, close=args.close, balance_for=args.balance_for)
+    check_size(plan.size, args.balance_for, any_size=args.any_size, what=str(args.keep_ids))
+    return plan
+
+
+def check_size(
+    size: int, balance_for: int, *, any_size: bool, what: str = "--vocab-size-remain"
+) -> None:
+    """``what`` asks for that size.
+
+    Raises:
+        ConfigError: a size that would have to be padded, with the nearest ones.
     """
     step = VOCAB_DIVISOR * balance_for
     if any_size or size % step == 0:
@@ -103,7 +152,7 @@ def check_size(size: int, balance_for: int, *, any_size: bool) -> None:
     below = size // step * step
     nearest = f"{below} or {below + step}" if below else str(step)
     raise ConfigError(
-        f"--vocab-size-remain {size}: not a multiple of {step} ({VOCAB_DIVISOR} x --balance-for "
+        f"{what} {size}: not a multiple of {step} ({VOCAB_DIVISOR} x --balance-for "
         f"{balance_for}), so shards would be padded; wanted {nearest}, or --any-size"
     )
 

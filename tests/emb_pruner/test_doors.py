@@ -1,0 +1,79 @@
+"""The scripts by the predecessor's names, from outside."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from emb_pruner.formats import open_vocabulary
+from emb_pruner.vocab_plan import load_vocab_plan
+from tests.data.conftest import write_bpe
+from tests.emb_pruner.test_counting import documents
+
+DOORS = Path(__file__).parents[2] / "emb_pruner"
+
+
+def run(script: str, *args: object, cwd: Path) -> subprocess.CompletedProcess[str]:
+    environment = dict(os.environ, PYTHONPATH=os.pathsep.join([str(DOORS.parent), *sys.path]))
+    words = ["-m", "megatron_prune", "vocab", "plan"] if script == "plan" else [str(DOORS / script)]
+    return subprocess.run(
+        [sys.executable, *words, *map(str, args)],
+        capture_output=True,
+        text=True,
+        env=environment,
+        cwd=cwd,
+    )
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_bpe(tmp_path_factory.mktemp("bpe"), "\n".join(documents(80)), vocab_size=600)
+
+
+@pytest.mark.parametrize(
+    ("family", "option"),
+    [("llama_emb_pruner", "--spm"), ("qwen_emb_pruner", "--model_name_or_path")],
+)
+def test_counts_then_the_ids_that_remain(
+    family: str, option: str, tokenizer: Path, tmp_path: Path
+) -> None:
+    text = "\n".join(documents(20, seed=3))
+    (tmp_path / "mmlu.json").write_text(text)
+    more = ("--vocab_freq", "freq", "--remain_vocab_size", 401, "--data_type", "txt")
+    script = f"{family}/get_vocab_freq.py"
+    done = run(script, option, tokenizer, "--data_path", "mmlu.json", *more, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    vocabulary = open_vocabulary(tokenizer)
+    ids = vocabulary.encode([text])[0]
+    lines = [line.split() for line in (tmp_path / "freq.txt").read_text().splitlines()]
+    counts = {int(token): int(count) for token, count in lines}
+    assert counts == {token: ids.count(token) for token in range(vocabulary.size)}
+    assert list(counts.values()) == sorted(counts.values(), reverse=True)
+    kept = torch.load(tmp_path / "remain_vocab_ids.pt", weights_only=True)
+    assert len(kept) == 401 and vocabulary.forest.closure(kept) | vocabulary.forest.required == set(
+        kept
+    )
+
+
+def test_a_plan_of_ids_is_closed_or_refused(tokenizer: Path, tmp_path: Path) -> None:
+    forest = open_vocabulary(tokenizer).forest
+    top = max(set(range(forest.size)) - forest.dead, key=lambda t: len(forest.closure([t])))
+    torch.save([top], tmp_path / "remain_vocab_ids.pt")
+    named = ("--tokenizer", tokenizer, "--keep-ids", "remain_vocab_ids.pt", "--save", "plan.json")
+    done = run("plan", *named, "--any-size", cwd=tmp_path)
+    assert done.returncode == 2 and "tokens are missing that have to stay" in done.stderr
+    assert not (tmp_path / "plan.json").exists()
+    done = run("plan", *named, "--close", cwd=tmp_path)
+    assert done.returncode == 2 and "not a multiple of 128" in done.stderr
+    done = run("plan", *named, "--close", "--vocab-size-remain", 384, cwd=tmp_path)
+    assert done.returncode == 2 and "leave out --vocab-size-remain" in done.stderr
+    done = run("plan", *named, "--close", "--any-size", "--save-ids", "all.pt", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    kept = load_vocab_plan(tmp_path / "plan.json").kept
+    assert set(kept) == forest.closure([top]) | forest.required
+    assert torch.load(tmp_path / "all.pt", weights_only=True) == list(kept)
