@@ -26,6 +26,7 @@ from megatron_prune.data.indexed import corpus_path
 from megatron_prune.errors import ConfigError
 
 TABLE_CHARACTERS = 1 << 23
+SPACE_LETTER = "Ġ"  # a space in byte-level vocabularies
 _ENTRY = 32  # what an entry of the table weighs beside its characters
 
 
@@ -110,7 +111,12 @@ class TokenCounter:
             table.clear()
             self._weight, new = 0, pieces
             weight = sum(map(len, new)) + _ENTRY * len(new)
-        table.update(zip(new, self.vocabulary.encode(new), strict=True))
+        is_unit = self.cutter.unit.fullmatch if self.cutter.unit else lambda piece: None
+        units = [piece for piece in new if is_unit(piece)]
+        texts = [piece for piece in new if not is_unit(piece)]
+        spelled = [unit.replace(" ", SPACE_LETTER) for unit in units]
+        table.update(zip(units, self.vocabulary.encode_units(spelled), strict=True))
+        table.update(zip(texts, self.vocabulary.encode(texts), strict=True))
         self._weight += weight
         return [table[piece] for piece in pieces]
 

@@ -164,6 +164,21 @@ def test_pieces_and_blocks_encode_to_what_the_whole_does(name: str) -> None:
     assert wrong == 0 and cut > 1500
 
 
+@pytest.mark.parametrize("name", BYTE_LEVEL)
+def test_units_are_single_pieces_spelled_out(name: str) -> None:
+    tokenizer = BYTE_LEVEL[name]()
+    cutter = of_tokenizer_json(json.loads(tokenizer.to_str()))
+    assert cutter.unit is not None
+    found = {piece for text in texts(4000) for piece in cutter.pieces(text)}
+    units = [piece for piece in found if cutter.unit.fullmatch(piece)]
+    assert len(units) > 30
+    for unit in units:
+        ids = [token.id for token in tokenizer.model.tokenize(unit.replace(" ", "Ġ"))]
+        assert ids == encode(tokenizer, unit)
+    tokenizer.add_tokens(["foo"])
+    assert of_tokenizer_json(json.loads(tokenizer.to_str())).unit is None
+
+
 @pytest.mark.parametrize("dummy", [True, False])
 def test_sentencepiece_bpe_likewise(dummy: bool, tmp_path: Path) -> None:
     sentencepiece.SentencePieceTrainer.train(
