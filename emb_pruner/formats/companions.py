@@ -8,12 +8,19 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from emb_pruner.forest import Parts
 from emb_pruner.formats.ranks import pruned_ranks, read_ranks
-from emb_pruner.formats.sentencepiece import NORMAL, fixed_pieces, pruned_model, read_model
+from emb_pruner.formats.sentencepiece import (
+    NORMAL,
+    SentencePiece,
+    fixed_pieces,
+    pruned_model,
+    read_model,
+)
 from emb_pruner.vocab_plan import VocabPlan
 from megatron_prune.errors import ConfigError, DamagedError
 
@@ -53,6 +60,28 @@ def fixed_by_companions(folder: Path, ids: Mapping[str, int]) -> dict[int, str]:
                 )
         found |= fixed_pieces(proto)
     return found
+
+
+def merged_otherwise(folder: Path, parts: Sequence[Parts | None]) -> dict[int, str]:
+    """Tokens that the SentencePiece form merges from others than ``parts`` says, and those others.
+
+    Pieces of one score merge from the left in SentencePiece and by a fixed order in `tokenizers`:
+    Llama-2's runs of spaces. With all of them kept, a set is closed in both forms or in neither.
+    """
+    found: set[int] = set()
+    for file in sorted(folder.glob("*.model")):
+        other, _ = SentencePiece(file, file).merged
+        open_ = [
+            token
+            for token, (here, there) in enumerate(zip(parts, other))
+            if here is not None and there is not None and here != there
+        ]
+        while open_:
+            token = open_.pop()
+            if token not in found:
+                found.add(token)
+                open_.extend(other[token] or ())
+    return dict.fromkeys(found, "other form")
 
 
 def pruned_companions(folder: Path, plan: VocabPlan) -> dict[str, bytes]:

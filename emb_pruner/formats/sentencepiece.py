@@ -13,7 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from emb_pruner.forest import Forest
+from emb_pruner.forest import Forest, Parts
 from emb_pruner.formats.growing import bpe_parts, forest, never_found
 from emb_pruner.formats.json_writing import write_files
 from emb_pruner.formats.spelling import SPACE, WORDS, crosses_words
@@ -136,10 +136,8 @@ class SentencePiece:
 
     @cached_property
     def forest(self) -> Forest:
-        mandatory, size = fixed_pieces(self.proto), self.size
-        parts, unmade = [None] * size, set[int]()
-        if not self.is_unigram:
-            parts, unmade = self._merged()
+        mandatory = fixed_pieces(self.proto)
+        parts, unmade = self.merged
         tried = {
             id: piece.replace(SPACE, " ")
             for id, piece in enumerate(self.pieces)
@@ -152,7 +150,11 @@ class SentencePiece:
             dead=unmade | never_found(self.encode, tried),
         )
 
-    def _merged(self) -> tuple[list[Any], set[int]]:
+    @cached_property
+    def merged(self) -> tuple[list[Parts | None], set[int]]:
+        """See `bpe_parts`."""
+        if self.is_unigram:
+            return [None] * self.size, set()
         texts, size = list(self.pieces), self.size
         found = {
             piece.piece: (-piece.score, id)

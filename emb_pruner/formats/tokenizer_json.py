@@ -14,7 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from emb_pruner.forest import Forest, Parts
-from emb_pruner.formats.companions import fixed_by_companions, pruned_companions
+from emb_pruner.formats.companions import (
+    fixed_by_companions,
+    merged_otherwise,
+    pruned_companions,
+)
 from emb_pruner.formats.growing import bpe_parts, forest, never_found
 from emb_pruner.formats.json_writing import (
     check_numbers,
@@ -145,6 +149,8 @@ class TokenizerJson:
             unmade, order = set[int](), list(map(float, range(self.size)))
         else:
             parts, unmade, order = self._merged(mandatory)
+            if self.folder is not None:
+                mandatory = merged_otherwise(self.folder, parts) | mandatory
         if self.model.get("ignore_merges"):  # a unit that is a token is that token
             unmade = set()
         holes = set(range(self.size)) - self.tokens.keys()
