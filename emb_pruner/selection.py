@@ -1,14 +1,20 @@
 """Which K tokens to keep, by how often a corpus has each.
 
 All methods keep what is mandatory and a closed set: see `forest`. ``leaf`` takes tokens away from
-the outside (leaf-based vocabulary pruning, arXiv:2512.03989); ``closure`` adds the most frequent
-with their parts; ``prefix`` adds the earliest learned and needs no corpus.
+the outside, the least frequent first; ``leaf-fertility`` the same with counts handed on to parts
+(leaf-based vocabulary pruning, arXiv:2512.03989); ``closure`` adds the most frequent with their
+parts; ``prefix`` adds the earliest learned and needs no corpus.
+
+Handing counts on makes the fewest tokens. The default does not: what it keeps instead are parts
+that the model has hardly ever met by themselves, and text then costs more bits
+(docs/vocabulary.md).
 """
 
 from __future__ import annotations
 
 import heapq
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,7 +22,7 @@ from numpy.typing import NDArray
 from emb_pruner.forest import Forest
 from megatron_prune.errors import ConfigError
 
-PRIOR = 0.05  # share of the corpus that the prior is worth
+PRIOR = 1.0  # share of the corpus that the prior is worth
 
 
 def with_prior(forest: Forest, counts_V: NDArray[np.int64], share: float) -> NDArray[np.float64]:
@@ -30,11 +36,13 @@ def with_prior(forest: Forest, counts_V: NDArray[np.int64], share: float) -> NDA
     return counts_V + share * total * weights_V / weights_V.sum()
 
 
-def leaf(forest: Forest, counts_V: NDArray[np.float64], size: int) -> set[int]:
-    """Take the cheapest leaf, hand its count to its parts, until ``size`` are left.
+def leaf(
+    forest: Forest, counts_V: NDArray[np.float64], size: int, *, hands_on: bool = False
+) -> set[int]:
+    """Take the cheapest leaf until ``size`` are left; a leaf is a part of no kept token.
 
-    A leaf is a token that no kept token is merged from. Its count is what the corpus grows by when
-    it goes: each time it came up, its two parts do.
+    With ``hands_on`` its count goes to its parts: each time it came up, they do now, and a token's
+    cost is what the corpus grows by when it goes.
     """
     kept = _usable(forest)
     costs, children = counts_V.astype(np.float64), np.zeros(forest.size, dtype=np.int64)
@@ -57,7 +65,7 @@ def leaf(forest: Forest, counts_V: NDArray[np.float64], size: int) -> set[int]:
             continue
         kept.discard(token)
         for part in forest.parts[token] or ():
-            costs[part] += costs[token]
+            costs[part] += costs[token] * hands_on
             children[part] -= 1
         for part in set(forest.parts[token] or ()):
             if is_leaf(part):
@@ -94,6 +102,7 @@ def prefix(forest: Forest, counts_V: NDArray[np.float64], size: int) -> set[int]
 
 METHODS: dict[str, Callable[[Forest, NDArray[np.float64], int], set[int]]] = {
     "leaf": leaf,
+    "leaf-fertility": partial(leaf, hands_on=True),
     "closure": closure,
     "prefix": prefix,
 }

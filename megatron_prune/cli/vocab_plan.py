@@ -2,8 +2,9 @@
 
 Special tokens, single bytes and characters always stay, and with a token everything that it is
 merged from: a piece of text whose tokens all stay encodes as before. Of the others `leaf` (the
-default) takes away, one by one, the token that costs the fewest more tokens; `closure` keeps the
-most frequent; `prefix` keeps those that were learned first and needs no --counts.
+default) takes away, from the outside, the least frequent; `leaf-fertility` those that cost the
+fewest more tokens; `closure` keeps the most frequent with their parts; `prefix` keeps those that
+were learned first and needs no --counts.
 """
 
 from __future__ import annotations
@@ -36,14 +37,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--method",
-        choices=("leaf", "closure", "prefix"),
+        choices=("leaf", "leaf-fertility", "closure", "prefix"),
         help="default: leaf; without --counts prefix",
     )
     parser.add_argument(
         "--prior",
         type=float,
         metavar="SHARE",
-        help="how much the order of learning counts beside --counts (default 0.05 of them)",
+        help="how much the order of learning counts beside --counts (default 1: as much)",
     )
     parser.add_argument(
         "--keep-file", type=Path, metavar="TXT", help="tokens that stay in any case, one a line"
