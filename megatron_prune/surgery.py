@@ -109,8 +109,8 @@ class Target:
     Attributes:
         format: hf, torch_dist or torch.
         te_norms: legacy format only: name norms as Transformer Engine's layer spec does.
-        base_model: hf only: hub name that the model card gives as the model's origin; None for
-            what the source says.
+        base_model: hub name that the model card gives as the model's origin; None for what the
+            source says.
     """
 
     directory: Path
@@ -173,7 +173,8 @@ def write_checkpoint(
     Raises:
         PruneError: ranks have different plans; nothing was written.
     """
-    passenger = _passenger(source, target, plan, repair)
+    base_model = target.base_model or base_model_of(source)
+    passenger = _passenger(source, base_model, plan, repair)
     ranks.agree("the plan", str(passenger.plan_digest))
     writer = make_writer(source, target, passenger.plan_digest)
     with (
@@ -202,9 +203,10 @@ def write_checkpoint(
 
 
 def _passenger(
-    source: Source, target: Target, plan: PrunePlan | None, repair: Repair | None
+    source: Source, base_model: str | None, plan: PrunePlan | None, repair: Repair | None
 ) -> Passenger:
-    """What travels with the model; to Hugging Face with a new model card."""
+    """What travels with the model, in any format: among it a new model card, so that the way to an
+    export makes no difference to it."""
     passenger = Passenger.of(
         source,
         None if plan is None else plan.to_json().encode(),
@@ -213,19 +215,18 @@ def _passenger(
     files, commands = dict(passenger.files), commands_of(source)
     if commands:
         files[COMMANDS] = "".join(line + "\n" for line in commands).encode()
-    if target.format == "hf":
-        described = _carried_plan(source) if plan is None else plan
-        files[CARD] = model_card(
-            CardFacts(
-                config=source.config,
-                plan=described,
-                plan_digest=passenger.plan_digest,
-                is_repaired=described is not None and passenger.repair is not None,
-                commands=commands,
-                source_card=files.get(CARD),
-                base_model=target.base_model or base_model_of(source),
-            )
+    described = _carried_plan(source) if plan is None else plan
+    files[CARD] = model_card(
+        CardFacts(
+            config=source.config,
+            plan=described,
+            plan_digest=passenger.plan_digest,
+            is_repaired=described is not None and passenger.repair is not None,
+            commands=commands,
+            source_card=files.get(CARD),
+            base_model=base_model,
         )
+    )
     return replace(passenger, files=files)
 
 

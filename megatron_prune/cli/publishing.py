@@ -1,4 +1,4 @@
-"""What a Hugging Face directory is passed on with: its model card's origin, and the upload."""
+"""How a model is passed on: the origin that its card names, and the upload of an export."""
 
 from __future__ import annotations
 
@@ -12,15 +12,17 @@ from megatron_prune.store.model_card import check_hub_name
 
 
 def add_publishing_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags that go with ``--to hf``."""
-    group = parser.add_argument_group("passing it on (--to hf)")
+    """``--base-model``, ``--push-to-hub`` and ``--private``."""
+    group = parser.add_argument_group("passing it on")
     group.add_argument(
         "--base-model",
         metavar="NAME",
         help="hub name that README.md links as the origin (default: what the source says)",
     )
     group.add_argument(
-        "--push-to-hub", metavar="REPO_ID", help="upload the directory once it is whole"
+        "--push-to-hub",
+        metavar="REPO_ID",
+        help="upload the Hugging Face directory once it is whole",
     )
     group.add_argument("--private", action="store_true", help="make that repository private")
 
@@ -33,11 +35,10 @@ def check_publishing(args: argparse.Namespace) -> None:
     """
     for name in ("base_model", "push_to_hub"):
         flag, value = f"--{name.replace('_', '-')}", getattr(args, name)
-        if value is None:
-            continue
-        if args.to != "hf":
-            raise ConfigError(f"{flag} goes with --to hf; a Megatron checkpoint is not published")
-        check_hub_name(flag, value)
+        if value is not None:
+            check_hub_name(flag, value)
+    if args.push_to_hub is not None and args.to != "hf":
+        raise ConfigError("--push-to-hub goes with --to hf; a Megatron checkpoint is not uploaded")
     if args.private and args.push_to_hub is None:
         raise ConfigError("--private goes with --push-to-hub")
     if args.push_to_hub is not None and is_first_rank():

@@ -43,7 +43,7 @@ def write(
         options.show(f"would write {what}")
         return
     card = source.companion_files.get(CARD)
-    if target.format == "hf" and card is not None and not is_ours(card.read_bytes()):
+    if card is not None and not is_ours(card.read_bytes()):
         options.say(
             f"{CARD}: the source's describes another model; a new one replaces it, with its licence"
         )

@@ -1,9 +1,10 @@
-"""The model card of a Hugging Face export: README.md, from what the checkpoint itself says.
+"""The model card: README.md of a Hugging Face directory, from what the checkpoint itself says.
 
 It names what the model was made from, its shapes, the plan, repair and training that made it, with
 their digests and commands, and how to load it. A card that the source has is one of another model:
 it is replaced, and gives its licence, language and kind of task to the new one. A card of ours
-gives the base model too. What nothing says is left out; nothing is asked of a hub.
+gives the base model too. What nothing says is left out; nothing is asked of a hub. In a Megatron
+checkpoint it lies in ``hf/`` with all that travels, and every stage that writes one renews it.
 """
 
 from __future__ import annotations

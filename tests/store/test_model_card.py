@@ -96,18 +96,22 @@ def test_a_base_model_is_linked_and_kept_by_later_exports(source: Path, tmp_path
     flags = ("--to", "hf", "--base-model", "org/pico")
     ok("convert", "--load", source, "--save", tmp_path / "a", *flags)
     assert header(tmp_path / "a")["base_model"] == "org/pico"
+    card = (tmp_path / "a/README.md").read_bytes()
     assert "[org/pico](https://huggingface.co/org/pico)" in body(tmp_path / "a")
     ok("convert", "--load", tmp_path / "a", "--save", tmp_path / "b", "--to", "megatron")
+    assert (tmp_path / "b/iter_0000001/hf/README.md").read_bytes() == card
     done = ok("convert", "--load", tmp_path / "b", "--save", tmp_path / "c", "--to", "hf")
     assert "README.md" not in done.err, "a card of ours is renewed without a word"
-    assert (tmp_path / "c/README.md").read_bytes() == (tmp_path / "a/README.md").read_bytes()
+    assert (tmp_path / "c/README.md").read_bytes() == card
 
 
 def test_a_model_in_the_hubs_cache_has_its_name_from_there(source: Path, tmp_path: Path) -> None:
     cached = tmp_path / "hub" / "models--org--pico" / "snapshots" / "1f2e3d"
     shutil.copytree(source, cached)
-    ok("convert", "--load", cached, "--save", tmp_path / "out", "--to", "hf")
+    ok("convert", "--load", cached, "--save", tmp_path / "ckpt", "--to", "megatron")
+    ok("convert", "--load", tmp_path / "ckpt", "--save", tmp_path / "out", "--to", "hf")
     assert header(tmp_path / "out")["base_model"] == "org/pico"
+    assert header(tmp_path / "out")["license"] == "other"
 
 
 def test_the_code_it_gives_loads_the_model(pruned: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -156,7 +160,6 @@ def test_layers_of_different_widths_say_how_they_load(models, tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
-        (("--to", "megatron", "--base-model", "a/b"), "--base-model goes with --to hf"),
         (("--to", "megatron", "--push-to-hub", "a/b"), "--push-to-hub goes with --to hf"),
         (("--to", "hf", "--base-model", "a b"), "--base-model a b: "),
         (("--to", "hf", "--push-to-hub", "a/b/c"), "wanted a name such as org/model"),
