@@ -26,7 +26,7 @@ from megatron_prune.grid import ParallelGrid
 from megatron_prune.plan import PrunePlan, load_plan
 from megatron_prune.ranks import Ranks
 from megatron_prune.repair import Repair
-from megatron_prune.source import COMMANDS, Source
+from megatron_prune.source import CARD, COMMANDS, Source
 from megatron_prune.store.commit import atomic_directory, write_file, write_manifest
 from megatron_prune.store.hf import DEFAULT_SHARD_BYTES, HuggingFaceWriter
 from megatron_prune.store.hf_config import hf_config
@@ -34,7 +34,7 @@ from megatron_prune.store.mcore_dist import DistWriter
 from megatron_prune.store.mcore_legacy import LegacyWriter
 from megatron_prune.store.megatron import ITERATION
 from megatron_prune.store.megatron_args import check_expressible, megatron_args
-from megatron_prune.store.model_card import CARD, CardFacts, base_model_of, model_card
+from megatron_prune.store.model_card import CardFacts, base_model_of, model_card
 from megatron_prune.store.open import TRACKER
 from megatron_prune.store.passenger import Passenger, commands_of
 from megatron_prune.store.writer import Progress, Writer

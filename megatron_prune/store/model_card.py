@@ -26,7 +26,6 @@ from megatron_prune.source import Source
 if TYPE_CHECKING:
     from huggingface_hub import ModelCardData
 
-CARD = "README.md"
 TAG = "megatron-prune"  # how our cards are told from others
 _CARRIED = ("license", "license_name", "license_link", "language", "pipeline_tag")
 

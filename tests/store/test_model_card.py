@@ -105,6 +105,15 @@ def test_a_base_model_is_linked_and_kept_by_later_exports(source: Path, tmp_path
     assert (tmp_path / "c/README.md").read_bytes() == card
 
 
+def test_a_card_is_for_people_to_write_on(source: Path, pruned: Path, tmp_path: Path) -> None:
+    shutil.copytree(pruned, tmp_path / "a")
+    card = tmp_path / "a" / "README.md"
+    card.write_text(card.read_text().replace("license_name: pico", "license_name: mine") + "Good.")
+    ok("verify", "--load", tmp_path / "a", "--source", source, "--plan", pruned / "plan.json")
+    ok("convert", "--load", tmp_path / "a", "--save", tmp_path / "b", "--to", "hf")
+    assert header(tmp_path / "b")["license_name"] == "mine"
+
+
 def test_a_model_in_the_hubs_cache_has_its_name_from_there(source: Path, tmp_path: Path) -> None:
     cached = tmp_path / "hub" / "models--org--pico" / "snapshots" / "1f2e3d"
     shutil.copytree(source, cached)
