@@ -24,6 +24,7 @@ from megatron_prune.cli.plan import (
     plan_from,
     show_plan,
 )
+from megatron_prune.cli.publishing import add_publishing_arguments, check_publishing, publish
 from megatron_prune.cli.repairing import (
     add_repair_arguments,
     check_repair,
@@ -33,7 +34,7 @@ from megatron_prune.cli.repairing import (
 from megatron_prune.cli.writing import write
 from megatron_prune.errors import ConfigError
 from megatron_prune.plan import load_plan
-from megatron_prune.surgery import PrunedSource, make_writer
+from megatron_prune.surgery import PrunedSource, Target, make_writer
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -41,6 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_save(parser)
     parser.add_argument("--plan", type=Path, metavar="PLAN", help="plan file; or the flags below")
     options.add_target(parser)
+    add_publishing_arguments(parser)
     add_plan_arguments(parser)
     add_repair_arguments(parser)
 
@@ -54,6 +56,12 @@ def run(args: argparse.Namespace) -> None:
     target = options.target_from(args)
     options.check_save(args)
     repairs = check_repair(args)
+    check_publishing(args)
+    _prune(args, target, repairs)
+    publish(args)
+
+
+def _prune(args: argparse.Namespace, target: Target, repairs: bool) -> None:
     plan = None if args.plan is None else load_plan(args.plan)
     with options.opened(args.load, args.family) as source:
         if plan is None:
