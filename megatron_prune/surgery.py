@@ -11,7 +11,7 @@ smaller denominator of RMSNorm, projections fitted anew) is a source around a `P
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -73,18 +73,26 @@ class PrunedSource(Source):
         axes = axes_of(name)
         dim = split_dim(axes)
         kept = {a: index for a in axes if (index := self._plan.tensor(a, layer)) is not None}
-        low, high = start, stop
-        if dim is not None and axes[dim] in kept:
-            index = kept[axes[dim]][start:stop]
-            low, high = int(index[0]), int(index[-1]) + 1
-            if len(index) == high - low:
-                del kept[axes[dim]]  # a run without gaps: the read below is the slice
-            else:
-                kept[axes[dim]] = index - low
-        return take(self._source.read(source_name, low, high), axes, kept, self._rows)
+        if dim is None or axes[dim] not in kept:
+            return take(self._source.read(source_name, start, stop), axes, kept, self._rows)
+        parts = []
+        index = kept.pop(axes[dim])[start:stop]
+        for part in _spans(index) if axes[dim] == "V" else (index,):
+            low, high = int(part[0]), int(part[-1]) + 1
+            gaps = {} if len(part) == high - low else {axes[dim]: part - low}
+            x = self._source.read(source_name, low, high)
+            parts.append(take(x, axes, {**kept, **gaps}, self._rows))
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def close(self) -> None:
         self._source.close()
+
+
+def _spans(index: Tensor) -> Iterator[Tensor]:
+    """Sorted ids in parts that span at most as many source rows as there are ids: few kept rows in
+    many are then not read as one block, which a format may have to copy."""
+    part = (index - index[0]) // len(index)
+    yield from index.split(torch.unique_consecutive(part, return_counts=True)[1].tolist())
 
 
 def check_plan_fits(source: Source, plan: PrunePlan) -> None:

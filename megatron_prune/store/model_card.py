@@ -146,6 +146,11 @@ def _origin(facts: CardFacts, header: Mapping[str, Any], base: str | None) -> st
             f"What it keeps was decided by the criterion `{plan.criterion}` (seed {plan.seed}) and "
             "stands in `plan.json`, in the source's numbering."
         )
+    if plan is not None and plan.kept.vocab is not None:
+        lines.append(
+            f"Its tokenizer has {len(plan.kept.vocab):,} of the source's tokens, with new ids; "
+            "`vocab_plan.json` has the old ones and says how they were chosen."
+        )
     if facts.is_repaired:
         lines.append(
             "Some tensors were then fitted anew or rescaled: `repair.json` says which, how, and "
