@@ -65,9 +65,11 @@ def cut_vocabulary(
     if vocab_plan is not None or (plan is not None and plan.kept.vocab is not None):
         with TemporaryDirectory() as scratch:
             yield _cut(vocab_plan, tokenizer, source, plan, Path(scratch))
-    else:
-        assert plan is not None
-        yield Cut(plan=plan)
+        return
+    if tokenizer is not None:
+        raise ConfigError("--vocab-tokenizer: no plan drops tokens, so nothing would use it")
+    assert plan is not None
+    yield Cut(plan=plan)
 
 
 def _cut(

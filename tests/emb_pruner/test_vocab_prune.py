@@ -449,3 +449,8 @@ def test_files_that_are_no_plan_are_refused(
 ) -> None:
     refuse(tmp_path, chat("gqa"), tmp_path / "none.json", says="No such file")
     refuse(tmp_path, chat("gqa"), plans("gqa"), says="not a vocabulary plan")
+
+
+def test_a_tokenizer_that_nothing_would_use_is_refused(chat: Chat, tmp_path: Path) -> None:
+    args = ("--load", chat("gqa"), "--save", tmp_path / "x", "--to", "hf", *NARROWER)
+    refused("prune", *args, "--vocab-tokenizer", chat("gqa"), says="no plan drops tokens")
