@@ -78,6 +78,8 @@ def load_vocab_plan(path: Path) -> VocabPlan:
         if values["version"] != VERSION:
             raise PlanError(f"version {values['version']!r}; this reads version {VERSION}")
         kept = values["kept"]
+        if not isinstance(kept, list):
+            raise TypeError(f"kept is a {type(kept).__name__}")
         if not all(type(token) is int for token in kept):
             raise PlanError("kept: holds something other than integers")
         plan = VocabPlan(

@@ -22,6 +22,9 @@ from megatron_prune.shape import ModelConfig
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 REPAIR = "repair.json"  # beside the plan
+CARD = "README.md"  # the model card
+VOCAB_PLAN = "vocab_plan.json"  # of a model whose tokenizer was pruned: travels with its files
+COMMANDS = "commands.jsonl"  # of a training run: beside its checkpoints; then it travels with them
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 

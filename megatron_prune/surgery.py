@@ -11,7 +11,7 @@ smaller denominator of RMSNorm, projections fitted anew) is a source around a `P
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -23,10 +23,10 @@ from megatron_prune.axes import axes_of, layer_name, split_dim, split_layer
 from megatron_prune.digest import source_digest
 from megatron_prune.errors import PlanError, StorageError
 from megatron_prune.grid import ParallelGrid
-from megatron_prune.plan import PrunePlan
+from megatron_prune.plan import PrunePlan, load_plan
 from megatron_prune.ranks import Ranks
 from megatron_prune.repair import Repair
-from megatron_prune.source import Source
+from megatron_prune.source import CARD, COMMANDS, Source
 from megatron_prune.store.commit import atomic_directory, write_file, write_manifest
 from megatron_prune.store.hf import DEFAULT_SHARD_BYTES, HuggingFaceWriter
 from megatron_prune.store.hf_config import hf_config
@@ -34,8 +34,9 @@ from megatron_prune.store.mcore_dist import DistWriter
 from megatron_prune.store.mcore_legacy import LegacyWriter
 from megatron_prune.store.megatron import ITERATION
 from megatron_prune.store.megatron_args import check_expressible, megatron_args
+from megatron_prune.store.model_card import CardFacts, base_model_of, model_card
 from megatron_prune.store.open import TRACKER
-from megatron_prune.store.passenger import Passenger
+from megatron_prune.store.passenger import Passenger, commands_of
 from megatron_prune.store.writer import Progress, Writer
 from megatron_prune.tensors import take
 
@@ -72,18 +73,26 @@ class PrunedSource(Source):
         axes = axes_of(name)
         dim = split_dim(axes)
         kept = {a: index for a in axes if (index := self._plan.tensor(a, layer)) is not None}
-        low, high = start, stop
-        if dim is not None and axes[dim] in kept:
-            index = kept[axes[dim]][start:stop]
-            low, high = int(index[0]), int(index[-1]) + 1
-            if len(index) == high - low:
-                del kept[axes[dim]]  # a run without gaps: the read below is the slice
-            else:
-                kept[axes[dim]] = index - low
-        return take(self._source.read(source_name, low, high), axes, kept, self._rows)
+        if dim is None or axes[dim] not in kept:
+            return take(self._source.read(source_name, start, stop), axes, kept, self._rows)
+        parts = []
+        index = kept.pop(axes[dim])[start:stop]
+        for part in _spans(index) if axes[dim] == "V" else (index,):
+            low, high = int(part[0]), int(part[-1]) + 1
+            gaps = {} if len(part) == high - low else {axes[dim]: part - low}
+            x = self._source.read(source_name, low, high)
+            parts.append(take(x, axes, {**kept, **gaps}, self._rows))
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def close(self) -> None:
         self._source.close()
+
+
+def _spans(index: Tensor) -> Iterator[Tensor]:
+    """Sorted ids in parts that span at most as many source rows as there are ids: few kept rows in
+    many are then not read as one block, which a format may have to copy."""
+    part = (index - index[0]) // len(index)
+    yield from index.split(torch.unique_consecutive(part, return_counts=True)[1].tolist())
 
 
 def check_plan_fits(source: Source, plan: PrunePlan) -> None:
@@ -108,6 +117,8 @@ class Target:
     Attributes:
         format: hf, torch_dist or torch.
         te_norms: legacy format only: name norms as Transformer Engine's layer spec does.
+        base_model: hub name that the model card gives as the model's origin; None for what the
+            source says.
     """
 
     directory: Path
@@ -115,6 +126,7 @@ class Target:
     grid: ParallelGrid = field(default_factory=ParallelGrid)
     max_shard_bytes: int = DEFAULT_SHARD_BYTES
     te_norms: bool = True
+    base_model: str | None = None
 
     @property
     def weights_directory(self) -> str:
@@ -169,11 +181,8 @@ def write_checkpoint(
     Raises:
         PruneError: ranks have different plans; nothing was written.
     """
-    passenger = Passenger.of(
-        source,
-        None if plan is None else plan.to_json().encode(),
-        None if repair is None else repair.to_json().encode(),
-    )
+    base_model = target.base_model or base_model_of(source)
+    passenger = _passenger(source, base_model, plan, repair)
     ranks.agree("the plan", str(passenger.plan_digest))
     writer = make_writer(source, target, passenger.plan_digest)
     with (
@@ -199,6 +208,43 @@ def write_checkpoint(
             write_manifest(directory, facts, {file: w.record for file, w in everything.items()})
             if target.format != "hf":
                 write_file(directory.parent / TRACKER, f"{ITERATION}\n".encode())
+
+
+def _passenger(
+    source: Source, base_model: str | None, plan: PrunePlan | None, repair: Repair | None
+) -> Passenger:
+    """What travels with the model, in any format: among it a new model card, so that the way to an
+    export makes no difference to it."""
+    passenger = Passenger.of(
+        source,
+        None if plan is None else plan.to_json().encode(),
+        None if repair is None else repair.to_json().encode(),
+    )
+    files, commands = dict(passenger.files), commands_of(source)
+    if commands:
+        files[COMMANDS] = "".join(line + "\n" for line in commands).encode()
+    described = _carried_plan(source) if plan is None else plan
+    files[CARD] = model_card(
+        CardFacts(
+            config=source.config,
+            plan=described,
+            plan_digest=passenger.plan_digest,
+            is_repaired=described is not None and passenger.repair is not None,
+            commands=commands,
+            source_card=files.get(CARD),
+            base_model=base_model,
+        )
+    )
+    return replace(passenger, files=files)
+
+
+def _carried_plan(source: Source) -> PrunePlan | None:
+    """The plan beside a source, where it is one and of this model."""
+    try:
+        plan = None if source.plan_path is None else load_plan(source.plan_path)
+    except PlanError:  # carried along as it is; `verify` reads it
+        return None
+    return plan if plan is not None and plan.target == source.config.shape else None
 
 
 def _check_space(directory: Path, wanted: int) -> None:

@@ -22,10 +22,13 @@ from typing import Any
 import pytest
 
 from tests import pico
+from tests.emb_pruner.models import write_vocab_plan
 from tests.pico import directory_bytes, ok
 
 _FORKS = """
 import json, os, sys, traceback
+from transformers import AutoTokenizer
+import emb_pruner.prune
 from megatron_prune.cli import convert, main, prune, reshard
 for line in sys.stdin:
     child = os.fork()
@@ -84,6 +87,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pico.make_model(root / kind, kind, num_hidden_layers=6, **sizes)
         to = ("--to", "megatron", "--ckpt-format", "torch", "--tensor-model-parallel-size", 3)
         ok("convert", "--load", root / kind, "--save", root / f"{kind}-3", *to)
+    write_vocab_plan(root / "gqa", 300, root / "vocab_plan.json")
     return root
 
 
@@ -94,6 +98,10 @@ STAGES = {
         *("--ffn-hidden-size-remain", "600", "--drop-layers", "2"),
     ),
     "reshard": ("reshard", "{kind}-3", "--pipeline-model-parallel-size", "2"),
+    "prune the vocabulary too": (
+        *("prune", "{kind}-3", "--to", "hf", "--vocab-plan", "{place}/vocab_plan.json"),
+        *("--ffn-hidden-size-remain", "600"),
+    ),
 }
 
 
@@ -101,7 +109,8 @@ def kill_at_random(stage: str, place: Path, out: Path, runs: Runs, times: int) -
     def argv(kind: str, *more: str) -> list[str]:
         name, source, *flags = STAGES[stage]
         load = ("--load", str(place / source.format(kind=kind)))
-        return [name, *load, "--save", str(out), *flags, *more]
+        filled = [flag.format(place=place) for flag in flags]
+        return [name, *load, "--save", str(out), *filled, *more]
 
     def left() -> list[str]:
         return [path.name for path in out.parent.iterdir() if path != out]

@@ -12,15 +12,17 @@ from __future__ import annotations
 import argparse
 
 from megatron_prune.cli import options
+from megatron_prune.cli.publishing import add_publishing_arguments, check_publishing, publish
 from megatron_prune.cli.rotating import add_rotation_arguments, check_rotation, rotated, unrotated
 from megatron_prune.cli.writing import write
-from megatron_prune.surgery import make_writer
+from megatron_prune.surgery import Target, make_writer
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_load(parser)
     options.add_save(parser)
     options.add_target(parser)
+    add_publishing_arguments(parser)
     add_rotation_arguments(parser)
 
 
@@ -28,6 +30,12 @@ def run(args: argparse.Namespace) -> None:
     target = options.target_from(args)
     options.check_save(args)
     rotates = check_rotation(args)
+    check_publishing(args)
+    _convert(args, target, rotates)
+    publish(args)
+
+
+def _convert(args: argparse.Namespace, target: Target, rotates: bool) -> None:
     with options.opened(args.load, args.family) as source:
         if not rotates:
             write("convert", args, options.cast(source, args.dtype), target)

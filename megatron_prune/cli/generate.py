@@ -27,7 +27,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     prompt.add_argument("--prompt", metavar="TEXT", help="the text to continue")
     prompt.add_argument("--prompt-file", type=Path, metavar="FILE", help="a file that holds it")
     parser.add_argument(
-        "--chat", action="store_true", help="ask as a user does, with the model's chat template"
+        "--chat",
+        "--apply-chat-template",
+        action="store_true",
+        help="ask as a user does, with the model's chat template",
     )
     parser.add_argument(
         "--max-new-tokens",

@@ -124,6 +124,7 @@ def target_from(args: argparse.Namespace) -> Target:
         format="hf" if args.to == "hf" else args.ckpt_format,
         grid=grid_from(args),
         max_shard_bytes=parse_bytes(args.max_shard_size),
+        base_model=args.base_model,
         te_norms=args.transformer_impl == "transformer_engine",
     )
 

@@ -11,7 +11,7 @@ from megatron_prune.cli import options
 from megatron_prune.cli.engine_flags import dtype_of
 from megatron_prune.errors import ConfigError
 
-TASK_FLAGS = ("num_fewshot", "limit", "include_path")
+TASK_FLAGS = ("num_fewshot", "limit", "include_path", "apply_chat_template")
 
 
 def add_task_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,6 +30,11 @@ def add_task_arguments(parser: argparse.ArgumentParser) -> None:
         help="examples before each question, where NAME does not say (default: the task's)",
     )
     group.add_argument("--limit", type=options.positive, metavar="N", help="questions of each task")
+    group.add_argument(
+        "--apply-chat-template",
+        action="store_true",
+        help="ask as a user does, with the model's chat template; examples are earlier turns",
+    )
     group.add_argument("--include-path", type=Path, metavar="DIR", help="task files of your own")
     group.add_argument(
         "--backend",
@@ -56,6 +61,7 @@ def run_tasks(args: argparse.Namespace) -> None:
         tasks=wanted,
         limit=args.limit,
         include_path=args.include_path,
+        apply_chat_template=args.apply_chat_template,
         micro_batch_size=args.micro_batch_size,
         max_length=args.seq_length,
         tokenizer_model=args.tokenizer_model,

@@ -14,6 +14,7 @@ from megatron_prune.cli.distill_flags import add_distill, distill_from
 from megatron_prune.cli.domain_flags import add_domains
 from megatron_prune.cli.engine_flags import add_engine, dtype_of
 from megatron_prune.cli.options import grid_from, positive
+from megatron_prune.errors import ConfigError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -94,6 +95,13 @@ def _add_batches(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--seq-length", type=positive, required=True, metavar="N", help="tokens of a sequence"
+    )
+    group.add_argument(
+        "--context-parallel-size",
+        type=positive,
+        default=1,
+        metavar="N",
+        help="ranks that share a sequence: only 1 (default), see docs/training.md",
     )
     group.add_argument("--recompute-granularity", metavar="WHAT", help="full or selective")
     group.add_argument("--recompute-method", metavar="HOW", help="uniform or block")
@@ -229,6 +237,14 @@ def _add_intervals(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _check_context_parallel(size: int) -> None:
+    if size > 1:
+        raise ConfigError(
+            f"--context-parallel-size {size}: sequences are not split over ranks; wanted 1. For "
+            "longer sequences use --sequence-parallel and --recompute-granularity full"
+        )
+
+
 def run(args: argparse.Namespace) -> None:
     from dataclasses import fields
 
@@ -236,6 +252,7 @@ def run(args: argparse.Namespace) -> None:
     from megatron_prune.engine.groups import model_parallel, world_size
     from megatron_prune.engine.options import TrainOptions, check_options
 
+    _check_context_parallel(args.context_parallel_size)
     given = vars(args) | {
         "dtype": dtype_of(args),
         "data_path": tuple(args.data_path),

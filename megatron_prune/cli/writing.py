@@ -12,8 +12,9 @@ from megatron_prune.plan import PrunePlan
 from megatron_prune.ranks import Ranks, joined_ranks
 from megatron_prune.repair import Repair
 from megatron_prune.shape import ModelConfig
-from megatron_prune.source import Source
+from megatron_prune.source import CARD, Source
 from megatron_prune.store.megatron_args import beyond_stock, stock_flags
+from megatron_prune.store.model_card import is_ours
 from megatron_prune.surgery import Target, make_writer, write_checkpoint
 
 
@@ -41,6 +42,11 @@ def write(
     if args.dry_run:
         options.show(f"would write {what}")
         return
+    card = source.companion_files.get(CARD)
+    if card is not None and not is_ours(card.read_bytes()):
+        options.say(
+            f"{CARD}: the source's describes another model; a new one replaces it, with its licence"
+        )
     began = time.perf_counter()
     with (
         joined_ranks() if ranks is None else nullcontext(ranks) as joined,

@@ -272,6 +272,24 @@ def document_by_transformers(folder: Path) -> dict[str, Any]:
     return dict(json.loads(tokenizer.backend_tokenizer.to_str()))
 
 
+def chat_tokenizer(path: Path) -> Any:
+    """`transformers_tokenizer` with a chat template that needs no name.
+
+    Raises:
+        ConfigError, DamagedError: it has none; see `transformers_tokenizer`.
+    """
+    tokenizer = transformers_tokenizer(path)
+    template = tokenizer.chat_template
+    if isinstance(template, dict):
+        template = template.get("default")
+    if not template:
+        raise ConfigError(
+            f"--apply-chat-template: the tokenizer of {path} has no chat template; leave it out, "
+            "or give a tokenizer that has one with --tokenizer-model"
+        )
+    return tokenizer
+
+
 def _read_by_transformers(folder: Path) -> Any:
     from transformers import AutoConfig, AutoTokenizer
 

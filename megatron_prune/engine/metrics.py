@@ -19,10 +19,10 @@ from typing import Any
 from tqdm import tqdm
 
 from megatron_prune import __version__
+from megatron_prune.source import COMMANDS
 from megatron_prune.store.commit import replace_file
 
 METRICS = "metrics.jsonl"
-COMMANDS = "commands.jsonl"
 _DISTILLED = ("kl loss", "hidden loss")  # of a run with a teacher
 
 

@@ -22,7 +22,7 @@ from megatron_prune.engine.weights import load_weights
 from megatron_prune.errors import ConfigError, PruneError
 from megatron_prune.grid import ParallelGrid
 from megatron_prune.plan import Kept, PrunePlan, load_plan
-from megatron_prune.source import Source
+from megatron_prune.source import VOCAB_PLAN, Source
 from megatron_prune.store import open_source
 from megatron_prune.surgery import PrunedSource
 
@@ -70,28 +70,47 @@ def _in_vocabulary(teacher: Source, student: Source, tokenizer: Path | None) -> 
                 f"though both have {ours} ids; teach with a model of the same tokenizer"
             )
         return teacher
-    plan = None if student.plan_path is None else load_plan(student.plan_path)
-    kept = None if plan is None else plan.kept.vocab
-    if plan is None or kept is None or plan.source.vocab_size != theirs or len(kept) != ours:
+    kept = _kept_tokens(student, theirs)
+    if kept is None:
         raise ConfigError(
             f"--teacher {teacher.path}: has a vocabulary of {theirs} tokens, the student one of "
-            f"{ours}, and the student's plan does not tell which of them are which; teach with a "
-            "model of the student's vocabulary, or of the one that its plan.json (kept.vocab) "
-            "was made for"
+            f"{ours}, and neither the student's plan.json (kept.vocab) nor its {VOCAB_PLAN} tells "
+            "which of them are which; teach with a model of the student's vocabulary, or of the "
+            "one that it was cut from"
         )
     if known:
         _check_kept(teacher, kept, tokenizer or Path())
-    shape = teacher.config.shape
     vocabulary = PrunePlan(
-        source=shape,
+        source=teacher.config.shape,
         kept=Kept(vocab=kept),
-        criterion=plan.criterion,
-        seed=plan.seed,
+        criterion="vocabulary of the student",
+        seed=0,
         prune_type="unbalance",
         balance_for=1,
         source_digest=source_digest(teacher),
     )
     return PrunedSource(teacher, vocabulary)
+
+
+def _kept_tokens(student: Source, theirs: int) -> tuple[int, ...] | None:
+    """The student's tokens in the numbers of the vocabulary it was cut from, if that is one of
+    ``theirs`` rows, padding included; None when nothing tells.
+
+    A student whose vocabulary was cut first and whose widths later has them in the plan that
+    travels with its tokenizer.
+    """
+    from emb_pruner.vocab_plan import load_vocab_plan
+
+    ours = student.config.shape.vocab_size
+    plan = None if student.plan_path is None else load_plan(student.plan_path)
+    kept = None if plan is None else plan.kept.vocab
+    if plan is not None and plan.source.vocab_size == theirs and kept and len(kept) == ours:
+        return kept
+    if VOCAB_PLAN not in student.companion_files:
+        return None
+    vocab_plan = load_vocab_plan(student.companion_files[VOCAB_PLAN])
+    fits = vocab_plan.size == ours and vocab_plan.source_size <= theirs
+    return vocab_plan.kept if fits else None
 
 
 def _check_kept(teacher: Source, kept: Sequence[int], tokenizer: Path) -> None:

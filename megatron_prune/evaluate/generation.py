@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from megatron_prune.data.tokenizers import TextTokenizer, load_tokenizer, transformers_tokenizer
+from megatron_prune.data.tokenizers import TextTokenizer, chat_tokenizer, load_tokenizer
 from megatron_prune.engine.decoding import continue_rows
 from megatron_prune.engine.failures import on_first_rank
 from megatron_prune.engine.groups import Groups
@@ -90,11 +90,7 @@ def _tokenise(options: GenerationOptions, config: ModelConfig) -> tuple[list[int
     where = options.tokenizer_model or options.load
     tokenizer = load_tokenizer(where)
     if options.chat:
-        own = transformers_tokenizer(where)
-        if not own.chat_template:
-            raise ConfigError(
-                f"--chat: the tokenizer of {where} has no chat template; leave it out"
-            )
+        own = chat_tokenizer(where)
         message = [{"role": "user", "content": options.prompt}]
         text = own.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
         ids = tokenizer.encode(text, add_special_tokens=False)

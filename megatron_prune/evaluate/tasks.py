@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from megatron_prune.axes import count_parameters
-from megatron_prune.data.tokenizers import transformers_tokenizer
+from megatron_prune.data.tokenizers import chat_tokenizer, transformers_tokenizer
 from megatron_prune.engine.failures import on_first_rank
 from megatron_prune.engine.groups import Groups
 from megatron_prune.engine.model import ModelOptions, build_model, check_model
@@ -39,12 +39,14 @@ class TaskOptions:
     Attributes:
         tasks: name -> examples shown before each question; None leaves it to the task.
         max_length: positions to use; None for all the model has.
+        apply_chat_template: ask as a user does, examples as earlier turns of the chat.
     """
 
     load: Path
     tasks: Mapping[str, int | None]
     limit: int | None = None
     include_path: Path | None = None
+    apply_chat_template: bool = False
     micro_batch_size: int = 1
     max_length: int | None = None
     tokenizer_model: Path | None = None
@@ -92,6 +94,8 @@ def open_for_tasks(options: TaskOptions, grid: ParallelGrid) -> Source:
     source.config.shape.check_uniform("evaluate --tasks", "--data judges it")
     grid.check(source.config.shape)
     check_model(source.config, _model_options(options, _length(source, options, grid)), 1)
+    if options.apply_chat_template:
+        chat_tokenizer(options.tokenizer_model or options.load)
     return source
 
 
@@ -158,6 +162,8 @@ def _evaluate(model: Any, manager: Any, options: TaskOptions) -> dict[str, Any]:
             num_fewshot=shots,
             limit=options.limit,
             task_manager=manager,
+            apply_chat_template=options.apply_chat_template,
+            fewshot_as_multiturn=options.apply_chat_template,
             log_samples=False,
         )
         for name in _MERGED:
@@ -174,6 +180,7 @@ def _facts(source: Source, options: TaskOptions, backend: str, seconds: float) -
         "backend": backend,
         "dtype": options.dtype,
         "limit": options.limit,
+        "apply_chat_template": options.apply_chat_template,
         "lm_eval": version("lm_eval"),
         "seconds": seconds,
     }

@@ -15,10 +15,11 @@ from statistics import median
 from typing import Any
 
 from megatron_prune.errors import CheckpointError, ConfigError, DamagedError
+from megatron_prune.source import COMMANDS
 from megatron_prune.store.commit import MANIFEST, hash_file, read_manifest
 from megatron_prune.store.open import iteration_directory
 
-METRICS, COMMANDS = "metrics.jsonl", "commands.jsonl"
+METRICS = "metrics.jsonl"
 LOSS, VALIDATION, TOKENS = "lm loss", "validation loss", "consumed-tokens"
 COURSE = {
     "learning-rate": "learning rate",

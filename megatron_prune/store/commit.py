@@ -25,6 +25,7 @@ from typing import Any
 from megatron_prune import __version__
 from megatron_prune.errors import ConfigError, DamagedError, StorageError
 from megatron_prune.ranks import Ranks
+from megatron_prune.source import CARD
 
 MANIFEST = "manifest.json"
 WRITER = "megatron_prune"  # how our manifests are told from other files of that name
@@ -142,14 +143,15 @@ def _sweep_files_beside(path: Path) -> None:
 def write_manifest(
     directory: Path, facts: Mapping[str, Any], known: Mapping[str, FileRecord] | None = None
 ) -> None:
-    """Describe every file under ``directory`` in its manifest.json.
+    """Describe every file under ``directory`` in its manifest.json, apart from the model card:
+    that is for people to write on, and a change of it is no damage.
 
     Files in ``known`` were hashed while they were written; the others are read once and flushed.
     """
     records = {}
     for path in sorted(p for p in directory.rglob("*") if p.is_file()):
         name = path.relative_to(directory).as_posix()
-        if name == MANIFEST:
+        if name == MANIFEST or path.name == CARD:
             continue
         record = (known or {}).get(name)
         if record is None:

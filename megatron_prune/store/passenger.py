@@ -17,12 +17,38 @@ from typing import Any
 from megatron_prune.axes import count_parameters
 from megatron_prune.grid import ParallelGrid
 from megatron_prune.shape import ModelConfig
-from megatron_prune.source import REPAIR, Source
+from megatron_prune.source import COMMANDS, REPAIR, Source
 from megatron_prune.store.block_configs import CODE, code
 from megatron_prune.store.commit import write_file
 from megatron_prune.store.hf_config import CONFIG, hf_config
 
 COMPANIONS, PLAN = "hf", "plan.json"
+
+
+def commands_of(source: Source) -> list[str]:
+    """Lines of ``commands.jsonl``, oldest first: those that travel with a model, then those of the
+    run it lies in that took part in its training. Lines that are none of ours are left out."""
+    carried = source.companion_files.get(COMMANDS)
+    lines = [] if carried is None else _command_lines(carried)
+    own = source.path.parent / COMMANDS
+    if source.iteration and own.is_file():
+        lines += [
+            line for line in _command_lines(own) if json.loads(line)["iteration"] < source.iteration
+        ]
+    return lines
+
+
+def _command_lines(path: Path) -> list[str]:
+    kinds = {"iteration": int, "processes": int, "argv": list, "version": str}
+    kept = []
+    for line in path.read_text(errors="replace").splitlines():
+        try:
+            row = json.loads(line)
+            if all(isinstance(row[name], kind) for name, kind in kinds.items()):
+                kept.append(line)
+        except (ValueError, KeyError, TypeError, RecursionError):
+            continue
+    return kept
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,12 +20,12 @@ from tests.pico import directory_bytes, ok, refused, run
 Models, Shards, Plans = Callable[[str], Path], Callable[..., Path], Callable[[str], Path]
 
 
-FILE_STAGES = ("convert", "inspect", "plan", "prune", "report", "reshard", "verify")
+FILE_STAGES = ("convert", "inspect", "plan", "prune", "report", "reshard", "verify", "vocab prune")
 
 
-@pytest.mark.parametrize("stage", sorted(set(STAGES) - {"vocab"}))
+@pytest.mark.parametrize("stage", sorted({*STAGES, "vocab prune"} - {"vocab"}))
 def test_help_of_every_stage_explains_it(stage: str) -> None:
-    text = ok(stage, "--help").out
+    text = ok(*stage.split(), "--help").out
     usage, about, *_ = text.split("\n\n")
     assert usage.startswith(f"usage: megatron-prune {stage}")
     assert about.strip().endswith(".") and len(about) > 40
@@ -35,7 +35,7 @@ def test_help_of_every_stage_explains_it(stage: str) -> None:
 @pytest.mark.parametrize("stage", FILE_STAGES)
 def test_every_flag_has_a_help_and_every_stage_an_example(stage: str) -> None:
     parser = argparse.ArgumentParser()
-    module = importlib.import_module(f"megatron_prune.cli.{stage}")
+    module = importlib.import_module(f"megatron_prune.cli.{stage.replace(' ', '_')}")
     module.add_arguments(parser)
     assert [action.option_strings for action in parser._actions if not action.help] == []
     assert f"megatron-prune {stage} " in module.__doc__

@@ -229,17 +229,6 @@ def test_a_projection_is_learned_saved_and_not_exported(
 # ---- vocabularies --------------------------------------------------------------------------------
 
 
-def _keep_tokens(folder: Path, kept: list[int]) -> None:
-    """Renumber a tokenizer to some of its tokens, of which none is a part of one left out."""
-    file = folder / "tokenizer.json"
-    values = json.loads(file.read_text())
-    tokens = {number: token for token, number in values["model"]["vocab"].items()}
-    vocab = {tokens[old]: new for new, old in enumerate(kept)}
-    merges = [pair for pair in values["model"]["merges"] if "".join(pair) in vocab]
-    values["model"] |= {"vocab": vocab, "merges": merges}
-    file.write_text(json.dumps(values))
-
-
 @pytest.fixture(scope="module")
 def restricted(
     tmp_path_factory: pytest.TempPathFactory, reference: Path
@@ -261,8 +250,6 @@ def restricted(
     student = folder / "student"
     ok("prune", "--load", reference / "gqa", "--plan", folder / "plan.json", "--save", student,
        "--to", "hf")  # fmt: skip
-    _keep_tokens(student, kept)
-    (student / "manifest.json").unlink()  # it describes the whole tokenizer
     (folder / "words.jsonl").write_text(
         (reference.parent / "engine-corpus/words.jsonl").read_text()
     )
@@ -288,6 +275,27 @@ def test_a_teacher_of_the_whole_vocabulary_is_restricted_and_renormalised(
     first = rows(tmp_path / "run")[0]
     assert first["kl loss"] == pytest.approx(float(kl.mean()), abs=1e-5)
     assert first["lm loss"] == pytest.approx(float(lm.mean()), abs=1e-5)
+
+
+def test_a_vocabulary_that_was_cut_before_the_rest_still_has_its_teacher(
+    tmp_path: Path, restricted: tuple[Path, Path, list[int]], teacher: Path, reference: Path
+) -> None:
+    """The student's plan.json is that of the second cut, and does not tell of tokens any more."""
+    student, words_of_it, _ = restricted
+    vocab_plan = student / "vocab_plan.json"
+    first, second = tmp_path / "first", tmp_path / "second"
+    ok("vocab", "prune", "--load", reference / "gqa", "--plan", vocab_plan, "--save", first,
+       "--to", "hf")  # fmt: skip
+    ok("prune", "--load", first, "--save", second, "--to", "megatron",
+       "--ffn-hidden-size-remain", 60, "--seed", 3)  # fmt: skip
+    assert json.loads((second / "iter_0000001/plan.json").read_text())["kept"]["vocab"] is None
+    ok(*words(second, tmp_path / "run", words_of_it, "--teacher", teacher))
+    found = _told_losses(tmp_path / "run", "kl loss")
+    assert len(found) == 6 and found[-1] < found[0]
+    for name in ("hf/vocab_plan.json", "manifest.json"):
+        (second / "iter_0000001" / name).unlink()
+    flags = (*words(second, tmp_path / "other", words_of_it), "--teacher", teacher)
+    refused(*flags, says="vocabulary of 379 tokens, the student one of 339")
 
 
 # ---- refusals ------------------------------------------------------------------------------------

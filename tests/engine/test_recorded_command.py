@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 
 from tests.engine.runs import words
 from tests.pico import ok
 from tests.report.test_page import Reader
+
+TP3 = ("--tensor-model-parallel-size", 3)
 
 
 def test_every_start_is_recorded_with_its_iteration_and_shown(
@@ -26,3 +29,30 @@ def test_every_start_is_recorded_with_its_iteration_and_shown(
     assert [row[1] for row in reader.tables["What was started"][1:]] == ["0", "3"]
     told = {row[0]: row[1] for row in reader.tables["Digests"]}
     assert told["checkpoint"] == "iter_0000006" and len(told["manifest.json SHA-256"]) == 64
+
+
+def test_the_commands_travel_with_the_model_into_its_card(
+    reference: Path, corpus: Path, tmp_path: Path
+) -> None:
+    plan = ("--ffn-hidden-size-remain", 60)
+    ok("prune", "--load", reference / "gqa", "--save", tmp_path / "pruned", "--to", "hf", *plan)
+    first = words(tmp_path / "pruned", tmp_path / "run", corpus, "--exit-interval", 3)
+    again = words(tmp_path / "pruned", tmp_path / "run", corpus)
+    ok(*first)
+    ok("convert", "--load", tmp_path / "run", "--save", tmp_path / "half", "--to", "hf")
+    ok(*again)
+    ok("convert", "--load", tmp_path / "run", "--save", tmp_path / "hf", "--to", "hf")
+    ok("reshard", "--load", tmp_path / "run", "--save", tmp_path / "tp3", *TP3)
+    ok("convert", "--load", tmp_path / "tp3", "--save", tmp_path / "again", "--to", "hf")
+    cards = {name: (tmp_path / name / "README.md").read_text() for name in ("half", "hf", "again")}
+    assert shlex.join(["megatron-prune", *first]) in cards["half"]
+    assert cards["half"].count("megatron-prune train") == 1
+    assert shlex.join(["megatron-prune", *again]) in cards["hf"]
+    assert cards["hf"].count("megatron-prune train") == 2
+    assert "From iteration 3 on, 1 processes" in cards["hf"]
+    assert "| ffn_hidden_size | 96 | 60 |" in cards["hf"]
+    assert cards["again"] == cards["hf"]
+    third = words(tmp_path / "hf", tmp_path / "more", corpus, "--train-iters", 3, "--finetune")
+    ok(*third)
+    ok("convert", "--load", tmp_path / "more", "--save", tmp_path / "last", "--to", "hf")
+    assert (tmp_path / "last" / "README.md").read_text().count("megatron-prune train") == 3

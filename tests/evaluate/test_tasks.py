@@ -1,8 +1,9 @@
-"""``evaluate --tasks``: shards at any layout answer as the harness' Hugging Face backend does."""
+"""``evaluate --tasks``: shards at any layout answer as the harness' own backend on their export."""
 
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -18,6 +19,12 @@ from tests.engine.on_ranks import Job, environment, launch
 from tests.pico import TEXT, ok, refused
 
 REPOSITORY = Path(__file__).parents[2]
+# Refuses a system message, which a task's description becomes: the harness then leaves it out.
+TEMPLATE = (
+    "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system') }}"
+    "{% endif %}<s>{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}model:{% endif %}"
+)
 CHOICE = """
 task: pico_choice
 dataset_path: json
@@ -25,6 +32,7 @@ dataset_kwargs: {{data_files: {{test: "{data}", validation: "{data}"}}}}
 output_type: multiple_choice
 test_split: test
 fewshot_split: validation
+description: "Say which."
 doc_to_text: "{{{{question}}}}"
 doc_to_target: "{{{{answer}}}}"
 doc_to_choice: "{{{{choices}}}}"
@@ -52,12 +60,23 @@ generation_kwargs: {{until: ["{until}"], max_gen_toks: 10, do_sample: false}}
 metric_list: [{{metric: exact_match}}]
 """
 NAMES = ("pico_choice:2", "pico_rolling", "pico_until")
+WAYS: dict[str, tuple[object, ...]] = {
+    "whole": (),
+    "limited": ("--limit", 5),
+    "chat": ("--apply-chat-template",),
+}
+LAYOUTS: dict[str, tuple[int, tuple[object, ...]]] = {
+    "one": (1, ()),
+    "tp3": (3, ("--tensor-model-parallel-size", 3)),
+    "pp2": (2, ("--pipeline-model-parallel-size", 2)),
+    "dp2": (2, ()),
+}
 
 
 def in_a_process(*words: object, home: Path) -> None:
     """The harness reads HF_HOME when it is imported, and logs and seeds as it likes."""
     done = subprocess.run(
-        [sys.executable, "-m", "megatron_prune", *map(str, words)],
+        [sys.executable, *map(str, words)],
         env=environment(HF_HOME=str(home)), capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
@@ -65,27 +84,47 @@ def in_a_process(*words: object, home: Path) -> None:
 
 @pytest.fixture(scope="module")
 def folder(models, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Task files, and a data set whose ``said`` is what the model says to half of its questions."""
+    """Task files; a model with a chat template, whose tokenizer begins a text with <s>; as shards;
+    exported; and a data set whose ``said`` is what it says to some questions, asked or chatting."""
     pytest.importorskip("lm_eval")
     folder = tmp_path_factory.mktemp("tasks")
+    model = shutil.copytree(models("gqa"), folder / "model")
+    (model / "chat_template.jinja").write_text(TEMPLATE)
+    tokenizer = json.loads((model / "tokenizer.json").read_text())
+    begin = {"SpecialToken": {"id": "<s>", "type_id": 0}}
+    pieces = [begin, {"Sequence": {"id": "A", "type_id": 0}}]
+    tokenizer["post_processor"] = {
+        "type": "TemplateProcessing", "single": pieces, "pair": pieces,
+        "special_tokens": {"<s>": {"id": "<s>", "ids": [0], "tokens": ["<s>"]}},
+    }  # fmt: skip
+    (model / "tokenizer.json").write_text(json.dumps(tokenizer))
+    to = ("--to", "megatron", "--tensor-model-parallel-size", 3)
+    ok("convert", "--load", model, "--save", folder / "shards", *to)
+    ok("convert", "--load", folder / "shards", "--save", folder / "export", "--to", "hf")
+    data = _write_data(folder, model)
+    (folder / "own").mkdir()
+    for name, text in (("choice", CHOICE), ("rolling", ROLLING), ("until", UNTIL)):
+        (folder / "own" / f"{name}.yaml").write_text(text.format(data=data, until="e"))
+    return folder
+
+
+def _write_data(folder: Path, model: Path) -> Path:
     words = TEXT.split()
     rows: list[dict[str, Any]] = []
     for n in range(12):
         question = " ".join(words[n % 5 : n % 5 + 3 + n % 4])
         flags = ("--prompt", question, "--max-new-tokens", 10)
-        said = ok("generate", "--load", models("gqa"), *flags).out[len(question) : -1]
+        asked = ok("generate", "--load", model, *flags).out[len(question) : -1].split("e")[0]
+        chat = ok("generate", "--load", model, *flags, "--chat").out[:-1].split("e")[0]
         choices = [f" {words[(n + k) % len(words)]}" for k in (1, 5, 9)]
         long = " ".join(words[n % 7 :] * (1 + 4 * (n % 3)))  # the longest take several windows
-        said = said.split("e")[0] if n % 2 else "another"
+        said = (asked, chat, "another")[n % 3]
         rows.append(
             {"question": question, "choices": choices, "answer": n % 3, "long": long, "said": said}
         )
     data = folder / "data.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (folder / "own").mkdir()
-    for name, text in (("choice", CHOICE), ("rolling", ROLLING), ("until", UNTIL)):
-        (folder / "own" / f"{name}.yaml").write_text(text.format(data=data, until="e"))
-    return folder
+    return data
 
 
 def words_of(load: Path, folder: Path, save: Path, *more: object) -> list[str]:
@@ -94,18 +133,32 @@ def words_of(load: Path, folder: Path, save: Path, *more: object) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def wanted(models, folder: Path) -> dict[str, Any]:
-    """What the harness' own backend says of the Hugging Face directory."""
-    save = folder / "hf.json"
-    in_a_process(*words_of(models("gqa"), folder, save), home=folder / "home")
-    found = json.loads(save.read_text())
-    assert found["backend"] == "hf"
-    return dict(found)
+def wanted(folder: Path) -> dict[str, dict[str, Any]]:
+    """What the harness by itself says of the exported directory, by the way it is asked."""
+    script = Path(__file__).with_name("by_the_harness.py")
+    in_a_process(script, folder / "export", folder / "own", folder / "wanted.json", home=folder)
+    return dict(json.loads((folder / "wanted.json").read_text()))
+
+
+@pytest.fixture(scope="module")
+def found(folder: Path) -> dict[tuple[str, str], dict[str, Any]]:
+    """Layout and way -> what ``evaluate`` says of the shards there."""
+    jobs = {}
+    for layout, (world, flags) in LAYOUTS.items():
+        for way, more in WAYS.items():
+            save = folder / f"{layout}-{way}.json"
+            words = words_of(folder / "shards", folder, save, *flags, *more)
+            jobs[layout, way] = Job(check="command", world=world, given={"words": words})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_HOME", str(folder))
+        codes = launch(list(jobs.values()), folder / "ranks", ranks=3)
+    assert codes == [[0] * job.world for job in jobs.values()]
+    return {(a, b): json.loads((folder / f"{a}-{b}.json").read_text()) for a, b in jobs}
 
 
 def check(found: dict[str, Any], wanted: dict[str, Any]) -> None:
-    assert found["backend"] == "megatron" and found["lm_eval"] == wanted["lm_eval"]
     assert found["n-shot"]["pico_choice"] == wanted["n-shot"]["pico_choice"] == 2
+    assert found["n-samples"] == wanted["n-samples"]
     for task in ("pico_choice", "pico_rolling", "pico_until"):
         ours, theirs = found["results"][task], wanted["results"][task]
         assert set(ours) == set(theirs)
@@ -116,55 +169,52 @@ def check(found: dict[str, Any], wanted: dict[str, Any]) -> None:
                 assert ours[key] == value, (task, key)
 
 
-def test_the_tasks_can_tell_models_apart(wanted: dict[str, Any]) -> None:
-    results = wanted["results"]
+@pytest.mark.parametrize("way", WAYS)
+def test_the_tasks_can_tell_models_apart(wanted: dict[str, Any], way: str) -> None:
+    results = wanted[way]["results"]
     assert 0 < results["pico_choice"]["acc,none"] < 1
     assert 0 < results["pico_until"]["exact_match,none"] < 1
     assert results["pico_rolling"]["word_perplexity,none"] > 100
 
 
-def test_one_process_answers_as_transformers(models, folder: Path, wanted: dict[str, Any]) -> None:
-    save = folder / "one.json"
-    words = words_of(models("gqa"), folder, save, "--backend", "megatron")
-    in_a_process(*words, home=folder / "home")
-    check(json.loads(save.read_text()), wanted)
+def test_the_ways_of_asking_give_different_results(wanted: dict[str, Any]) -> None:
+    whole, limited, chat = (wanted[way]["results"] for way in ("whole", "limited", "chat"))
+    assert wanted["limited"]["n-samples"]["pico_choice"]["effective"] == 5
+    assert limited["pico_rolling"] != whole["pico_rolling"]
+    assert chat["pico_choice"] != whole["pico_choice"]
+    assert chat["pico_until"] != whole["pico_until"]
 
 
-@pytest.mark.parametrize(
-    ("name", "layout"),
-    [
-        ("tp3", ("--tensor-model-parallel-size", 3)),
-        ("pp2", ("--pipeline-model-parallel-size", 2)),
-        ("dp2", ()),
-    ],
-)
-def test_shards_answer_as_transformers(
-    shards, folder: Path, wanted: dict[str, Any], monkeypatch: pytest.MonkeyPatch,
-    name: str, layout: tuple[object, ...],
-) -> None:  # fmt: skip
-    monkeypatch.setenv("HF_HOME", str(folder / "home"))
-    save, ranks = folder / f"{name}.json", 3 if name == "tp3" else 2
-    words = words_of(shards("gqa", "torch_dist", 3), folder, save, *layout)
-    jobs = [Job(check="command", world=ranks, given={"words": words})]
-    assert launch(jobs, folder / f"ranks-{name}", ranks=ranks) == [[0] * ranks]
-    found = json.loads(save.read_text())
-    check(found, wanted)
-
-
-def test_a_limit_and_other_questions_give_other_results(
-    models, folder: Path, wanted: dict[str, Any]
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_shards_answer_as_the_harness_on_their_export(
+    found: dict[Any, Any], wanted: dict[str, Any], layout: str, way: str
 ) -> None:
-    save = folder / "limited.json"
-    in_a_process(*words_of(models("gqa"), folder, save, "--limit", 2), home=folder / "home")
-    found = json.loads(save.read_text())
-    assert found["limit"] == 2 and found["n-samples"]["pico_choice"]["effective"] == 2
-    assert found["results"]["pico_rolling"] != wanted["results"]["pico_rolling"]
+    told = found[layout, way]
+    assert told["backend"] == "megatron"
+    assert told["limit"] == (5 if way == "limited" else None)
+    assert told["apply_chat_template"] is (way == "chat")
+    check(told, wanted[way])
+
+
+@pytest.mark.parametrize("way", ["limited", "chat"])
+def test_a_hugging_face_directory_goes_to_the_harness(
+    folder: Path, wanted: dict[str, Any], way: str
+) -> None:
+    save = folder / f"hf-{way}.json"
+    words = words_of(folder / "export", folder, save, *WAYS[way])
+    in_a_process("-m", "megatron_prune", *words, home=folder)
+    told = json.loads(save.read_text())
+    assert told["backend"] == "hf"
+    check(told, wanted[way])
 
 
 def test_refused_with_the_harness(models, folder: Path) -> None:
     load = ("evaluate", "--load", models("gqa"))
     refused(*load, "--tasks", "no_such_task", says="no_such_task: unknown to lm-evaluation-harness")
     refused(*load, "--tasks", "a", "--include-path", "/nowhere", says="/nowhere: is no directory")
+    says = "has no chat template; leave it out"
+    refused(*load, "--tasks", "a", "--apply-chat-template", says=says)
     (folder / "bad").mkdir()
     text = CHOICE.replace("pico_choice", "pico_bad").format(data="/nowhere.jsonl")
     (folder / "bad" / "bad.yaml").write_text(text)
@@ -184,6 +234,7 @@ def test_without_the_harness_it_says_what_to_install(models) -> None:
         ((), "give one of --data TEXT, --domains RECIPE and --tasks"),
         (("--tasks", "a", "--data", "b"), "give one of --data TEXT"),
         (("--data", "b", "--limit", 3), "--limit goes with --tasks"),
+        (("--data", "b", "--apply-chat-template"), "--apply-chat-template goes with --tasks"),
         (("--tasks", "a", "--max-windows", 3), "--max-windows goes with --data"),
         (("--tasks", "a", "--num-fewshot", -1), "--num-fewshot -1; wanted 0 or more"),
         (("--tasks", "a:x"), "'a:x': wanted NAME or NAME:EXAMPLES"),

@@ -1,0 +1,175 @@
+"""A model cut to the tokens of a plan: rows, tokenizer files and the ids in its configuration.
+
+The rows are axis V of a `PrunePlan`, which `surgery.PrunedSource` cuts as it does every other axis,
+alone or together with them. Here is what else has to follow: `VocabularySource` puts the pruned
+tokenizer's files and renumbered configurations in the place of the source's, so whatever writes a
+source writes them together.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from emb_pruner.config_ids import renumber, renumber_config
+from emb_pruner.formats import Vocabulary
+from emb_pruner.vocab_plan import VocabPlan
+from megatron_prune.digest import source_digest
+from megatron_prune.errors import ConfigError, PlanError
+from megatron_prune.plan import Kept, PrunePlan
+from megatron_prune.source import VOCAB_PLAN, Source
+from megatron_prune.store.hf_config import CONFIG
+
+GENERATION_CONFIG = "generation_config.json"
+_TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "vocab.json", "merges.txt", "vocab.txt",
+)  # fmt: skip
+_TOKENIZER_SUFFIXES = (".model", ".tiktoken")
+
+
+def is_tokenizer_file(name: str) -> bool:
+    """Whether a file beside a model says which token has which id."""
+    return name in _TOKENIZER_FILES or name.endswith(_TOKENIZER_SUFFIXES)
+
+
+def check_vocab_plan(plan: VocabPlan, vocabulary: Vocabulary, source: Source) -> None:
+    """Refuse a plan for another tokenizer, or a model without rows for it.
+
+    Raises:
+        PlanError: with both sides.
+    """
+    if plan.tokenizer_digest != vocabulary.digest:
+        raise PlanError(
+            f"{vocabulary.path}: its tokenizer's digest is {vocabulary.digest[:12]}..., the plan "
+            f"was made for {plan.tokenizer_digest[:12]}... ({plan.source_size} tokens); make a "
+            "plan for this tokenizer"
+        )
+    rows = source.config.shape.vocab_size
+    if rows < plan.source_size:
+        raise PlanError(
+            f"{source.path}: has rows for {rows} tokens, the plan's tokenizer has "
+            f"{plan.source_size}; this tokenizer is not the model's"
+        )
+
+
+def vocabulary_axis(plan: VocabPlan, source: Source, base: PrunePlan | None = None) -> PrunePlan:
+    """The plan that cuts the model's rows to the kept tokens, beside what ``base`` cuts.
+
+    Rows beyond the tokenizer's tokens go. Kept rows lie on whatever rank they come to.
+
+    Raises:
+        PlanError: ``base`` decides about the vocabulary already.
+    """
+    if base is not None:
+        if base.kept.vocab is not None:
+            raise PlanError(
+                "the plan keeps a vocabulary of its own (kept.vocab) and another is given with "
+                "--vocab-plan; leave one out"
+            )
+        return replace(base, kept=replace(base.kept, vocab=plan.kept))
+    return PrunePlan(
+        source=source.config.shape,
+        kept=Kept(vocab=plan.kept),
+        criterion=plan.method,
+        seed=0,
+        prune_type="unbalance",
+        balance_for=1,
+        source_digest=source_digest(source),
+    )
+
+
+def vocab_plan_of(plan: PrunePlan, vocabulary: Vocabulary) -> VocabPlan:
+    """What a plan with an axis V keeps of the model's tokenizer.
+
+    Raises:
+        PlanError: it keeps rows that no token of the tokenizer has.
+    """
+    kept, size = plan.kept.vocab, vocabulary.forest.size
+    assert kept is not None
+    if kept[-1] >= size:
+        raise PlanError(
+            f"kept.vocab: holds {kept[-1]}; the tokenizer of {vocabulary.path} has {size} tokens, "
+            "further rows are padding; keep tokens only"
+        )
+    return VocabPlan(
+        kept=kept,
+        source_size=size,
+        tokenizer_digest=vocabulary.digest,
+        method=plan.criterion,
+    )
+
+
+def write_companions(
+    plan: VocabPlan, vocabulary: Vocabulary, source: Source, directory: Path
+) -> dict[str, Path]:
+    """What is to lie beside the pruned model's weights, by name.
+
+    The tokenizer's files, the generation config and the plan are written into ``directory``;
+    what does not speak of tokens stays the source's.
+
+    Raises:
+        PlanError: the plan is not closed, or drops a token that the generation config needs.
+        ConfigError: a generation config that cannot be read.
+    """
+    written = vocabulary.write(plan, directory)
+    (directory / VOCAB_PLAN).write_text(plan.to_json())
+    path = source.companion_files.get(GENERATION_CONFIG)
+    if path is not None:
+        values = renumber(_read_object(path), plan, str(path))
+        (directory / GENERATION_CONFIG).write_text(json.dumps(values, indent=2) + "\n")
+        written = [*written, GENERATION_CONFIG]
+    kept = {
+        name: path for name, path in source.companion_files.items() if not is_tokenizer_file(name)
+    }
+    return kept | {name: directory / name for name in (*written, VOCAB_PLAN)}
+
+
+def _read_object(path: Path) -> Mapping[str, object]:
+    try:
+        values = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{path}: not a generation config: {error}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: not a generation config; mend or remove it")
+    return values
+
+
+class VocabularySource(Source):
+    """A model pruned along axis V, its companions and the ids in its configuration with it.
+
+    Args:
+        pruned: rows of the kept tokens only; companions and configuration of the whole model.
+        companion_files: from `write_companions`.
+
+    Raises:
+        PlanError: the configuration needs a token that the plan drops.
+        ConfigError: it names what is no token.
+    """
+
+    def __init__(
+        self, pruned: Source, plan: VocabPlan, companion_files: Mapping[str, Path]
+    ) -> None:
+        self.path, self.format, self.grid = pruned.path, pruned.format, pruned.grid
+        self.iteration, self.plan_path = pruned.iteration, pruned.plan_path
+        self.companion_files = dict(companion_files)
+        values = renumber_config(pruned.config.hf_config, plan, str(pruned.path / CONFIG))
+        self.config = replace(pruned.config, hf_config=values)
+        self._pruned = pruned
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self._pruned.dtype(name)
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
+        return self._pruned.read(name, start, stop)
+
+    def stored_name(self, name: str) -> str:
+        return self._pruned.stored_name(name)
+
+    def close(self) -> None:
+        self._pruned.close()

@@ -1,0 +1,223 @@
+"""The model card: README.md of a Hugging Face directory, from what the checkpoint itself says.
+
+It names what the model was made from, its shapes, the plan, repair and training that made it, with
+their digests and commands, and how to load it. A card that the source has is one of another model:
+it is replaced, and gives its licence, language and kind of task to the new one. A card of ours
+gives the base model too. What nothing says is left out; nothing is asked of a hub. In a Megatron
+checkpoint it lies in ``hf/`` with all that travels, and every stage that writes one renews it.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from megatron_prune.axes import count_parameters
+from megatron_prune.errors import ConfigError
+from megatron_prune.plan import PrunePlan
+from megatron_prune.shape import ModelConfig
+from megatron_prune.source import Source
+
+if TYPE_CHECKING:
+    from huggingface_hub import ModelCardData
+
+TAG = "megatron-prune"  # how our cards are told from others
+_CARRIED = ("license", "license_name", "license_link", "language", "pipeline_tag")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CardFacts:
+    """What a card is made of.
+
+    Attributes:
+        config: of the model as it is written.
+        plan, plan_digest: of its pruning, None when it was not pruned.
+        is_repaired: other tensors than the planned slices stand in it.
+        commands: lines of the training runs' ``commands.jsonl``, oldest first.
+        source_card: the source's README.md, None when it has none.
+        base_model: hub name of the model it all began with, None when nobody says.
+    """
+
+    config: ModelConfig
+    plan: PrunePlan | None = None
+    plan_digest: str | None = None
+    is_repaired: bool = False
+    commands: Sequence[str] = ()
+    source_card: bytes | None = None
+    base_model: str | None = None
+
+
+def read_card(card: bytes | None) -> dict[str, Any]:
+    """The values of a card's YAML header; empty when there is no card, or no header in it."""
+    text = "" if card is None else card.decode(errors="replace").lstrip("\N{BYTE ORDER MARK}")
+    if not text.startswith("---"):
+        return {}
+    from huggingface_hub import ModelCard
+
+    try:
+        return dict(ModelCard(text, ignore_metadata_errors=True).data.to_dict())
+    except (ValueError, TypeError, AttributeError, RecursionError, yaml.YAMLError):
+        return {}  # somebody else's mistake, in what we replace
+
+
+def is_ours(card: bytes | None) -> bool:
+    """Whether a card was written here."""
+    return _has_our_tag(read_card(card))
+
+
+def _has_our_tag(header: Mapping[str, Any]) -> bool:
+    tags = header.get("tags")
+    return isinstance(tags, list) and TAG in tags
+
+
+def base_model_of(source: Source) -> str | None:
+    """The hub name of a source in the hub's cache, ``models--ORG--NAME/snapshots/REVISION``."""
+    snapshots = source.path.absolute().parent
+    name = snapshots.parent.name
+    if source.format != "hf" or snapshots.name != "snapshots" or not name.startswith("models--"):
+        return None
+    return name.removeprefix("models--").replace("--", "/")
+
+
+def check_hub_name(flag: str, name: str) -> None:
+    """Raises:
+    ConfigError: a hub would not have this name.
+    """
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        said = " ".join(str(error).split())
+        raise ConfigError(f"{flag} {name}: {said}; wanted a name such as org/model") from None
+
+
+def model_card(facts: CardFacts) -> bytes:
+    """The text of README.md; the same facts give the same bytes."""
+    from huggingface_hub import ModelCard
+
+    header = read_card(facts.source_card)
+    base = facts.base_model
+    if base is None and _has_our_tag(header) and isinstance(header.get("base_model"), str):
+        base = header["base_model"]
+    data = _header(facts, header, base)
+    parts = [_title(facts, base), _origin(facts, header, base), _sizes(facts)]
+    parts += [_digests(facts), _trained(facts.commands), _loading(facts.config)]
+    body = "\n".join(part for part in parts if part)
+    return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}")).encode()
+
+
+def _header(facts: CardFacts, header: Mapping[str, Any], base: str | None) -> ModelCardData:
+    from huggingface_hub import ModelCardData
+
+    carried = {name: header[name] for name in _CARRIED if header.get(name)}
+    return ModelCardData(
+        base_model=base,
+        library_name="transformers",
+        tags=[TAG] if facts.plan is None else [TAG, "pruned"],
+        **{"pipeline_tag": "text-generation", **carried},
+    )
+
+
+def _title(facts: CardFacts, base: str | None) -> str:
+    done = [
+        word
+        for word, is_so in (
+            ("pruned", facts.plan is not None),
+            ("repaired", facts.is_repaired),
+            ("trained further", bool(facts.commands)),
+        )
+        if is_so
+    ]
+    return f"# {', '.join([base or f'A {facts.config.family} model', *done])}\n"
+
+
+def _origin(facts: CardFacts, header: Mapping[str, Any], base: str | None) -> str:
+    made = f"[{base}](https://huggingface.co/{base})" if base else "a model whose name is not known"
+    plan = facts.plan
+    lines = [f"Made from {made} with megatron_prune."]
+    if plan is not None:
+        lines.append(
+            f"What it keeps was decided by the criterion `{plan.criterion}` (seed {plan.seed}) and "
+            "stands in `plan.json`, in the source's numbering."
+        )
+    if plan is not None and plan.kept.vocab is not None:
+        lines.append(
+            f"Its tokenizer has {len(plan.kept.vocab):,} of the source's tokens, with new ids; "
+            "`vocab_plan.json` has the old ones and says how they were chosen."
+        )
+    if facts.is_repaired:
+        lines.append(
+            "Some tensors were then fitted anew or rescaled: `repair.json` says which, how, and "
+            "what it did to their errors."
+        )
+    if "license" not in header:
+        lines.append(
+            "No licence is given here, because the card of the source, if there was one, gives "
+            "none: look it up before you hand this model on."
+        )
+    return "\n".join(lines) + "\n"
+
+
+def _sizes(facts: CardFacts) -> str:
+    config, plan = facts.config, facts.plan
+    after = {"parameters": count_parameters(config), **config.shape.as_dict()}
+    rows = ["## Sizes", ""]
+    if plan is None:
+        rows += ["| | |", "|---|---:|"]
+        rows += [f"| {name} | {size:,} |" for name, size in after.items() if isinstance(size, int)]
+    else:
+        source = replace(config, shape=plan.source)
+        before = {"parameters": count_parameters(source), **plan.source.as_dict()}
+        rows += ["| | before | after |", "|---|---:|---:|"]
+        rows += [f"| {name} | {size:,} | {after[name]:,} |" for name, size in before.items()]
+    if widths := config.shape.ffn_per_layer:
+        rows += ["", f"FFN channels of each layer: {', '.join(map(str, widths))}."]
+    tied = "tied to" if config.tied else "apart from"
+    return "\n".join([*rows, "", f"The output layer is {tied} the embeddings.", ""])
+
+
+def _digests(facts: CardFacts) -> str:
+    if facts.plan is None:
+        return ""
+    rows = [
+        "## Digests (SHA-256)",
+        "",
+        f"- the source's tensors, as `plan.json` names them: `{facts.plan.source_digest}`",
+        f"- `plan.json`: `{facts.plan_digest}`",
+        "- every file of weights: in `manifest.json`",
+    ]
+    return "\n".join([*rows, ""])
+
+
+def _trained(commands: Sequence[str]) -> str:
+    if not commands:
+        return ""
+    lines = ["## Training", ""]
+    for row in map(json.loads, commands):
+        lines.append(
+            f"From iteration {row['iteration']} on, {row['processes']} processes, megatron_prune "
+            f"{row['version']}:"
+        )
+        words = shlex.join(["megatron-prune", *map(str, row["argv"])]).splitlines()
+        lines += ["", *(f"    {line}" for line in words), ""]
+    return "\n".join(lines)
+
+
+def _loading(config: ModelConfig) -> str:
+    more = "" if config.shape.ffn_per_layer is None else ", trust_remote_code=True"
+    return f"""## Loading
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+where = "."  # this directory, or its name on the hub
+model = AutoModelForCausalLM.from_pretrained(where, dtype="auto"{more})
+tokenizer = AutoTokenizer.from_pretrained(where)
+```
+"""
