@@ -27,10 +27,10 @@ WARM_UP = 2
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """How a run differs: what it starts from, how domains are weighted, what it learns from."""
+    """How a run differs: how domains are weighted, what it learns from, what it starts from."""
 
     dynamic: bool = False
-    distilled: bool = False
+    lm_weight: float = 1  # the rest of the loss is the teacher's
     random: bool = False
     equal_time: bool = False
 
@@ -38,10 +38,11 @@ class Row:
 ROWS = {
     "LM loss, constant": Row(),
     "LM loss, dynamic": Row(dynamic=True),
-    "distilled, constant": Row(distilled=True),
-    "distilled, dynamic": Row(distilled=True, dynamic=True),
-    "distilled, constant, equal time": Row(distilled=True, equal_time=True),
-    "distilled, dynamic, equal time": Row(distilled=True, dynamic=True, equal_time=True),
+    "distilled, constant": Row(lm_weight=0),
+    "distilled, dynamic": Row(lm_weight=0, dynamic=True),
+    "distilled, constant, equal time": Row(lm_weight=0, equal_time=True),
+    "half distilled, constant": Row(lm_weight=0.5),
+    "half distilled, constant, equal time": Row(lm_weight=0.5, equal_time=True),
     "random weights, LM loss, constant": Row(random=True),
 }
 
@@ -86,12 +87,8 @@ class Bench:
     def steps(self, row: Row) -> int:
         if not row.equal_time:
             return int(self.args.steps)
-        seconds = [
-            self.seconds(
-                next(name for name, one in ROWS.items() if one == Row(distilled=distilled))
-            )
-            for distilled in (False, True)
-        ]
+        full = (Row(), Row(lm_weight=row.lm_weight))
+        seconds = [self.seconds(next(n for n, one in ROWS.items() if one == row)) for row in full]
         return round(self.args.steps * seconds[0] / seconds[1])
 
     def _rows(self, name: str) -> list[dict[str, float]]:
@@ -111,7 +108,8 @@ class Bench:
         flags = ["--domain-weighting", "dynamic" if row.dynamic else "constant"]
         if row.dynamic:
             flags += ["--domain-update-interval", args.update_interval]
-        flags += ["--teacher", args.source] if row.distilled else []
+        if row.lm_weight < 1:
+            flags += ["--teacher", args.source, "--distill-lm-weight", row.lm_weight]
         flags += ["--init-random"] if row.random else []
         run("train", "--load", args.pruned, "--save", self.save(name), "--domains", self.recipe,
             "--train-iters", steps, "--micro-batch-size", args.micro_batch_size,
@@ -121,14 +119,17 @@ class Bench:
             "--log-interval", 1, *self.cut, *flags, *self.engine)  # fmt: skip
 
     def bits_per_byte(self, name: str, checkpoint: Path) -> list[float]:
-        """Of each domain's held-out text."""
+        """Of each domain's held-out text, and of the other text."""
+        texts = {domain: self.args.corpus / f"{domain}.eval.txt" for domain in self.names}
+        if self.args.other is not None:
+            texts["other"] = self.args.other
         found = []
-        for domain in self.names:
+        for domain, text in texts.items():
             result = self.work / f"{self.save(name).name}.{domain}.json"
             if not result.exists():
-                run("evaluate", "--load", checkpoint, "--data",
-                    self.args.corpus / f"{domain}.eval.txt", "--seq-length", 512, "--max-windows",
-                    self.args.windows, "--json", result, *self.engine)  # fmt: skip
+                run("evaluate", "--load", checkpoint, "--data", text, "--seq-length", 512,
+                    "--max-windows", self.args.windows, "--json", result,
+                    *self.engine)  # fmt: skip
             found.append(float(json.loads(result.read_text())["bits_per_byte"]))
         return found
 
@@ -139,9 +140,8 @@ class Bench:
 
 
 def _line(name: str, steps: object, seconds: str, bits: list[float], shares: str) -> None:
-    mean = statistics.fmean(bits)
     cells = " | ".join(f"{x:.3f}" for x in bits)
-    print(f"| {name} | {steps} | {seconds} | {cells} | {mean:.3f} | {shares} |", flush=True)
+    print(f"| {name} | {steps} | {seconds} | {cells} | {shares} |", flush=True)
 
 
 def main() -> None:
@@ -151,6 +151,7 @@ def main() -> None:
     parser.add_argument(
         "--corpus", type=Path, required=True, help="NAME.train.jsonl, NAME.eval.txt"
     )
+    parser.add_argument("--other", type=Path, help="text of another kind, to judge on as well")
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--seq-length", type=int, default=256)
     parser.add_argument("--micro-batch-size", type=int, default=4)
@@ -164,9 +165,9 @@ def main() -> None:
     parser.add_argument("--only", default="", help="part of a row's name")
     args = parser.parse_args()
     bench = Bench(args)
-    columns = [f"{name} bits/byte" for name in bench.names]
-    print(f"| run | steps | s a step | {' | '.join(columns)} | mean | drawn |")
-    print("|" + "---|" * (len(columns) + 5))
+    columns = [*bench.names, *([] if args.other is None else [args.other.name])]
+    print("| run | steps | s a step | bits/byte: " + " | ".join(columns) + " | drawn |")
+    print("|" + "---|" * (len(columns) + 4))
     for name, checkpoint in (("source", args.source), ("pruned", args.pruned)):
         _line(name, 0, "", bench.bits_per_byte(name, checkpoint), "")
     for name, row in ROWS.items():
