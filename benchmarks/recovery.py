@@ -88,7 +88,7 @@ class Bench:
         if not row.equal_time:
             return int(self.args.steps)
         full = (Row(), Row(lm_weight=row.lm_weight))
-        seconds = [self.seconds(next(n for n, one in ROWS.items() if one == row)) for row in full]
+        seconds = [self.seconds(next(n for n, one in ROWS.items() if one == twin)) for twin in full]
         return round(self.args.steps * seconds[0] / seconds[1])
 
     def _rows(self, name: str) -> list[dict[str, float]]:
@@ -105,11 +105,11 @@ class Bench:
 
     def train(self, name: str, row: Row) -> None:
         args, steps = self.args, self.steps(row)
-        flags = ["--domain-weighting", "dynamic" if row.dynamic else "constant"]
+        flags: list[object] = ["--domain-weighting", "dynamic" if row.dynamic else "constant"]
         if row.dynamic:
             flags += ["--domain-update-interval", args.update_interval]
         if row.lm_weight < 1:
-            flags += ["--teacher", args.source, "--distill-lm-weight", row.lm_weight]
+            flags += ["--teacher", args.source, "--distill-lm-weight", str(row.lm_weight)]
         flags += ["--init-random"] if row.random else []
         run("train", "--load", args.pruned, "--save", self.save(name), "--domains", self.recipe,
             "--train-iters", steps, "--micro-batch-size", args.micro_batch_size,
