@@ -11,6 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -27,6 +28,12 @@ COMMANDS = "commands.jsonl"  # of a training run: beside its checkpoints; then i
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
+class Held(Protocol):
+    """A lock on something that is read."""
+
+    def release(self) -> None: ...
+
+
 class Source(ABC):
     """A model to read: its config, where its companions lie, and its tensors.
 
@@ -39,6 +46,7 @@ class Source(ABC):
         plan_path: the plan this model was pruned with, None when it was not.
         iteration: the number in the name of the checkpoint's directory, 0 for Hugging Face.
         has_optimizer_state: training state lies beside the weights; it is never read here.
+        held: what keeps it from being removed while it is open.
     """
 
     path: Path
@@ -49,6 +57,7 @@ class Source(ABC):
     plan_path: Path | None = None
     iteration: int = 0
     has_optimizer_state: bool = False
+    held: Held | None = None
 
     @property
     def repair_path(self) -> Path | None:
@@ -77,8 +86,10 @@ class Source(ABC):
         """What the tensor is called where it lies, for messages."""
         return name
 
-    def close(self) -> None:  # noqa: B027 - most sources hold nothing
+    def close(self) -> None:
         """Let go of open files."""
+        if self.held is not None:
+            self.held.release()
 
 
 class CastSource(Source):

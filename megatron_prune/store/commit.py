@@ -135,7 +135,7 @@ def replace_file(path: Path, data: bytes) -> None:
 def _sweep_files_beside(path: Path) -> None:
     for temporary in path.parent.glob(f".{escape(path.name)}.tmp.*"):
         with suppress(OSError):  # another's, or gone meanwhile
-            if temporary.is_file() and (handle := _try_lock(temporary)) is not None:
+            if temporary.is_file() and (handle := try_lock(temporary)) is not None:
                 temporary.unlink()
                 os.close(handle)
 
@@ -216,8 +216,11 @@ def _sync(path: Path) -> None:
 _sync_directory = _sync  # a directory is flushed the same way
 
 
-def _try_lock(path: Path) -> int | None:
-    """An open, locked handle of a file or directory, or None while another process holds it."""
+def try_lock(path: Path) -> int | None:
+    """An open, locked handle of a file or directory, or None while another process holds it.
+
+    The handle is the lock: whoever closes it lets go.
+    """
     handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -257,7 +260,7 @@ def sweep_beside(target: Path) -> None:
         else:
             os.rename(old, target)
     for temporary in target.parent.glob(f".{escape(target.name)}.tmp.*"):
-        if temporary.is_dir() and (handle := _try_lock(temporary)) is not None:
+        if temporary.is_dir() and (handle := try_lock(temporary)) is not None:
             shutil.rmtree(temporary)
             os.close(handle)
 
@@ -343,7 +346,7 @@ def _start(target: Path, overwrite: bool) -> tuple[Path, int]:
         temporary.mkdir()
     except OSError as error:
         raise StorageError(f"{target}: {error.strerror}") from error
-    lock = _try_lock(temporary)
+    lock = try_lock(temporary)
     if lock is None:
         raise StorageError(f"{temporary}: another process took it; start again")
     return temporary, lock
