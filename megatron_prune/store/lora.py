@@ -39,6 +39,7 @@ from megatron_prune.store.names import megatron_name
 from megatron_prune.tensors import unfuse_qkv
 
 LORA = "lora"  # our key in common.pt
+_BLOCK_ROWS = 512
 _KINDS = {"rank": int, "alpha": float, "targets": list, "keep_zeros": bool}
 _TARGET_OF = {name: target for target, names in PARTS.items() for name in names}
 
@@ -124,25 +125,42 @@ class LoraSource(DistSource):
             out[tuple(place)] = self._within(chunk, layer)
         return out
 
-    def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
-        weight = super().read(name, start, stop)
+    def _factors_of(self, name: str) -> tuple[Tensor, Tensor] | None:
+        """A and B of a canonical weight, its own rows of B; None for one without factors."""
         layer, rest = split_layer(name)
         if layer is None or _TARGET_OF.get(rest) not in self.lora.targets:
-            return weight
+            return None
         a, b = self._factor(rest, A, layer), self._factor(rest, B, layer)
         shape, part = self.config.shape, megatron_name(rest, te_norms=True)[1]
         if part in ("q", "k", "v"):
             b = unfuse_qkv(b, part, shape.heads_per_group, shape.kv_channels)
         elif part:
             b = b.chunk(2)[part == "up"]
+        return a, b
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
+        factors = self._factors_of(name)
+        if factors is None:
+            return super().read(name, start, stop)
+        a, b = factors
         dim = split_dim(axes_of(name))
         assert dim is not None, name
-        at = start * shape.rows(axes_of(name)[dim])
-        if dim == 0:
-            b = b.narrow(0, at, len(weight))
-        else:
-            a = a.narrow(1, at, weight.shape[1])
-        return merged(weight, a, b, self.lora)
+        axis = axes_of(name)[dim]
+        size, rows = self.config.shape.size(axis), self.config.shape.rows(axis)
+        stop = size if stop is None else stop
+        # whole blocks, at the same places whatever is asked for: how a product rounds depends on
+        # its sizes, and parts have to be those of the whole to the bit
+        step = max(1, _BLOCK_ROWS // rows)
+        parts = []
+        for at in range(start // step * step, stop, step):
+            upto = min(at + step, size)
+            weight, here = super().read(name, at, upto), (at * rows, (upto - at) * rows)
+            a_here = a if dim == 0 else a.narrow(1, *here).contiguous()
+            b_here = b.narrow(0, *here).contiguous() if dim == 0 else b
+            whole = merged(weight.contiguous(), a_here, b_here, self.lora)
+            low, high = max(start - at, 0), min(stop, upto) - at
+            parts.append(whole.narrow(dim, low * rows, (high - low) * rows))
+        return torch.cat(parts, dim)
 
 
 def _key(rest: str, kind: str) -> str:
