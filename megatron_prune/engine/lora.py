@@ -1,11 +1,14 @@
 """Low-rank adaptation in Megatron's linears: exact at every layout, see `megatron_prune.lora`.
 
-A linear computes with W + scale * B @ A, made anew in each forward and each backward pass, so that
-no second copy of the weights is held; the price is the gradient of one whole weight at a time, of
-which the factors' gradients are made. B of a column-parallel linear is split as W is and A is
-replicated, in a row-parallel one the other way round; the gradient of the replicated factor, [rank,
-in] or [out, rank], is summed over tensor-parallel ranks. The forward pass communicates nothing
-more, sequence parallelism changes nothing, and what is computed with is what an export holds.
+A linear computes with W + scale * B @ A as one weight, made anew for each forward and each backward
+pass: what is trained is what an export holds, and no second copy of the weights is kept. Gradients
+of the factors are made of the linear's input and output gradient alone, but with
+``--lora-keep-zeros``, which takes the gradient of one whole weight at a time.
+
+B of a column-parallel linear is split as W is and A is replicated, in a row-parallel one the other
+way round; the gradient of the replicated factor, [rank, in] or [out, rank], is summed over
+tensor-parallel ranks. The forward pass communicates nothing more. With sequence parallelism the
+backward pass gathers the input again, as Megatron's own does.
 """
 
 from __future__ import annotations
@@ -21,7 +24,10 @@ from megatron.core.tensor_parallel.layers import (
     RowParallelLinear,
     set_tensor_model_parallel_attributes,
 )
-from megatron.core.tensor_parallel.mappings import copy_to_tensor_model_parallel_region
+from megatron.core.tensor_parallel.mappings import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+)
 from megatron.core.transformer.mlp import apply_swiglu_sharded_factory
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
@@ -44,22 +50,30 @@ _MODULES = {
 _SPLIT_FACTOR = {"linear_qkv": B, "linear_fc1": B, "linear_proj": A, "linear_fc2": A}
 
 
-class _Merged(torch.autograd.Function):
-    """`merged`, keeping nothing but its arguments for the backward pass; W gets no gradient."""
+class _WithFactors(torch.autograd.Function):
+    """A linear's output as it is; its backward pass makes the gradients of the factors."""
 
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, a: Tensor, b: Tensor, lora: Lora) -> Tensor:
-        ctx.save_for_backward(weight, a, b)
-        ctx.lora = lora
-        return merged(weight, a, b, lora)
+    def forward(
+        ctx: Any, out: Tensor, x: Tensor, a: Tensor, b: Tensor, weight: Tensor, lora: Lora, sp: Any
+    ) -> Tensor:
+        """``sp``: the group that ``x`` is split over along its sequence, None when it is whole."""
+        ctx.save_for_backward(x, a, b, weight)
+        ctx.lora, ctx.sp = lora, sp
+        return out.view_as(out)
 
     @staticmethod
-    def backward(ctx: Any, grad_OI: Tensor) -> tuple[None, Tensor, Tensor, None]:
-        weight, a, b = ctx.saved_tensors
-        if ctx.lora.keep_zeros:
-            grad_OI = grad_OI.masked_fill(weight == 0, 0)
-        scale = ctx.lora.scale
-        return None, scale * (b.t() @ grad_OI), scale * (grad_OI @ a.t()), None
+    def backward(ctx: Any, grad_sbO: Tensor) -> tuple[Tensor | None, ...]:
+        x_sbI, a_rI, b_Or, weight_OI = ctx.saved_tensors
+        if ctx.sp is not None:
+            x_sbI = gather_from_sequence_parallel_region(x_sbI, group=ctx.sp)
+        grad_nO, x_nI, scale = grad_sbO.flatten(0, 1), x_sbI.flatten(0, 1), ctx.lora.scale
+        if ctx.lora.keep_zeros:  # the gradient of the whole weight, which no product of ranks r is
+            grad_OI = (grad_nO.t() @ x_nI).masked_fill_(weight_OI == 0, 0)
+            grad_a, grad_b = b_Or.t() @ grad_OI, grad_OI @ a_rI.t()
+        else:
+            grad_a, grad_b = (grad_nO @ b_Or).t() @ x_nI, grad_nO.t() @ (x_nI @ a_rI.t())
+        return grad_sbO, None, scale * grad_a, scale * grad_b, None, None, None
 
 
 class _Adapted(torch.nn.Module):
@@ -92,7 +106,8 @@ class _Adapted(torch.nn.Module):
 
     def _forward_impl(self, input: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         a, b, lora = self._factor(A), self._factor(B), self.lora
-        whole = _Merged.apply(weight, a, b, lora)
+        with torch.no_grad():
+            whole = merged(weight, a, b, lora)
         place = whole.data_ptr()
 
         def keep(x: Tensor) -> Tensor | None:
@@ -103,7 +118,9 @@ class _Adapted(torch.nn.Module):
 
         with saved_tensors_hooks(keep, make_again):
             out: Tensor = super()._forward_impl(input, whole, *args, **kwargs)  # type: ignore[misc]
-        return out
+        sp = self.tp_group if kwargs["sequence_parallel"] else None
+        with_factors: Tensor = _WithFactors.apply(out, input, a, b, weight, lora, sp)
+        return with_factors
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: Any = (), metadata: Any = None
