@@ -8,12 +8,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tests.pico import make_model
+
 FLAGS = ("--lora-rank", 4, "--lora-alpha", 8, "--lr", "1e-2")
 HEADS, GROUPS, WIDTH = 6, 3, 8  # of the pico model "gqa"
 _MODULES = {
     "linear_qkv": "self_attention", "linear_proj": "self_attention", "linear_fc1": "mlp",
     "linear_fc2": "mlp",
 }  # fmt: skip
+
+
+def make_sparse(folder: Path) -> Path:
+    """A model whose linears' weights are zero one time in two."""
+    from safetensors.torch import load_file, save_file
+
+    make_model(folder, "gqa")
+    values, chosen = load_file(folder / "model.safetensors"), torch.Generator().manual_seed(0)
+    for name, x in values.items():
+        if "proj" in name:
+            x[torch.rand(x.shape, generator=chosen) < 0.5] = 0
+    save_file(values, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
 
 
 def stored(save: Path, iteration: int) -> dict[str, Tensor]:

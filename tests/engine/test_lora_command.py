@@ -12,10 +12,10 @@ import torch
 
 from megatron_prune.store import open_source
 from tests.engine.domain_runs import domain_rows, make_corpora, write_recipe
-from tests.engine.lora_runs import FLAGS, deltas, factors, optimizer_keys, stored
+from tests.engine.lora_runs import FLAGS, deltas, factors, make_sparse, optimizer_keys, stored
 from tests.engine.runs import batches, losses, rows, told, words
 from tests.engine.test_train_command import checkpoint_bytes
-from tests.pico import assert_same, directory_bytes, make_model, ok, refused, tensors
+from tests.pico import assert_same, directory_bytes, ok, refused, tensors
 
 Train = Callable[..., Path]
 SCALE = 2.0  # of FLAGS
@@ -42,21 +42,28 @@ def _hugging_face(path: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
 
 
-@pytest.mark.parametrize("more", [(), ("--lora-targets", "linear_qkv", "down_proj")], ids=len)
+@pytest.mark.parametrize(
+    "more",
+    [(), ("--lora-targets", "linear_qkv", "down_proj"), ("--lora-keep-zeros",)],
+    ids=["all", "some", "zeros"],
+)
 def test_steps_are_those_of_a_plain_torch_loop(
-    train: Train, reference: Path, corpus: Path, more: tuple[object, ...]
+    train: Train, tmp_path: Path, corpus: Path, more: tuple[str, ...]
 ) -> None:
     """Transformers' model with factors put in by hand: losses, norms and the factors themselves."""
-    first = train("still", *FLAGS, *more, "--lr", 0, "--min-lr", 0, "--exit-interval", 3)
-    save = train("run", *FLAGS, *more, "--weight-decay", 0.5, "--clip-grad", 0.2)
+    sparse, decay = make_sparse(tmp_path / "sparse"), ("--weight-decay", 0.5, "--clip-grad", 0.2)
+    still = ("--lr", 0, "--min-lr", 0, "--exit-interval", 3)
+    first = train("still", *FLAGS, *more, *still, load=sparse)
+    save = train("run", *FLAGS, *more, *decay, load=sparse)
     trained = {k: x.clone().requires_grad_() for k, x in factors(stored(first, 3)).items()}
-    model = _hugging_face(reference / "gqa").requires_grad_(False)
+    model = _hugging_face(sparse).requires_grad_(False)
     fixed = dict(model.named_parameters())
+    masks = {name: (x != 0) | ("--lora-keep-zeros" not in more) for name, x in fixed.items()}
     adam = torch.optim.AdamW(trained.values(), betas=(0.9, 0.999), eps=1e-8, weight_decay=0.5)
     for row, batch in zip([r for r in rows(save) if "lm loss" in r], batches(save, corpus)):
         adam.param_groups[0]["lr"] = row["learning-rate"]
         added = deltas(trained, SCALE)
-        given = {name: x + added[name] if name in added else x for name, x in fixed.items()}
+        given = {n: x + masks[n] * added[n] if n in added else x for n, x in fixed.items()}
         tokens, targets = batch[:, :-1].contiguous(), batch[:, 1:].contiguous()
         call = {"labels": targets, "shift_labels": targets}
         loss = torch.func.functional_call(model, given, (tokens,), call).loss
@@ -215,15 +222,8 @@ def test_inspect_tells(run: Path) -> None:
 def test_zeros_stay_zeros_only_when_asked(
     train: Train, reference: Path, tmp_path: Path, corpus: Path
 ) -> None:
-    from safetensors.torch import load_file, save_file
-
-    sparse = make_model(tmp_path / "sparse", "gqa")
-    values = load_file(sparse / "model.safetensors")
-    chosen = torch.Generator().manual_seed(0)
-    for name, x in values.items():
-        if "proj" in name:
-            x[torch.rand(x.shape, generator=chosen) < 0.5] = 0
-    save_file(values, sparse / "model.safetensors", metadata={"format": "pt"})
+    sparse = make_sparse(tmp_path / "sparse")
+    values = tensors(sparse)
     zeros = {name: x == 0 for name, x in values.items()}
     for name, more in (("kept", ("--lora-keep-zeros",)), ("filled", ())):
         save = train(name, *FLAGS, *more, load=sparse)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.engine.lora_runs import factors, stored
+from tests.engine.lora_runs import factors, make_sparse, stored
 from tests.engine.on_ranks import Job, launch, made_once
 from tests.engine.runs import losses, rows, told, weights, words
 from tests.pico import make_model
@@ -65,23 +65,11 @@ def runs(tmp_path_factory: pytest.TempPathFactory, corpus: Path, reference: Path
     with made_once(tmp_path_factory, "lora-on-ranks") as (folder, fresh):
         if fresh:
             make_model(folder / "twin", "twin")
-            _make_sparse(folder / "sparse")
+            make_sparse(folder / "sparse")
             jobs = _jobs(folder, reference, corpus)
             codes = dict(zip([name for name, _ in jobs], launch([j for _, j in jobs], folder)))
             torch.save(codes, folder / "codes.pt")
     return folder
-
-
-def _make_sparse(folder: Path) -> None:
-    """Half of every linear's weights are zero."""
-    from safetensors.torch import load_file, save_file
-
-    make_model(folder, "gqa")
-    values, chosen = load_file(folder / "model.safetensors"), torch.Generator().manual_seed(0)
-    for name, x in values.items():
-        if "proj" in name:
-            x[torch.rand(x.shape, generator=chosen) < 0.5] = 0
-    save_file(values, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 def _jobs(folder: Path, reference: Path, corpus: Path) -> list[tuple[str, Job]]:
