@@ -38,16 +38,10 @@ from torch.nn import Parameter
 from megatron_prune.engine.groups import Groups
 from megatron_prune.engine.weights import canonical_name, generator_of
 from megatron_prune.grid import ParallelGrid
-from megatron_prune.lora import A, B, Lora, factor_shapes, is_factor, merged
+from megatron_prune.lora import PARTS, A, B, Lora, factor_shapes, is_factor, merged
 from megatron_prune.shape import ModelConfig, ModelShape
 
-_MODULES = {
-    "linear_qkv": "self_attention",
-    "linear_proj": "self_attention",
-    "linear_fc1": "mlp",
-    "linear_fc2": "mlp",
-}
-_SPLIT_FACTOR = {"linear_qkv": B, "linear_fc1": B, "linear_proj": A, "linear_fc2": A}
+_ROW_PARALLEL = ("linear_proj", "linear_fc2")
 
 
 class _WithFactors(torch.autograd.Function):
@@ -68,7 +62,7 @@ class _WithFactors(torch.autograd.Function):
         if ctx.sp is not None:
             x_sbI = gather_from_sequence_parallel_region(x_sbI, group=ctx.sp)
         grad_nO, x_nI, scale = grad_sbO.flatten(0, 1), x_sbI.flatten(0, 1), ctx.lora.scale
-        if ctx.lora.keep_zeros:  # the gradient of the whole weight, which no product of ranks r is
+        if ctx.lora.keep_zeros:  # a masked product has no shorter way than through the weight's
             grad_OI = (grad_nO.t() @ x_nI).masked_fill_(weight_OI == 0, 0)
             grad_a, grad_b = b_Or.t() @ grad_OI, grad_OI @ a_rI.t()
         else:
@@ -150,8 +144,9 @@ class AdaptedRow(_Adapted, RowParallelLinear):
 def adapt_spec(layer_spec: Any, lora: Lora) -> None:
     """Put linears with factors into a spec of Megatron's own layers."""
     for target in lora.targets:
-        linears = getattr(layer_spec.submodules, _MODULES[target]).submodules
-        kind = AdaptedColumn if _SPLIT_FACTOR[target] == B else AdaptedRow
+        module = PARTS[target][0].partition(".")[0]
+        linears = getattr(layer_spec.submodules, module).submodules
+        kind = AdaptedRow if target in _ROW_PARALLEL else AdaptedColumn
         given = {"lora": lora, "is_gated": target == "linear_fc1"}
         setattr(linears, target, ModuleSpec(module=kind, params=given))
 
@@ -169,12 +164,13 @@ def start_factors(model: GPTModel, config: ModelConfig, groups: Groups, seed: in
             torch.nn.init.zeros_(parameter)
             continue
         rank, columns = parameter.shape
-        parts = groups.grid.tensor_parallel if hasattr(parameter, "partition_dim") else 1
+        is_split = getattr(parameter, "tensor_model_parallel", False)
+        parts = groups.grid.tensor_parallel if is_split else 1
         whole = torch.rand(
             (rank, columns * parts),
             generator=generator_of(seed, canonical_name(name, config, groups)),
         )
-        mine = whole.chunk(parts, dim=1)[groups.tp_rank if parts > 1 else 0]
+        mine = whole.chunk(parts, dim=1)[groups.tp_rank if is_split else 0]
         with torch.no_grad():
             parameter.copy_((2 * mine - 1) / math.sqrt(columns * parts))
     if model.pre_process and model.config.recompute_granularity == "full":
@@ -187,6 +183,6 @@ def factor_parameters(lora: Lora, shape: ModelShape, grid: ParallelGrid, pp_rank
     per_layer = 0
     for target in lora.targets:
         for name, (rows, columns) in factor_shapes(target, shape, lora.rank).items():
-            split = grid.tensor_parallel if name == _SPLIT_FACTOR[target] else 1
-            per_layer += rows * columns // split
+            split = name == (A if target in _ROW_PARALLEL else B)
+            per_layer += rows * columns // (grid.tensor_parallel if split else 1)
     return per_layer * len(grid.stage_layers(shape.num_layers, pp_rank))
