@@ -12,14 +12,13 @@ from megatron_prune.lora import TARGETS, Lora, parse_targets
 def add_lora(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group(
         "low-rank adaptation (LoRA)",
-        "the weights stay as they are, W + A / R * (factor B) @ (factor A) is used; only the "
-        "factors are trained",
+        "the weights stay as they are, W + ALPHA / R * B @ A is used; only A and B are trained",
     )
     group.add_argument("--lora-rank", type=positive, metavar="R", help="train factors of this rank")
     group.add_argument(
         "--lora-alpha",
         type=float,
-        metavar="A",
+        metavar="ALPHA",
         help="default R: factors count once, as with peft's own defaults of 8 and 8",
     )
     group.add_argument(
