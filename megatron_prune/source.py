@@ -19,6 +19,7 @@ from torch import Tensor
 from megatron_prune.axes import axes_of, split_dim
 from megatron_prune.errors import DamagedError
 from megatron_prune.grid import ParallelGrid
+from megatron_prune.lora import Lora
 from megatron_prune.shape import ModelConfig
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -47,6 +48,7 @@ class Source(ABC):
         iteration: the number in the name of the checkpoint's directory, 0 for Hugging Face.
         has_optimizer_state: training state lies beside the weights; it is never read here.
         held: what keeps it from being removed while it is open.
+        lora: of the factors that `read` adds to what is stored, None where there are none.
     """
 
     path: Path
@@ -58,6 +60,7 @@ class Source(ABC):
     iteration: int = 0
     has_optimizer_state: bool = False
     held: Held | None = None
+    lora: Lora | None = None
 
     @property
     def repair_path(self) -> Path | None:
@@ -99,6 +102,7 @@ class CastSource(Source):
         self.path, self.format, self.grid = source.path, source.format, source.grid
         self.companion_files, self.plan_path = source.companion_files, source.plan_path
         self.iteration, self.has_optimizer_state = source.iteration, source.has_optimizer_state
+        self.lora = source.lora
         self.config = replace(source.config, dtype=dtype)
         self._source, self._dtype = source, DTYPES[dtype]
 

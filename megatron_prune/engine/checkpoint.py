@@ -39,6 +39,7 @@ from megatron_prune.store.commit import (
     try_lock,
     write_manifest,
 )
+from megatron_prune.store.lora import LORA, lora_record
 from megatron_prune.store.mcore_dist import COMMON, read_index
 from megatron_prune.store.megatron_args import megatron_args
 from megatron_prune.store.open import TRACKER, read_facts
@@ -235,6 +236,7 @@ def saving(
         "opt_param_scheduler": scheduler.state_dict(),
         "num_floating_point_operations_so_far": 0,
         STATE: dict(state),
+        **({} if options.lora is None else {LORA: lora_record(options.lora)}),
     }
     try:
         with (

@@ -12,6 +12,7 @@ import json
 import re
 from argparse import Namespace
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from megatron_prune.store import hf, mcore_dist, mcore_legacy
 from megatron_prune.store.commit import MANIFEST, WRITER, check_manifest, read_manifest
 from megatron_prune.store.hf_config import CONFIG, read_config
 from megatron_prune.store.hold import Hold, hold
+from megatron_prune.store.lora import LoraSource, read_lora
 from megatron_prune.store.megatron_args import config_from_args, warn_unverified
 from megatron_prune.store.passenger import COMPANIONS, PLAN
 from megatron_prune.store.untrusted import load_untrusted
@@ -217,7 +219,9 @@ def _open_dist(facts: CheckpointFacts, family: str | None) -> Source:
     common = load_untrusted(common_path, mmap=False)
     index = mcore_dist.read_index(directory)
     config, companions = _megatron_config(facts, common, common_path, family)
-    return mcore_dist.DistSource(
+    lora = read_lora(common, common_path, config)
+    kind = mcore_dist.DistSource if lora is None else partial(LoraSource, lora=lora)
+    return kind(
         directory,
         config,
         _grid_of(common),
