@@ -6,8 +6,8 @@
 ``--pruned`` is what the walk has pruned (``scripts/prune_llama.sh``), ``--corpus`` a directory of
 ``NAME.train.jsonl`` and ``NAME.eval.txt`` for each domain (``tools/make_default_corpus.py``). Every
 row is one `train` on the same number of tokens and one `evaluate` a domain, on text that is not
-trained on. ``equal time`` rows get fewer steps: as many as fit into the time of the LM rows, by the
-median seconds of a step in this run. Work is kept in ``--work``: what is there is not run again.
+trained on. ``equal time`` rows get fewer steps: as many as fit into the time of the LM rows when a
+step with a teacher takes ``--teacher-cost`` times one without (`benchmarks/distill.py`). Work is kept in ``--work``: what is there is not run again.
 """
 
 from __future__ import annotations
@@ -40,7 +40,6 @@ ROWS = {
     "LM loss, dynamic": Row(dynamic=True),
     "distilled, constant": Row(lm_weight=0),
     "distilled, dynamic": Row(lm_weight=0, dynamic=True),
-    "distilled, constant, equal time": Row(lm_weight=0, equal_time=True),
     "half distilled, constant": Row(lm_weight=0.5),
     "half distilled, constant, equal time": Row(lm_weight=0.5, equal_time=True),
     "random weights, LM loss, constant": Row(random=True),
@@ -87,9 +86,7 @@ class Bench:
     def steps(self, row: Row) -> int:
         if not row.equal_time:
             return int(self.args.steps)
-        full = (Row(), Row(lm_weight=row.lm_weight))
-        seconds = [self.seconds(next(n for n, one in ROWS.items() if one == twin)) for twin in full]
-        return round(self.args.steps * seconds[0] / seconds[1])
+        return round(self.args.steps / self.args.teacher_cost)
 
     def _rows(self, name: str) -> list[dict[str, float]]:
         lines = (self.save(name) / "metrics.jsonl").read_text().splitlines()
@@ -160,6 +157,9 @@ def main() -> None:
     parser.add_argument("--update-interval", type=int, default=20, help="steps, of dynamic weights")
     parser.add_argument("--eval-iters", type=int, default=4, help="batches of each domain")
     parser.add_argument("--windows", type=int, default=16, help="judged, of 512 tokens a domain")
+    parser.add_argument(
+        "--teacher-cost", type=float, default=1.5, help="of a step, times one without"
+    )
     parser.add_argument("--bf16", action="store_true")
     parser.add_argument("--work", type=Path, default=Path("runs/recovery"), help="where to work")
     parser.add_argument("--only", default="", help="part of a row's name")
