@@ -6,8 +6,9 @@
 ``--pruned`` is what the walk has pruned (``scripts/prune_llama.sh``), ``--corpus`` a directory of
 ``NAME.train.jsonl`` and ``NAME.eval.txt`` for each domain (``tools/make_default_corpus.py``). Every
 row is one `train` on the same number of tokens and one `evaluate` a domain, on text that is not
-trained on. ``equal time`` rows get fewer steps: as many as fit into the time of the LM rows, by the
-median seconds of a step in this run. Work is kept in ``--work``: what is there is not run again.
+trained on. ``equal time`` rows get fewer steps: as many as fit into the time of the LM rows when a
+step with a teacher takes ``--teacher-cost`` times one without (`benchmarks/distill.py`). Work is
+kept in ``--work``: what is there is not run again.
 """
 
 from __future__ import annotations
@@ -27,10 +28,10 @@ WARM_UP = 2
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """How a run differs: what it starts from, how domains are weighted, what it learns from."""
+    """How a run differs: how domains are weighted, what it learns from, what it starts from."""
 
     dynamic: bool = False
-    distilled: bool = False
+    lm_weight: float = 1  # the rest of the loss is the teacher's
     random: bool = False
     equal_time: bool = False
 
@@ -38,10 +39,10 @@ class Row:
 ROWS = {
     "LM loss, constant": Row(),
     "LM loss, dynamic": Row(dynamic=True),
-    "distilled, constant": Row(distilled=True),
-    "distilled, dynamic": Row(distilled=True, dynamic=True),
-    "distilled, constant, equal time": Row(distilled=True, equal_time=True),
-    "distilled, dynamic, equal time": Row(distilled=True, dynamic=True, equal_time=True),
+    "distilled, constant": Row(lm_weight=0),
+    "distilled, dynamic": Row(lm_weight=0, dynamic=True),
+    "half distilled, constant": Row(lm_weight=0.5),
+    "half distilled, constant, equal time": Row(lm_weight=0.5, equal_time=True),
     "random weights, LM loss, constant": Row(random=True),
 }
 
@@ -86,13 +87,7 @@ class Bench:
     def steps(self, row: Row) -> int:
         if not row.equal_time:
             return int(self.args.steps)
-        seconds = [
-            self.seconds(
-                next(name for name, one in ROWS.items() if one == Row(distilled=distilled))
-            )
-            for distilled in (False, True)
-        ]
-        return round(self.args.steps * seconds[0] / seconds[1])
+        return round(self.args.steps / self.args.teacher_cost)
 
     def _rows(self, name: str) -> list[dict[str, float]]:
         lines = (self.save(name) / "metrics.jsonl").read_text().splitlines()
@@ -108,10 +103,11 @@ class Bench:
 
     def train(self, name: str, row: Row) -> None:
         args, steps = self.args, self.steps(row)
-        flags = ["--domain-weighting", "dynamic" if row.dynamic else "constant"]
+        flags: list[object] = ["--domain-weighting", "dynamic" if row.dynamic else "constant"]
         if row.dynamic:
             flags += ["--domain-update-interval", args.update_interval]
-        flags += ["--teacher", args.source] if row.distilled else []
+        if row.lm_weight < 1:
+            flags += ["--teacher", args.source, "--distill-lm-weight", str(row.lm_weight)]
         flags += ["--init-random"] if row.random else []
         run("train", "--load", args.pruned, "--save", self.save(name), "--domains", self.recipe,
             "--train-iters", steps, "--micro-batch-size", args.micro_batch_size,
@@ -121,14 +117,17 @@ class Bench:
             "--log-interval", 1, *self.cut, *flags, *self.engine)  # fmt: skip
 
     def bits_per_byte(self, name: str, checkpoint: Path) -> list[float]:
-        """Of each domain's held-out text."""
+        """Of each domain's held-out text, and of the other text."""
+        texts = {domain: self.args.corpus / f"{domain}.eval.txt" for domain in self.names}
+        if self.args.other is not None:
+            texts["other"] = self.args.other
         found = []
-        for domain in self.names:
+        for domain, text in texts.items():
             result = self.work / f"{self.save(name).name}.{domain}.json"
             if not result.exists():
-                run("evaluate", "--load", checkpoint, "--data",
-                    self.args.corpus / f"{domain}.eval.txt", "--seq-length", 512, "--max-windows",
-                    self.args.windows, "--json", result, *self.engine)  # fmt: skip
+                run("evaluate", "--load", checkpoint, "--data", text, "--seq-length", 512,
+                    "--max-windows", self.args.windows, "--json", result,
+                    *self.engine)  # fmt: skip
             found.append(float(json.loads(result.read_text())["bits_per_byte"]))
         return found
 
@@ -139,9 +138,8 @@ class Bench:
 
 
 def _line(name: str, steps: object, seconds: str, bits: list[float], shares: str) -> None:
-    mean = statistics.fmean(bits)
     cells = " | ".join(f"{x:.3f}" for x in bits)
-    print(f"| {name} | {steps} | {seconds} | {cells} | {mean:.3f} | {shares} |", flush=True)
+    print(f"| {name} | {steps} | {seconds} | {cells} | {shares} |", flush=True)
 
 
 def main() -> None:
@@ -151,6 +149,7 @@ def main() -> None:
     parser.add_argument(
         "--corpus", type=Path, required=True, help="NAME.train.jsonl, NAME.eval.txt"
     )
+    parser.add_argument("--other", type=Path, help="text of another kind, to judge on as well")
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--seq-length", type=int, default=256)
     parser.add_argument("--micro-batch-size", type=int, default=4)
@@ -159,14 +158,17 @@ def main() -> None:
     parser.add_argument("--update-interval", type=int, default=20, help="steps, of dynamic weights")
     parser.add_argument("--eval-iters", type=int, default=4, help="batches of each domain")
     parser.add_argument("--windows", type=int, default=16, help="judged, of 512 tokens a domain")
+    parser.add_argument(
+        "--teacher-cost", type=float, default=1.5, help="of a step, times one without"
+    )
     parser.add_argument("--bf16", action="store_true")
     parser.add_argument("--work", type=Path, default=Path("runs/recovery"), help="where to work")
     parser.add_argument("--only", default="", help="part of a row's name")
     args = parser.parse_args()
     bench = Bench(args)
-    columns = [f"{name} bits/byte" for name in bench.names]
-    print(f"| run | steps | s a step | {' | '.join(columns)} | mean | drawn |")
-    print("|" + "---|" * (len(columns) + 5))
+    columns = [*bench.names, *([] if args.other is None else [args.other.name])]
+    print("| run | steps | s a step | bits/byte: " + " | ".join(columns) + " | drawn |")
+    print("|" + "---|" * (len(columns) + 4))
     for name, checkpoint in (("source", args.source), ("pruned", args.pruned)):
         _line(name, 0, "", bench.bits_per_byte(name, checkpoint), "")
     for name, row in ROWS.items():

@@ -1,12 +1,15 @@
-"""``python -m megatron_prune STAGE``, the form that ``torchrun -m megatron_prune`` uses."""
+"""The program: ``megatron-prune STAGE``, and ``torchrun -m megatron_prune STAGE``."""
 
 import os
 import sys
+from typing import NoReturn
 
 from megatron_prune.cli import main
 from megatron_prune.errors import DistributedError
 
-if __name__ == "__main__":
+
+def run() -> NoReturn:
+    """`main`, and the end of the process with its exit code."""
     code = main()
     if code == DistributedError.exit_code:
         # taking down what talks to a lost rank can take long, or wait for it
@@ -14,3 +17,7 @@ if __name__ == "__main__":
         sys.stderr.flush()
         os._exit(code)
     raise SystemExit(code)
+
+
+if __name__ == "__main__":
+    run()

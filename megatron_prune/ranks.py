@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_prune.errors import DistributedError, PruneError
+from megatron_prune.errors import DistributedError, PruneError, exit_code
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,13 +82,17 @@ class Ranks:
             )
 
     def fail_together(self, error: Exception | None) -> None:
-        """Raise ``error`` here, or the first error another rank met, on every rank."""
-        met = self.gather(None if error is None else (type(error).__name__, str(error)))
+        """Raise ``error`` here, or the first error another rank met, on every rank.
+
+        A rank that met none ends with the exit code of that error.
+        """
+        met = self.gather(error and (type(error).__name__, str(error), exit_code(error)))
         if error is not None:
             raise error
         for rank, found in enumerate(met):
             if found is not None:
-                raise DistributedError(f"rank {rank} failed: {found[0]}: {found[1]}")
+                name, message, code = found
+                raise DistributedError(f"rank {rank} failed: {name}: {message}", code)
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from torch import Tensor
 from megatron_prune.axes import axes_of, split_dim
 from megatron_prune.errors import DamagedError
 from megatron_prune.grid import ParallelGrid
+from megatron_prune.lora import Lora
 from megatron_prune.shape import ModelConfig
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -26,6 +28,12 @@ CARD = "README.md"  # the model card
 VOCAB_PLAN = "vocab_plan.json"  # of a model whose tokenizer was pruned: travels with its files
 COMMANDS = "commands.jsonl"  # of a training run: beside its checkpoints; then it travels with them
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+class Held(Protocol):
+    """A lock on something that is read."""
+
+    def release(self) -> None: ...
 
 
 class Source(ABC):
@@ -40,6 +48,8 @@ class Source(ABC):
         plan_path: the plan this model was pruned with, None when it was not.
         iteration: the number in the name of the checkpoint's directory, 0 for Hugging Face.
         has_optimizer_state: training state lies beside the weights; it is never read here.
+        held: what keeps it from being removed while it is open.
+        lora: of the factors that `read` adds to what is stored, None where there are none.
     """
 
     path: Path
@@ -50,6 +60,8 @@ class Source(ABC):
     plan_path: Path | None = None
     iteration: int = 0
     has_optimizer_state: bool = False
+    held: Held | None = None
+    lora: Lora | None = None
 
     @property
     def repair_path(self) -> Path | None:
@@ -78,8 +90,10 @@ class Source(ABC):
         """What the tensor is called where it lies, for messages."""
         return name
 
-    def close(self) -> None:  # noqa: B027 - most sources hold nothing
+    def close(self) -> None:
         """Let go of open files."""
+        if self.held is not None:
+            self.held.release()
 
 
 class CastSource(Source):
@@ -89,6 +103,7 @@ class CastSource(Source):
         self.path, self.format, self.grid = source.path, source.format, source.grid
         self.companion_files, self.plan_path = source.companion_files, source.plan_path
         self.iteration, self.has_optimizer_state = source.iteration, source.has_optimizer_state
+        self.lora = source.lora
         self.config = replace(source.config, dtype=dtype)
         self._source, self._dtype = source, DTYPES[dtype]
 

@@ -17,6 +17,7 @@ LAYERS = (
     ("__init__", "errors"),
     ("shape", "ranks"),
     ("axes", "tensors", "grid", "least_squares"),
+    ("lora",),
     ("plan", "budget", "source", "scores"),
     ("store", "criteria", "data", "latency", "score_mass", "allocation"),
     ("planning", "margins", "digest", "repair", "rotation", "search"),

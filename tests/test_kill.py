@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -161,3 +162,44 @@ def test_after_twenty_random_kills_nothing_is_lost_or_mixed_and_the_next_run_jus
     stage: str, place: Path, tmp_path: Path, runs: Runs
 ) -> None:
     kill_at_random(stage, place, tmp_path / "out", runs, 20)
+
+
+_RACE = """
+import json, os, sys, time
+from pathlib import Path
+from megatron_prune.cli import convert, main
+argv, starts, said = json.loads(sys.argv[1])
+children = []
+for number in range(starts):
+    child = os.fork()
+    if child == 0:
+        os.dup2(os.open(said + str(number), os.O_WRONLY | os.O_CREAT), 2)
+        os.dup2(2, 1)
+        time.sleep(number % 4 * 0.01)
+        os._exit(main(argv))
+    children.append(child)
+print(json.dumps([os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]))
+"""
+
+
+@pytest.mark.parametrize("more", [(), ("--overwrite",)], ids=["new", "overwrite"])
+def test_of_many_writers_of_one_output_one_wins_and_the_others_are_told(
+    place: Path, tmp_path: Path, more: tuple[str, ...]
+) -> None:
+    """F19. With ``--overwrite`` those win that begin when another is done."""
+    argv = ["convert", "--load", str(place / "gqa"), "--save", str(tmp_path / "out" / "hf")]
+    given = json.dumps([[*argv, "--to", "hf", *more], 20, str(tmp_path / "said")])
+    done = subprocess.run(
+        [sys.executable, "-c", _RACE, given], capture_output=True, text=True, timeout=120
+    )
+    codes = json.loads(done.stdout)
+    assert codes.count(0) == 1 or (more and 1 <= codes.count(0) < 20), codes
+    for number, code in enumerate(codes):
+        said = (tmp_path / f"said{number}").read_text()
+        assert code in (0, 2) and "Traceback" not in said, said
+        if code:
+            told = re.search(r"process \d+ on \S+ is writing it; wait for it", said)
+            assert told or "exists and is not empty" in said, said
+    ok("convert", *argv[1:3], "--save", tmp_path / "alone", "--to", "hf")
+    assert directory_bytes(tmp_path / "out/hf") == directory_bytes(tmp_path / "alone")
+    assert os.listdir(tmp_path / "out") == ["hf"]

@@ -101,7 +101,7 @@ if os.environ["RANK"] == "1":
 @pytest.mark.parametrize(
     ("what", "codes", "says"),
     [
-        ("raise OSError(28, 'No space left on device')", [[5], [4]], "rank 1 failed: OSError"),
+        ("raise OSError(28, 'No space left on device')", [[4], [4]], "rank 1 failed: OSError"),
         ("os.kill(os.getpid(), 9)", [[5], []], "another rank ended"),
     ],
     ids=["error", "kill"],
@@ -127,6 +127,6 @@ options.check_save = lambda args: None
     (tmp_path / "p/mine").write_text("")
     stage = ("convert", "--load", models("gqa"), "--save", tmp_path / "p", "--to", "hf")
     done = launch(2, stage, prelude=prelude)
-    assert done[0].codes == [2] and done[1].codes in ([2], [5]), done
+    assert [rank.codes for rank in done] == [[2], [2]], done
     assert "exists and is not empty" in done[0].err
     assert list(directory_bytes(tmp_path)) == ["p/mine"]

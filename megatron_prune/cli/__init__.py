@@ -8,7 +8,6 @@ standard error, from rank 0 only. Exit codes are those of ``errors``.
 from __future__ import annotations
 
 import argparse
-import errno
 import importlib
 import os
 import sys
@@ -18,7 +17,7 @@ from collections.abc import Sequence
 from megatron_prune import __version__
 from megatron_prune.cli import vocab
 from megatron_prune.cli.recipe import expand_recipe, with_dashes
-from megatron_prune.errors import PruneError
+from megatron_prune.errors import PruneError, exit_code
 from megatron_prune.ranks import is_first_rank
 
 STAGES = {
@@ -84,29 +83,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         args.argv = argv  # for stages that record what was asked of them
         module.run(args)  # type: ignore[attr-defined]
     except PruneError as error:
-        return _tell(error, str(error), error.exit_code, debug)
+        return _tell(error, exit_code(error), debug)
     except BrokenPipeError:  # the reader of our output left, as in `... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python flushes again
         return 141
     except OSError as error:
-        storage = error.errno in {
-            errno.ENOSPC,
-            errno.EROFS,
-            errno.EACCES,
-            errno.EPERM,
-            errno.EDQUOT,
-        }
-        return _tell(error, str(error), 4 if storage else 2, debug)
+        return _tell(error, exit_code(error), debug)
     except KeyboardInterrupt:
         return 130
     return 0
 
 
-def _tell(error: Exception, message: str, code: int, debug: bool) -> int:
+def _tell(error: Exception, code: int, debug: bool) -> int:
     if debug:
         traceback.print_exception(error)
     if is_first_rank():
-        print(f"megatron-prune: error: {message}", file=sys.stderr)
+        print(f"megatron-prune: error: {error}", file=sys.stderr)
     elif debug or code == 5:
-        print(f"megatron-prune: rank {os.environ['RANK']}: {message}", file=sys.stderr)
+        print(f"megatron-prune: rank {os.environ['RANK']}: {error}", file=sys.stderr)
     return code

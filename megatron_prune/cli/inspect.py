@@ -13,6 +13,7 @@ from typing import Any
 from megatron_prune.axes import count_parameters, names
 from megatron_prune.cli.options import opened, shape_table, show
 from megatron_prune.grid import VOCAB_DIVISOR
+from megatron_prune.lora import Lora
 from megatron_prune.source import DTYPE_NAMES, Source
 from megatron_prune.store.names import FAMILIES
 
@@ -21,6 +22,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("path", type=Path, metavar="PATH", help="any checkpoint directory")
     parser.add_argument("--family", choices=FAMILIES, help="of a stock Megatron checkpoint")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def _factors(lora: Lora) -> dict[str, Any]:
+    return {
+        "lora_rank": lora.rank,
+        "lora_alpha": lora.alpha,
+        "lora_targets": " ".join(lora.targets),
+        "lora_keep_zeros": lora.keep_zeros,
+    }
 
 
 def facts(source: Source) -> dict[str, Any]:
@@ -42,6 +52,7 @@ def facts(source: Source) -> dict[str, Any]:
         "tied": config.tied,
         "iteration": source.iteration,
         "pruned": source.plan_path is not None,
+        **({} if source.lora is None else _factors(source.lora)),
     }
 
 

@@ -44,6 +44,8 @@ from megatron_prune.data.tokenizers import TextTokenizer, load_tokenizer
 from megatron_prune.errors import ConfigError
 from megatron_prune.ranks import is_first_rank
 
+_UNKNOWN_SHARE_MAX = 0.5  # of the tokens; text that a tokenizer fits has none or a few
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
@@ -172,12 +174,18 @@ def _write(
                 stack.enter_context(CorpusWriter(prefix, encoder.dtype, overwrite=overwrite))
                 for prefix, overwrite in prefixes.items()
             ]
-        _fill(writers, args, encoder, input_bytes)
-        for writer, key in zip(writers, args.json_keys, strict=True):
+        unknown = _fill(writers, args, encoder, input_bytes)
+        for writer, key, count in zip(writers, args.json_keys, unknown, strict=True):
             if writer.tokens == 0:
                 raise ConfigError(
                     f"empty corpus: {writer.documents} documents and not one token under {key!r} "
                     f"in {', '.join(args.input)}"
+                )
+            if count > _UNKNOWN_SHARE_MAX * writer.tokens:
+                raise ConfigError(
+                    f"{count} of the {writer.tokens} tokens under {key!r} are unknown (id "
+                    f"{encoder.tokenizer.unknown} of {encoder.tokenizer.name}): it does not know "
+                    "this script; give the tokenizer of a model that was trained on such text"
                 )
         sidecars = [writer.prepare(_facts(encoder)) for writer in writers]
         with signals.held():
@@ -194,8 +202,10 @@ def _write(
 
 def _fill(
     writers: list[CorpusWriter], args: argparse.Namespace, encoder: Encoder, input_bytes: int
-) -> None:
+) -> list[int]:
+    """Write all documents; how many tokens the tokenizer did not know, of each writer."""
     start = time.monotonic()
+    unknown = [0] * len(writers)
     bar = tqdm(
         total=input_bytes,
         unit="B",
@@ -206,14 +216,17 @@ def _fill(
     )
     with bar:
         for chunk, by_key in map_pieces(read_chunks(args.input), encoder, args.workers):
-            for writer, documents in zip(writers, by_key, strict=True):
+            for i, (writer, documents) in enumerate(zip(writers, by_key, strict=True)):
                 writer.add(documents.tokens, documents.lengths, documents.sequences_per_document)
+                if encoder.tokenizer.unknown is not None:
+                    unknown[i] += int((documents.tokens == encoder.tokenizer.unknown).sum())
             seconds = max(time.monotonic() - start, 1e-9)
             tokens = sum(writer.tokens for writer in writers)
             rates = f"{writers[0].documents / seconds:.0f} documents/s, "
             rates += f"{tokens / seconds / 1e6:.2f}M tokens/s"
             bar.set_postfix_str(rates, refresh=False)
             bar.update(chunk.file_bytes)
+    return unknown
 
 
 def _facts(encoder: Encoder) -> dict[str, object]:

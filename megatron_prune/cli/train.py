@@ -13,6 +13,7 @@ from pathlib import Path
 from megatron_prune.cli.distill_flags import add_distill, distill_from
 from megatron_prune.cli.domain_flags import add_domains
 from megatron_prune.cli.engine_flags import add_engine, dtype_of
+from megatron_prune.cli.lora_flags import add_lora, lora_from
 from megatron_prune.cli.options import grid_from, positive
 from megatron_prune.errors import ConfigError
 
@@ -25,6 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add_optimizer(parser)
     _add_intervals(parser)
     add_distill(parser)
+    add_lora(parser)
     add_engine(parser)
 
 
@@ -257,6 +259,7 @@ def run(args: argparse.Namespace) -> None:
         "dtype": dtype_of(args),
         "data_path": tuple(args.data_path),
         "distill": distill_from(args),
+        "lora": lora_from(args),
         "rampup_batch_size": None if not args.rampup_batch_size else tuple(args.rampup_batch_size),
     }
     options = TrainOptions(**{field.name: given[field.name] for field in fields(TrainOptions)})

@@ -79,8 +79,8 @@ def check_corpus(
     if sidecar is not None:
         _check_sidecar(prefix, sidecar, tokens, documents, read_all=read_all)
         _check_tokenizer(prefix, sidecar, tokenizer_digest, vocab_size)
-    _check_sample(prefix, dtype, tokens, vocab_size)
     known = sidecar or {}
+    _check_sample(prefix, dtype, tokens, vocab_size, known.get("eod"))
     return CorpusFacts(
         prefix=prefix,
         documents=documents,
@@ -241,8 +241,12 @@ def _check_tokenizer(
         )
 
 
-def _check_sample(prefix: str, dtype: np.dtype[Any], tokens: int, vocab_size: int) -> None:
+def _check_sample(
+    prefix: str, dtype: np.dtype[Any], tokens: int, vocab_size: int, eod: int | None
+) -> None:
+    """Ids within the vocabulary, and more than one of them beside EOD."""
     path = corpus_path(prefix, ".bin")
+    distinct: set[int] = set()
     last = max(tokens - _SAMPLE_TOKENS, 0)
     for start in sorted({last * i // (_SAMPLES - 1) for i in range(_SAMPLES)}):
         ids = _read(path, dtype.str, start * dtype.itemsize, min(_SAMPLE_TOKENS, tokens))
@@ -254,3 +258,9 @@ def _check_sample(prefix: str, dtype: np.dtype[Any], tokens: int, vocab_size: in
                 f"{vocab_size}; "
                 "the corpus was made with another tokenizer: run preprocess with the model's own"
             )
+        distinct.update(np.unique(ids).tolist())
+    if tokens > 1 and len(distinct - {eod}) < 2:
+        raise ConfigError(
+            f"{path}: its tokens all have the id {min(distinct - {eod}, default=eod)}, nothing can "
+            "be learned from them; run preprocess with a tokenizer that knows the text's script"
+        )

@@ -121,16 +121,21 @@ class TextTokenizer:
         name: where it was loaded from, for messages.
         vocab_size: number of tokens, added ones included.
         eod: id that ends a document (the model's EOS), None where the files do not tell.
+        unknown: id that stands for all it has no token for, None where every text has its own.
         digest: sha256 of what every id stands for. The same for a SentencePiece file and for the
             Hugging Face files made of it, in whatever version of transformers; deaf to the roles of
             special tokens (a base model's corpus fits its chat model) and to merge rules.
     """
 
-    def __init__(self, backend: _Backend, *, name: str, eod: int | None) -> None:
+    def __init__(
+        self, backend: _Backend, *, name: str, eod: int | None, unknown: int | None
+    ) -> None:
         vocab = backend.vocab()
         self._backend = backend
         self.name = name
         self.eod = eod
+        # GPT-2's files call one token both, and its bytes leave nothing unknown
+        self.unknown = None if unknown == eod else unknown
         self.vocab_size = len(vocab)
         self.digest = vocabulary_digest(vocab)
 
@@ -224,7 +229,11 @@ def _from_file(path: Path) -> TextTokenizer:
         tokenizer = Tokenizer.from_file(str(path))
     except BaseException as error:
         raise unreadable(path, error) from None
-    return TextTokenizer(_Fast(tokenizer), name=str(path), eod=None)
+    model = json.loads(tokenizer.to_str())["model"]
+    token, unknown = model.get("unk_token"), model.get("unk_id")  # Unigram has the id
+    if token is not None:
+        unknown = tokenizer.token_to_id(token)
+    return TextTokenizer(_Fast(tokenizer), name=str(path), eod=None, unknown=unknown)
 
 
 def _from_sentencepiece(path: Path) -> TextTokenizer:
@@ -235,7 +244,10 @@ def _from_sentencepiece(path: Path) -> TextTokenizer:
         processor.LoadFromSerializedProto(path.read_bytes())
         eod = processor.eos_id()
         return TextTokenizer(
-            _SentencePiece(processor), name=str(path), eod=eod if eod >= 0 else None
+            _SentencePiece(processor),
+            name=str(path),
+            eod=eod if eod >= 0 else None,
+            unknown=processor.unk_id(),
         )
     except (
         RuntimeError,
@@ -316,7 +328,12 @@ def _from_transformers(folder: Path) -> TextTokenizer:
         alone = _Fast(Tokenizer.from_str(tokenizer.backend_tokenizer.to_str()))
         if _do_the_same(alone, backend, [PROBE, PROBE + (tokenizer.eos_token or "") + PROBE, ""]):
             backend = alone
-    return TextTokenizer(backend, name=str(folder), eod=tokenizer.eos_token_id)
+    return TextTokenizer(
+        backend,
+        name=str(folder),
+        eod=tokenizer.eos_token_id,
+        unknown=getattr(tokenizer, "unk_token_id", None),
+    )
 
 
 def _model_type(folder: Path) -> str | None:

@@ -8,6 +8,7 @@ newest complete one can always be found again.
 
 from __future__ import annotations
 
+import os
 import pickle
 import re
 import shutil
@@ -35,8 +36,10 @@ from megatron_prune.store.commit import (
     check_manifest,
     replace_file,
     sweep_beside,
+    try_lock,
     write_manifest,
 )
+from megatron_prune.store.lora import LORA, lora_record
 from megatron_prune.store.mcore_dist import COMMON, read_index
 from megatron_prune.store.megatron_args import megatron_args
 from megatron_prune.store.open import TRACKER, read_facts
@@ -233,6 +236,7 @@ def saving(
         "opt_param_scheduler": scheduler.state_dict(),
         "num_floating_point_operations_so_far": 0,
         STATE: dict(state),
+        **({} if options.lora is None else {LORA: lora_record(options.lora)}),
     }
     try:
         with (
@@ -253,7 +257,10 @@ def saving(
 
 
 def _publish(options: TrainOptions, ranks: Ranks, iteration: int) -> None:
-    """Point to the new checkpoint, then forget the oldest: never the one pointed to."""
+    """Point to the new checkpoint, then forget the oldest: never the one pointed to.
+
+    One that is being read, here or elsewhere, is left to the next save.
+    """
     if not ranks.is_first:
         return
     replace_file(options.save / TRACKER, str(iteration).encode())
@@ -261,11 +268,12 @@ def _publish(options: TrainOptions, ranks: Ranks, iteration: int) -> None:
         return
     kept = [path for _, path in sorted(_iterations(options.save).items())]
     for old in kept[: -options.keep_last]:
-        if old == iteration_path(options.save, iteration):
+        if old == iteration_path(options.save, iteration) or (lock := try_lock(old)) is None:
             continue
         doomed = old.with_name(f".{old.name}.tmp.dropped")  # no half-deleted checkpoint by its name
         old.rename(doomed)
         shutil.rmtree(doomed)
+        os.close(lock)
 
 
 def load_checkpoint(

@@ -9,6 +9,7 @@ from megatron_prune import axes
 from megatron_prune.engine.checkpoint import find_start
 from megatron_prune.engine.distill import kept_logits_bytes
 from megatron_prune.engine.groups import data_parallel_size
+from megatron_prune.engine.lora import factor_parameters
 from megatron_prune.engine.options import TrainOptions
 from megatron_prune.engine.run_inputs import (
     model_options,
@@ -44,6 +45,24 @@ def bytes_per_parameter(dtype: str, distributed_copies: int = 1) -> float:
     return 2 + 4 + 12 / distributed_copies  # and float32 master weights
 
 
+def _trained(
+    options: TrainOptions, config: ModelConfig, grid: ParallelGrid, copies: int
+) -> tuple[dict[str, str], float]:
+    """A row on the factors of a LoRA run, and the bytes of the fullest rank of any run."""
+    each = bytes_per_parameter(options.dtype, copies if options.use_distributed_optimizer else 1)
+    stages = range(grid.pipeline_parallel)
+    if options.lora is None:
+        return {}, max(stage_parameters(config, grid, p) for p in stages) * each
+    lora, shape = options.lora, config.shape
+    factors = [factor_parameters(lora, shape, grid, p) for p in stages]
+    whole = factor_parameters(lora, shape, ParallelGrid(), 0)
+    told = f"{lora.flags}: trains {whole:,} parameters, on the fullest rank {max(factors):,}"
+    fixed = DTYPES[options.dtype].itemsize
+    return {"lora": told}, max(
+        stage_parameters(config, grid, p) * fixed + factors[p] * each for p in stages
+    )
+
+
 def _teachers(
     options: TrainOptions, grid: ParallelGrid, copies: int, teachers: Sequence[Source]
 ) -> dict[str, str]:
@@ -76,8 +95,7 @@ def describe(options: TrainOptions, grid: ParallelGrid, processes: int) -> str:
     facts = open_corpora(options, start, source)
     config, copies = source.config, data_parallel_size(grid, processes)
     largest = max(stage_parameters(config, grid, p) for p in range(grid.pipeline_parallel))
-    split = copies if options.use_distributed_optimizer else 1
-    memory = largest * bytes_per_parameter(options.dtype, split)
+    lora, memory = _trained(options, config, grid, copies)
     batch, steps = options.batch_size(copies), options.train_iters - start.iteration
     begins = "random weights" if options.init_random else str(start.directory)
     if start.state is not None:
@@ -95,5 +113,6 @@ def describe(options: TrainOptions, grid: ParallelGrid, processes: int) -> str:
         f"{steps * batch * options.seq_length:,} tokens in all",
         "save": str(options.save),
     }
+    rows |= lora
     rows |= _teachers(options, grid, copies, open_run_teachers(options, start, source, grid))
     return "\n".join(f"{name:<11} {value}" for name, value in rows.items())

@@ -31,10 +31,12 @@ from torch import Tensor
 
 from megatron_prune.engine.groups import Groups
 from megatron_prune.engine.layers import RMSNorm, SdpaAttention
+from megatron_prune.engine.lora import adapt_spec
 from megatron_prune.engine.loss import real_columns, token_losses
 from megatron_prune.engine.rope import inverse_frequencies, rope_kind
 from megatron_prune.errors import ConfigError, ShapeError
 from megatron_prune.grid import padded_vocab_size
+from megatron_prune.lora import Lora, check_rank
 from megatron_prune.shape import ModelConfig
 from megatron_prune.source import DTYPES
 
@@ -50,6 +52,7 @@ class ModelOptions:
     recompute_granularity: str | None = None
     recompute_method: str | None = None
     recompute_num_layers: int | None = None
+    lora: Lora | None = None
 
 
 def check_model(config: ModelConfig, options: ModelOptions, tensor_parallel: int) -> None:
@@ -57,7 +60,7 @@ def check_model(config: ModelConfig, options: ModelOptions, tensor_parallel: int
 
     Raises:
         ConfigError: a sequence longer than the window or the positions, an unknown rope scaling, an
-            unusable option.
+            unusable option, factors of a higher rank than a weight has.
         ShapeError: sequence parallelism with a sequence that does not divide.
     """
     rope_kind(config.rope_scaling)
@@ -83,6 +86,8 @@ def check_model(config: ModelConfig, options: ModelOptions, tensor_parallel: int
             f"--seq-length {seq} is not a multiple of {tensor_parallel}"
         )
     uses_transformer_engine(options.transformer_impl)
+    if options.lora is not None:
+        check_rank(options.lora, config.shape)
 
 
 def uses_transformer_engine(choice: str) -> bool:
@@ -176,14 +181,17 @@ def transformer_config(
     )
 
 
-def _block_spec(megatron: TransformerConfig, layers: int, choice: str) -> Any:
+def _block_spec(layers: int, choice: str, lora: Lora | None) -> Any:
     if uses_transformer_engine(choice):
+        assert lora is None, "its linears have no factors"
         return get_gpt_layer_with_transformer_engine_spec()
     spec = get_gpt_layer_local_spec(normalization="RMSNorm")
     parts = spec.submodules
     parts.self_attention.submodules.core_attention = SdpaAttention
     parts.self_attention.params = {"attn_mask_type": AttnMaskType.causal}
     parts.input_layernorm = parts.pre_mlp_layernorm = RMSNorm
+    if lora is not None:
+        adapt_spec(spec, lora)
     return TransformerBlockSubmodules(layer_specs=[spec] * layers, layer_norm=RMSNorm)
 
 
@@ -246,7 +254,7 @@ def build_model(config: ModelConfig, groups: Groups, options: ModelOptions) -> L
     layers = len(groups.grid.stage_layers(config.shape.num_layers, groups.pp_rank))
     model = LanguageModel(
         megatron,
-        _block_spec(megatron, layers, options.transformer_impl),
+        _block_spec(layers, options.transformer_impl, options.lora),
         vocab_size=padded_vocab_size(config.shape.vocab_size, groups.grid.tensor_parallel),
         max_sequence_length=options.seq_length,
         position_embedding_type="rope",

@@ -14,6 +14,7 @@ from megatron_prune.engine.distill_options import DistillOptions, check_distill
 from megatron_prune.engine.groups import data_parallel_size
 from megatron_prune.errors import ConfigError
 from megatron_prune.grid import ParallelGrid
+from megatron_prune.lora import Lora, check_lora
 
 LR_DECAY_STYLES = ("constant", "linear", "cosine", "inverse-square-root", "WSD")
 WSD_DECAY_STYLES = ("exponential", "linear", "cosine", "minus_sqrt")
@@ -59,6 +60,7 @@ class TrainOptions:
     recompute_method: str | None = None
     recompute_num_layers: int | None = None
     distill: DistillOptions | None = None
+    lora: Lora | None = None
     # optimizer and learning rate
     min_lr: float = 0.0
     lr_decay_style: str = "linear"
@@ -167,6 +169,21 @@ def check_options(options: TrainOptions, grid: ParallelGrid, processes: int) -> 
     _check_recompute(options)
     if options.distill is not None:
         check_distill(options.distill, grid, options.recompute_granularity)
+    if options.lora is not None:
+        _check_lora(options, options.lora)
+
+
+def _check_lora(options: TrainOptions, lora: Lora) -> None:
+    check_lora(lora)
+    if options.init_random:
+        raise ConfigError(
+            "--lora-rank and --init-random: factors adapt weights that have been trained; give one"
+        )
+    if options.transformer_impl == "transformer_engine":
+        raise ConfigError(
+            "--lora-rank and --transformer-impl transformer_engine: its linears have no factors; "
+            "use local, which auto takes with --lora-rank"
+        )
 
 
 def _check_data_flags(options: TrainOptions) -> None:

@@ -22,7 +22,9 @@ from megatron_prune.engine.teachers import (
     open_teachers,
     projected_layers,
 )
+from megatron_prune.errors import ConfigError
 from megatron_prune.grid import ParallelGrid
+from megatron_prune.lora import Lora
 from megatron_prune.source import Source
 from megatron_prune.store import open_source
 
@@ -45,11 +47,12 @@ def model_options(options: TrainOptions) -> ModelOptions:
     return ModelOptions(
         seq_length=options.seq_length,
         dtype=options.dtype,
-        transformer_impl=options.transformer_impl,
+        transformer_impl="local" if options.lora is not None else options.transformer_impl,
         sequence_parallel=options.sequence_parallel,
         recompute_granularity=options.recompute_granularity,
         recompute_method=options.recompute_method,
         recompute_num_layers=options.recompute_num_layers,
+        lora=options.lora,
     )
 
 
@@ -59,7 +62,23 @@ def open_model(options: TrainOptions, start: Start, grid: ParallelGrid) -> Sourc
     source.config.shape.check_uniform("train", "prune without --nonuniform")
     grid.check(source.config.shape)
     check_model(source.config, model_options(options), grid.tensor_parallel)
+    if start.state is not None:
+        _check_same_lora(start.directory, source.lora, options.lora)
     return source
+
+
+def _check_same_lora(directory: Path, found: Lora | None, wanted: Lora | None) -> None:
+    """Refuse to continue with other factors than were saved: they are training state.
+
+    Raises:
+        ConfigError: with the flags of both.
+    """
+    if found != wanted:
+        saved, now = ("no --lora-rank" if x is None else x.flags for x in (found, wanted))
+        raise ConfigError(
+            f"{directory}: was saved with {saved}, the flags say {now}; give the same flags, or "
+            "--finetune from it into another --save, which starts from the merged weights"
+        )
 
 
 def _tokenizer_of(options: TrainOptions, source: Source, start: Start) -> Path | None:

@@ -174,7 +174,11 @@ def load_teacher(source: Source, groups: Groups, options: ModelOptions) -> Langu
     grid = groups.grid.for_layers(source.config.shape.num_layers)
     own = replace(groups, grid=grid)
     plain = replace(
-        options, recompute_granularity=None, recompute_method=None, recompute_num_layers=None
+        options,
+        recompute_granularity=None,
+        recompute_method=None,
+        recompute_num_layers=None,
+        lora=None,
     )
     model = build_model(source.config, own, plain)
     load_weights(model, source, own)

@@ -29,6 +29,7 @@ from megatron_prune.engine.domains import DomainLoading
 from megatron_prune.engine.failures import on_first_rank
 from megatron_prune.engine.groups import Groups
 from megatron_prune.engine.guard import StepGuard
+from megatron_prune.engine.lora import start_factors
 from megatron_prune.engine.metrics import Lapse, MetricsLog, record_command
 from megatron_prune.engine.model import build_model
 from megatron_prune.engine.optimizer import (
@@ -103,6 +104,8 @@ class Training:
             draw_weights(self.model, self.config, groups, options.seed)
         elif start.state is None:
             load_weights(self.model, inputs.source, groups)
+        if options.lora is not None:
+            start_factors(self.model, self.config, groups, options.seed)
         if options.distill is not None:
             self.distillation = Distillation(
                 options.distill, built_as, groups, inputs.teachers, self.model, options.seed

@@ -18,6 +18,7 @@ from megatron_prune import axes
 from megatron_prune.engine.failures import together
 from megatron_prune.engine.groups import Groups
 from megatron_prune.grid import part_range
+from megatron_prune.lora import is_factor
 from megatron_prune.shape import ModelConfig
 from megatron_prune.source import Source
 from megatron_prune.store.megatron import Read, padded_rows
@@ -73,6 +74,8 @@ def canonical_name(name: str, config: ModelConfig, groups: Groups) -> str:
 def _fill(model: Module, config: ModelConfig, groups: Groups, read: Read) -> None:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
+            if is_factor(name):
+                continue  # `lora` draws them
             whole = canonical_name(name, config, groups)
             value = _local_parameter(whole, len(parameter), config, groups, read)
             assert value.shape == parameter.shape, (name, value.shape, parameter.shape)
@@ -107,6 +110,12 @@ def load_layer(module: Module, source: Source, layer: int, groups: Groups) -> No
     together(groups.ranks, fill)
 
 
+def generator_of(seed: int, name: str) -> torch.Generator:
+    """Random numbers of one whole tensor, whatever rank asks for them."""
+    digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
+
+
 def draw_weights(model: Module, config: ModelConfig, groups: Groups, seed: int) -> None:
     """Random parameters, the same for the same seed whatever TP and PP.
 
@@ -122,11 +131,9 @@ def draw_weights(model: Module, config: ModelConfig, groups: Groups, seed: int) 
         if len(shape) == 1:
             whole = torch.zeros(shape) if name.endswith("bias") else torch.ones(shape)
         else:
-            digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
-            generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
             is_output = name.endswith(("linear_proj.weight", "linear_fc2.weight"))
             std = scaled if is_output else config.init_method_std
-            whole = torch.randn(shape, generator=generator) * std
+            whole = torch.randn(shape, generator=generator_of(seed, name)) * std
         split = axes.split_dim(axes.axes_of(name))
         if split is None or stop is None:
             return whole

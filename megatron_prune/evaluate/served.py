@@ -19,7 +19,7 @@ from megatron_prune.engine.decoding import continue_rows, score_rows
 from megatron_prune.engine.groups import Groups
 from megatron_prune.engine.model import LanguageModel
 from megatron_prune.engine.sampling import Sampling
-from megatron_prune.errors import DistributedError
+from megatron_prune.errors import DistributedError, exit_code
 
 Score = tuple[float, bool]  # log-probability in nats; whether greedy decoding would say the same
 
@@ -40,9 +40,10 @@ class _Question:
 
 @dataclass(frozen=True)
 class _Stop:
-    """The end of questions; ``reason`` is an error of the first rank."""
+    """The end of questions; ``reason`` is an error of the first rank, with its exit code."""
 
     reason: str | None = None
+    exit_code: int = 0
 
 
 class SharedModel:
@@ -86,11 +87,12 @@ class SharedModel:
         while not isinstance(asked := self._groups.ranks.broadcast(None), _Stop):
             self._answer(asked)
         if asked.reason is not None:
-            raise DistributedError(f"rank 0 failed: {asked.reason}")
+            raise DistributedError(f"rank 0 failed: {asked.reason}", asked.exit_code)
 
-    def stop(self, reason: str | None = None) -> None:
-        """Let the other ranks go; for the first rank."""
-        self._groups.ranks.broadcast(_Stop(reason))
+    def stop(self, error: Exception | None = None) -> None:
+        """Let the other ranks go, with the error this one met; for the first rank."""
+        reason = None if error is None else f"{type(error).__name__}: {error}"
+        self._groups.ranks.broadcast(_Stop(reason, exit_code(error) if error else 0))
 
     def _ask(self, question: _Question) -> list[Any]:
         self._groups.ranks.broadcast(question)

@@ -241,7 +241,7 @@ def evaluate_on_ranks(
     try:
         found = _evaluate(SharedModelLM(shared, tokenizer, max_length=length), managers[0], options)
     except Exception as error:
-        shared.stop(f"{type(error).__name__}: {error}")
+        shared.stop(error)
         raise
     shared.stop()
     facts = _facts(source, options, "megatron", time.monotonic() - began)

@@ -2,8 +2,9 @@
 
 Everything is written into a temporary directory beside the target, flushed to disk, described by a
 manifest (sizes and SHA-256), and renamed. A temporary is locked while its writer lives, so the next
-run can tell an abandoned one and sweep it. With ``overwrite`` the old output steps aside only once
-the new one is complete; a kill between the two renames is undone by the next run.
+run can tell an abandoned one and sweep it, and a second writer is refused. With ``overwrite`` the
+old output steps aside only once the new one is complete; a kill between the two renames is undone
+by the next run.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ import json
 import os
 import secrets
 import shutil
+import socket
+import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -31,6 +34,7 @@ MANIFEST = "manifest.json"
 WRITER = "megatron_prune"  # how our manifests are told from other files of that name
 _FLUSH_BYTES = 256 << 20  # of one file; what is smaller stays in the page cache
 _PIECE_BYTES = 1 << 18  # a call of write; its source stays in the core's cache: 15% less time
+_TRIES, _TRY_SECONDS = 250, 0.02
 _WORTH_A_THREAD = 1 << 16  # bytes; hashing fewer takes less time than handing them over
 
 
@@ -135,7 +139,7 @@ def replace_file(path: Path, data: bytes) -> None:
 def _sweep_files_beside(path: Path) -> None:
     for temporary in path.parent.glob(f".{escape(path.name)}.tmp.*"):
         with suppress(OSError):  # another's, or gone meanwhile
-            if temporary.is_file() and (handle := _try_lock(temporary)) is not None:
+            if temporary.is_file() and (handle := try_lock(temporary)) is not None:
                 temporary.unlink()
                 os.close(handle)
 
@@ -216,8 +220,11 @@ def _sync(path: Path) -> None:
 _sync_directory = _sync  # a directory is flushed the same way
 
 
-def _try_lock(path: Path) -> int | None:
-    """An open, locked handle of a file or directory, or None while another process holds it."""
+def try_lock(path: Path) -> int | None:
+    """An open, locked handle of a file or directory, or None while another process holds it.
+
+    The handle is the lock: whoever closes it lets go.
+    """
     handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -251,13 +258,19 @@ def check_target(target: Path, *, overwrite: bool) -> None:
 
 def sweep_beside(target: Path) -> None:
     """Remove what dead writers left beside the target, and put back what they had set aside."""
+    if target.parent.is_dir():
+        with _one_at_a_time(target.parent):
+            _sweep(target)
+
+
+def _sweep(target: Path) -> None:
     for old in target.parent.glob(f".{escape(target.name)}.old.*"):
-        if target.exists():
-            shutil.rmtree(old)
+        if target.exists():  # its writer may be removing it, too
+            shutil.rmtree(old, ignore_errors=True)
         else:
             os.rename(old, target)
     for temporary in target.parent.glob(f".{escape(target.name)}.tmp.*"):
-        if temporary.is_dir() and (handle := _try_lock(temporary)) is not None:
+        if temporary.is_dir() and (handle := try_lock(temporary)) is not None:
             shutil.rmtree(temporary)
             os.close(handle)
 
@@ -266,16 +279,17 @@ def _publish(temporary: Path, target: Path) -> None:
     for directory, _, _ in os.walk(temporary):  # its files are flushed, their names not yet
         _sync_directory(Path(directory))
     old = None
-    if target.exists():
-        if _is_used(target):
-            old = target.with_name(f".{target.name}.old.{secrets.token_hex(4)}")
-            os.rename(target, old)
-        else:
-            target.rmdir()
-    os.rename(temporary, target)
+    with _one_at_a_time(target.parent):  # nobody takes what is aside for a dead writer's
+        if target.exists():
+            if _is_used(target):
+                old = target.with_name(f".{target.name}.old.{secrets.token_hex(4)}")
+                os.rename(target, old)
+            else:
+                target.rmdir()
+        os.rename(temporary, target)
     _sync_directory(target.parent)
-    if old is not None:
-        shutil.rmtree(old)
+    if old is not None:  # the next writer may be sweeping it already
+        shutil.rmtree(old, ignore_errors=True)
 
 
 @contextmanager
@@ -335,15 +349,54 @@ def scratch_directory(target: Path, *, ranks: Ranks) -> Iterator[Path]:
 
 
 def _start(target: Path, overwrite: bool) -> tuple[Path, int]:
-    sweep_beside(target)
-    check_target(target, overwrite=overwrite)
+    """A new temporary and its lock; no other process has one of the same target."""
+    if not target.parent.exists():
+        check_target(target, overwrite=overwrite)  # before its parents are made
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = target.with_name(f".{target.name}.tmp.{secrets.token_hex(4)}")
-        temporary.mkdir()
+        with _one_at_a_time(target.parent):
+            _sweep(target)
+            _refuse_other_writers(target)
+            check_target(target, overwrite=overwrite)
+            temporary = target.with_name(f".{target.name}.tmp.{_me()}.{secrets.token_hex(4)}")
+            temporary.mkdir()
+            lock = try_lock(temporary)
     except OSError as error:
         raise StorageError(f"{target}: {error.strerror}") from error
-    lock = _try_lock(temporary)
     if lock is None:
-        raise StorageError(f"{temporary}: another process took it; start again")
+        raise StorageError(f"{temporary}: cannot be locked; choose a file system that can (flock)")
     return temporary, lock
+
+
+def _me() -> str:
+    return f"{os.getpid()}@{socket.gethostname()}"
+
+
+def _refuse_other_writers(target: Path) -> None:
+    for temporary in target.parent.glob(f".{escape(target.name)}.tmp.*"):
+        holder = temporary.name.removeprefix(f".{target.name}.tmp.").rpartition(".")[0]
+        if holder == _me() or not temporary.is_dir():  # our own scratch; a small file's
+            continue
+        if (handle := try_lock(temporary)) is not None:  # left by one that has died meanwhile
+            os.close(handle)
+            continue
+        process, _, host = holder.partition("@")
+        who = f"process {process} on {host}" if host else "another process"
+        raise ConfigError(
+            f"--save {target}: {who} is writing it; wait for it, or choose another place"
+        )
+
+
+@contextmanager
+def _one_at_a_time(directory: Path) -> Iterator[None]:
+    """Between processes, for a moment; after a while without, for a lock may be anybody's."""
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        for _ in range(_TRIES):
+            with suppress(OSError):
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            time.sleep(_TRY_SECONDS)
+        yield
+    finally:
+        os.close(handle)

@@ -149,6 +149,7 @@ class HuggingFaceSource(Source):
         return x.narrow(dim, start * rows, (stop - start) * rows)
 
     def close(self) -> None:
+        super().close()
         self._opened.cache_clear()
 
 

@@ -252,6 +252,7 @@ class DistSource(Source):
         )
 
     def close(self) -> None:
+        super().close()
         self._locate.cache_clear()
         self._map.cache_clear()
 

@@ -236,6 +236,7 @@ class LegacySource(Source):
         return plain_piece(lambda: x, start, stop, dim=dim, rows=shape.rows(axis))
 
     def close(self) -> None:
+        super().close()
         self._file.cache_clear()
 
 

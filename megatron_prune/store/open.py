@@ -12,6 +12,7 @@ import json
 import re
 from argparse import Namespace
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ from megatron_prune.source import REPAIR, Source
 from megatron_prune.store import hf, mcore_dist, mcore_legacy
 from megatron_prune.store.commit import MANIFEST, WRITER, check_manifest, read_manifest
 from megatron_prune.store.hf_config import CONFIG, read_config
+from megatron_prune.store.hold import Hold, hold
+from megatron_prune.store.lora import LoraSource, read_lora
 from megatron_prune.store.megatron_args import config_from_args, warn_unverified
 from megatron_prune.store.passenger import COMPANIONS, PLAN
 from megatron_prune.store.untrusted import load_untrusted
@@ -108,15 +111,41 @@ def open_source(path: Path, *, family: str | None = None) -> Source:
         CheckpointError: nothing we read lies there.
         DamagedError: what lies there is incomplete or contradicts itself.
     """
-    facts = read_facts(path)
+    facts, held = _read_and_hold(path)
     if facts.format == "hf":
         source = _open_hf(facts.directory)
     elif facts.format == "torch_dist":
         source = _open_dist(facts, family)
     else:
         source = _open_legacy(facts, family)
+    source.held = held
     _check_described(facts.directory, source.config)
     return source
+
+
+def _read_and_hold(path: Path) -> tuple[CheckpointFacts, Hold | None]:
+    """`read_facts`, and what keeps a run in ``path`` from removing the checkpoint.
+
+    When a run removes it between the two, its tracker points to a newer one.
+    """
+    while True:
+        tracked = _tracked(path)
+        try:
+            facts = read_facts(path)
+            held = hold(facts.directory)
+            if held is not None:
+                return facts, held
+            raise CheckpointError(f"{facts.directory}: is just being removed; open a newer one")
+        except CheckpointError:
+            if _tracked(path) == tracked:
+                raise
+
+
+def _tracked(path: Path) -> bytes | None:
+    try:
+        return (path / TRACKER).read_bytes()
+    except OSError:
+        return None
 
 
 def _check_described(directory: Path, config: ModelConfig) -> None:
@@ -190,7 +219,9 @@ def _open_dist(facts: CheckpointFacts, family: str | None) -> Source:
     common = load_untrusted(common_path, mmap=False)
     index = mcore_dist.read_index(directory)
     config, companions = _megatron_config(facts, common, common_path, family)
-    return mcore_dist.DistSource(
+    lora = read_lora(common, common_path, config)
+    kind = mcore_dist.DistSource if lora is None else partial(LoraSource, lora=lora)
+    return kind(
         directory,
         config,
         _grid_of(common),

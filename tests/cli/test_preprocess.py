@@ -167,6 +167,7 @@ REFUSALS = {
     "empty file": (["--input", "empty.jsonl"], r"empty corpus: 0 documents .* 'text'"),
     "no tokens": (["--input", "void.jsonl"], r"empty corpus: 2 documents and not one token"),
     "no tokenizer": (["--tokenizer-model", "nowhere"], r"tokenizer nowhere: no such file"),
+    "unknown": (["--tokenizer-model", "bare.json"], r"\d+ of the \d+ tokens .* are unknown \(id 1"),
     "workers": (["--workers", "0"], r"--workers 0: wanted 1 or more"),
     "key as path": (["--json-key", "../text"], r"--json-key '\.\./text'"),
     "key twice": (["--json-key", "text", "text"], r"--json-key 'text'"),

@@ -97,6 +97,24 @@ def test_such_a_tokenizer_does_not_clean_up_spaces_either(tmp_path: Path) -> Non
     assert load_tokenizer(tmp_path).decode([0, 1, 0]) == "fox , fox"
 
 
+def test_the_unknown_token_is_found_in_every_kind_of_file(
+    bpe: Path, spm: Path, tmp_path: Path
+) -> None:
+    from tokenizers import Tokenizer, models
+
+    assert load_tokenizer(bpe).unknown is None
+    assert load_tokenizer(spm).unknown == 0
+    kinds = {
+        "words": models.WordLevel({"a": 0, "[UNK]": 1, "None": 2}, unk_token="[UNK]"),
+        "pieces": models.Unigram([("a", -1.0), ("<unk>", 0.0)], unk_id=1),
+        "none": models.BPE({"a": 0, "None": 1}, []),
+    }
+    for name, model in kinds.items():
+        Tokenizer(model).save(str(tmp_path / f"{name}.json"))
+        found = load_tokenizer(tmp_path / f"{name}.json").unknown
+        assert found == (None if name == "none" else 1), name
+
+
 @pytest.mark.parametrize("kind", ["bpe", "spm"])
 def test_a_pickled_tokenizer_does_the_same(
     kind: str, texts: list[str], request: pytest.FixtureRequest

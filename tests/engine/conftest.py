@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.engine.domain_runs import make_corpora
 from tests.engine.on_ranks import made_once
 from tests.pico import KINDS, TEXT, make_model, ok
 
@@ -75,3 +76,12 @@ def corpus(tmp_path_factory: pytest.TempPathFactory, reference: Path) -> Path:
                 "--tokenizer-model", reference / "gqa", "--output-prefix", prefix, "--append-eod",
             )  # fmt: skip
     return folder / "words_text_document"
+
+
+@pytest.fixture(scope="session")
+def corpora(tmp_path_factory: pytest.TempPathFactory, reference: Path) -> Path:
+    """Corpora of three domains, of every model here."""
+    with made_once(tmp_path_factory, "domain-corpora") as (folder, fresh):
+        if fresh:
+            make_corpora(folder, reference / "gqa")
+    return folder

@@ -1,7 +1,8 @@
 """kill -9 of a training run at random moments, many times over.
 
 A process that has Megatron imported forks one run after the other, so a kill costs half a second
-and not seven. Between two kills it looks at every checkpoint in the directory.
+and not seven. Between two kills it looks at every checkpoint in the directory. Of a run on several
+ranks one is killed, any of them, and the others are waited for.
 """
 
 from __future__ import annotations
@@ -16,37 +17,48 @@ from pathlib import Path
 
 from megatron_prune.cli import main
 from megatron_prune.store.commit import check_manifest
+from tests.engine.on_ranks import free_port
 
 
 def _newest(save: Path) -> int:
     return max((int(path.name[5:]) for path in save.glob("iter_*")), default=0)
 
 
-def _run_and_kill(words: list[str], save: Path, rng: random.Random) -> None:
-    """Start a run and kill it some time after it has begun to save."""
+def _fork(words: list[str], rank: int, ranks: int, port: int) -> int:
     child = os.fork()
     if child == 0:
+        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "MASTER_PORT": port}
+        os.environ.update({key: str(value) for key, value in place.items()})
+        os.environ["MASTER_ADDR"] = "127.0.0.1"
         os.setsid()
         os._exit(main(words))
+    return child
+
+
+def _run_and_kill(words: list[str], save: Path, rng: random.Random, ranks: int) -> list[int]:
+    """Start a run and kill one rank some time after it has begun to save; how each ended."""
+    port = free_port()
+    children = [_fork(words, rank, ranks, port) for rank in range(ranks)]
     before, since = _newest(save), time.monotonic()
     while _newest(save) == before and time.monotonic() - since < 60:
         time.sleep(0.002)
     time.sleep(rng.uniform(0, 0.3))
-    os.killpg(child, signal.SIGKILL)
-    os.waitpid(child, 0)
+    os.killpg(rng.choice(children), signal.SIGKILL)
+    return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
 
 
-def kill_many(words: list[str], save: Path, times: int) -> list[dict[str, object]]:
-    """What lay there after each kill."""
+def kill_many(words: list[str], save: Path, times: int, ranks: int = 1) -> list[dict[str, object]]:
+    """What lay there after each kill, and how the ranks ended."""
     import megatron_prune.engine.train  # noqa: F401 (imported once, for all runs)
 
     rng, seen = random.Random(4), []
     for _ in range(times):
-        _run_and_kill(words, save, rng)
+        codes = _run_and_kill(words, save, rng, ranks)
         found = sorted(save.glob("iter_*"))
         damage = [difference for path in found for difference in check_manifest(path)]
         left = [path.name for path in save.glob(".iter_*")]
-        seen.append({"newest": _newest(save), "damage": damage, "left": left})
+        one = {"newest": _newest(save), "damage": damage, "left": left, "codes": sorted(codes)}
+        seen.append(one)
     return seen
 
 
@@ -81,6 +93,6 @@ if __name__ == "__main__":
     result = (
         start_many(given["words"], place, given["starts"])
         if "starts" in given
-        else kill_many(given["words"], place, given["times"])
+        else kill_many(given["words"], place, given["times"], given["ranks"])
     )
     Path(given["out"]).write_text(json.dumps(result))

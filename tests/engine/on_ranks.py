@@ -11,6 +11,7 @@ import json
 import math
 import os
 import random
+import re
 import shutil
 import socket
 import subprocess
@@ -108,16 +109,34 @@ def _result(path: Path, folder: Path) -> Any:
     return f"no result {path.name}: {(folder / 'said.txt').read_text()[-2000:]}"
 
 
-def start(words: list[str], ranks: int, said: Path) -> list[subprocess.Popen[bytes]]:
-    """A command as torchrun would start it, to be disturbed while it runs."""
+def installed_script() -> str:
+    """What the installed ``megatron-prune`` does, by pyproject.toml."""
+    said = (HERE.parents[2] / "pyproject.toml").read_text()
+    found = re.search(r'^megatron-prune = "(\S+):(\w+)"$', said, re.MULTILINE)
+    assert found
+    module, name = found.groups()
+    return f"import sys\nfrom {module} import {name}\nif __name__ == '__main__': sys.exit({name}())"
+
+
+def start(
+    words: list[str], ranks: int, said: Path, *, prelude: str | None = None
+) -> list[subprocess.Popen[bytes]]:
+    """A command as torchrun would start it, to be disturbed while it runs.
+
+    Args:
+        prelude: code that every rank runs before `installed_script`; None: ``python -m`` runs.
+    """
     port = str(free_port())
     processes = []
+    program = (
+        ["-m", "megatron_prune"] if prelude is None else ["-c", f"{prelude}\n{installed_script()}"]
+    )
     with open(said, "ab") as file:
         for rank in range(ranks):
             place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
             processes.append(
                 subprocess.Popen(
-                    [sys.executable, "-m", "megatron_prune", *words],
+                    [sys.executable, *program, *words],
                     env=environment(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, **place),
                     stdout=file, stderr=file, stdin=subprocess.DEVNULL,
                 )

@@ -13,19 +13,10 @@ import torch
 from megatron_prune.engine.checkpoint import training_state
 from tests.engine import domain_runs
 from tests.engine.domain_runs import TARGETS, prefix, tables, write_recipe
-from tests.engine.on_ranks import made_once
 from tests.engine.runs import losses, rows, told
 from tests.pico import directory_bytes, ok, refused, run
 
 Train = Callable[..., Path]
-
-
-@pytest.fixture(scope="session")
-def corpora(tmp_path_factory: pytest.TempPathFactory, reference: Path) -> Path:
-    with made_once(tmp_path_factory, "domain-corpora") as (folder, fresh):
-        if fresh:
-            domain_runs.make_corpora(folder, reference / "gqa")
-    return folder
 
 
 @pytest.fixture

@@ -18,17 +18,26 @@ from tests.engine.domain_runs import make_corpora, tables, write_recipe
 from tests.engine.on_ranks import Job, launch, made_once
 from tests.engine.runs import losses
 
+TP2 = ("--tensor-model-parallel-size", 2)
 TP3 = ("--tensor-model-parallel-size", 3)
 PP2 = ("--pipeline-model-parallel-size", 2)
-# name -> ranks, flags, run to continue; in this order
-RUNS: dict[str, tuple[int, tuple[object, ...], str | None]] = {
-    "alone": (1, (), None),
-    "half": (1, ("--exit-interval", 3), None),
-    "dp2-from-half": (2, (), "half"),
-    "dp4-from-half": (4, (), "half"),
-    "tp3-from-half": (3, TP3, "half"),
-    "pp2-dp2": (4, PP2, None),
+SPLIT = ("--use-distributed-optimizer",)
+# name -> ranks, flags, kind or run to load, the run of one process that it continues or equals
+RUNS: dict[str, tuple[int, tuple[object, ...], str, str]] = {
+    "alone": (1, (), "gqa", "alone"),
+    "half": (1, ("--exit-interval", 3), "gqa", "alone"),
+    "dp2-from-half": (2, (), "half", "alone"),
+    "dp4-from-half": (4, (), "half", "alone"),
+    "tp3-from-half": (3, TP3, "half", "alone"),
+    "pp2-dp2": (4, PP2, "gqa", "alone"),
+    "four": (1, (), "qwen_tied", "four"),
+    "four-tp2": (2, (*TP2, *SPLIT, "--exit-interval", 2), "qwen_tied", "four"),
+    "four-pp2-from-tp2": (2, (*PP2, *SPLIT, "--exit-interval", 4), "four-tp2", "four"),
+    "four-dp2-from-pp2": (2, SPLIT, "four-pp2-from-tp2", "four"),
+    "four-tp2-dp2-from-tp2": (4, (*TP2, *SPLIT), "four-tp2", "four"),
+    "four-tp2-pp2": (4, (*TP2, *PP2), "qwen_tied", "four"),
 }
+WHOLE = [name for name, run in RUNS.items() if "--exit-interval" not in run[1] and name != run[3]]
 JUDGED = {"judged-alone": (1, ()), "judged-dp2": (2, ()), "judged-pp2-dp2": (4, PP2)}
 EXACT = ("sizes", "seed", "start", "before", "consumed", "counts")
 
@@ -40,16 +49,16 @@ def runs(tmp_path_factory: pytest.TempPathFactory, reference: Path) -> Path:
         if fresh:
             make_corpora(folder, reference / "gqa")
             recipe = write_recipe(folder / "r.yaml", domain_runs.domain_rows(folder))
-            jobs = _jobs(folder, reference / "gqa", recipe)
+            jobs = _jobs(folder, reference, recipe)
             torch.save(dict(zip([*RUNS, *JUDGED], launch(jobs, folder))), folder / "codes.pt")
     return folder
 
 
-def _jobs(folder: Path, model: Path, recipe: Path) -> list[Job]:
-    silent = ("--distributed-timeout-minutes", 1)
+def _jobs(folder: Path, reference: Path, recipe: Path) -> list[Job]:
+    model, silent = reference / "gqa", ("--distributed-timeout-minutes", 1)
     jobs = []
-    for name, (ranks, flags, start) in RUNS.items():
-        load, more = (folder / start if start else model), (*flags, *silent)
+    for name, (ranks, flags, start, _) in RUNS.items():
+        load, more = (folder if start in RUNS else reference) / start, (*flags, *silent)
         tokenizer = ("--tokenizer-model", model)
         words = domain_runs.words(load, folder / name, recipe, *more, *tokenizer)
         jobs.append(Job(check="command", world=ranks, given={"words": words}))
@@ -75,19 +84,20 @@ def test_every_command_ends_well(runs: Path) -> None:
     assert {name: found for name, found in codes.items() if set(found) != {0}} == {}
 
 
-@pytest.mark.parametrize("name", [name for name in RUNS if name not in ("alone", "half")])
+@pytest.mark.parametrize("name", WHOLE)
 def test_another_layout_draws_the_same_samples(runs: Path, name: str) -> None:
-    """Also one that continues another's run, in the middle between two updates."""
-    found, wanted = _state(runs / name), _state(runs / "alone")
+    """Also one that continues another's run, in the middle between two updates or after several."""
+    whole = runs / RUNS[name][3]
+    found, wanted = _state(runs / name), _state(whole)
     assert {key: found[key] for key in EXACT} == {key: wanted[key] for key in EXACT}
     assert found["weights"] == pytest.approx(wanted["weights"], abs=1e-5)
     assert len({round(weight, 3) for weight in found["weights"].values()}) == 3
     steps = losses(runs / name)
-    alone = {n: x for n, x in losses(runs / "alone").items() if n in steps}
+    alone = {n: x for n, x in losses(whole).items() if n in steps}
     assert steps == pytest.approx(alone, abs=1e-4)
     for iteration, table in tables(runs / name).items():
         for domain, row in table.items():
-            assert row == pytest.approx(tables(runs / "alone")[iteration][domain], abs=1e-4)
+            assert row == pytest.approx(tables(whole)[iteration][domain], abs=1e-4)
 
 
 @pytest.mark.parametrize("name", [name for name in JUDGED if name != "judged-alone"])

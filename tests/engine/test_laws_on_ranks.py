@@ -20,11 +20,11 @@ PP2, PP4 = ({"pipeline_parallel": n} for n in (2, 4))
 UNEVEN = {"pipeline_parallel": 2, "first_stage_layers": 1}
 TP2_PP2 = {**TP2, **PP2}
 SP = {"sequence_parallel": True}
-RECOMPUTE = {
-    "recompute_granularity": "full",
-    "recompute_method": "uniform",
-    "recompute_num_layers": 1,
-}
+UNIFORM, BLOCK = (
+    {"recompute_granularity": "full", "recompute_method": method, "recompute_num_layers": layers}
+    for method, layers in (("uniform", 1), ("block", 2))
+)
+SELECTIVE = {"recompute_granularity": "selective"}
 # kind, layout, ranks, options
 LOGITS: list[tuple[str, dict[str, int], int, dict[str, Any]]] = [
     *((kind, TP3, 3, {}) for kind in ("gqa", "tied", "mha", "qwen", "all_bias", "attention_bias")),
@@ -50,7 +50,12 @@ GRADIENTS: list[tuple[str, dict[str, int], int, dict[str, Any]]] = [
     ("four", TP2, 4, {}),
     ("four", TP2, 4, {"use_distributed_optimizer": True}),
     ("tied", PP2, 4, {"use_distributed_optimizer": True}),
-    ("gqa", TP3, 3, RECOMPUTE),
+    ("four", TP2, 4, {**SP, "use_distributed_optimizer": True}),
+    ("qwen_tied", TP2_PP2, 4, SP),
+    *(("gqa", {}, 1, recompute) for recompute in (UNIFORM, BLOCK, SELECTIVE)),
+    *(("gqa", TP3, 3, recompute) for recompute in (UNIFORM, SELECTIVE)),
+    *(("gqa", TP3, 3, {**SP, **recompute}) for recompute in (UNIFORM, SELECTIVE)),
+    *(("tied", PP2, 4, recompute) for recompute in (UNIFORM, BLOCK, SELECTIVE)),
 ]
 RANDOM = [("tied", TP3, 3), ("tied", PP2, 2), ("gqa", {}, 1)]
 
@@ -58,7 +63,8 @@ RANDOM = [("tied", TP3, 3), ("tied", PP2, 2), ("gqa", {}, 1)]
 def _name(case: tuple[Any, ...]) -> str:
     kind, layout, ranks, options = case
     words = [f"{key.split('_')[0]}{value}" for key, value in layout.items()]
-    return "-".join([kind, *words, f"{ranks}ranks", *options])
+    chosen = [key if value is True else f"{key}={value}" for key, value in options.items()]
+    return "-".join([kind, *words, f"{ranks}ranks", *chosen])
 
 
 @pytest.fixture(scope="module")

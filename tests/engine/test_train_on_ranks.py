@@ -16,8 +16,11 @@ from tests.engine.runs import losses, told, weights, words
 
 TP3 = ("--tensor-model-parallel-size", 3)
 PP2 = ("--pipeline-model-parallel-size", 2)
-TP2_PP2 = ("--tensor-model-parallel-size", 2, *PP2)
+TP2 = ("--tensor-model-parallel-size", 2)
+TP4 = ("--tensor-model-parallel-size", 4)
+TP2_PP2 = (*TP2, *PP2)
 SPLIT = ("--use-distributed-optimizer",)
+SP = ("--sequence-parallel",)
 HALF = ("--exit-interval", 2)
 QUICK = (
     *("--train-iters", 4, "--global-batch-size", 2, "--save-interval", 2, "--eval-interval", 2),
@@ -28,7 +31,7 @@ RUNS: dict[str, tuple[str, int, tuple[object, ...]]] = {
     "alone": ("gqa", 1, ()),
     "tp3": ("gqa", 3, TP3),
     "alone-33": ("gqa", 1, ("--seq-length", 33)),
-    "tp3-sp-33": ("gqa", 3, (*TP3, "--sequence-parallel", "--seq-length", 33)),
+    "tp3-sp-33": ("gqa", 3, (*TP3, *SP, "--seq-length", 33)),
     "pp2": ("gqa", 2, PP2),
     "dp2": ("gqa", 2, ()),
     "dp2-split": ("gqa", 2, SPLIT),
@@ -47,7 +50,16 @@ RUNS: dict[str, tuple[str, int, tuple[object, ...]]] = {
     "bf16-from-tp3": ("bf16-half", 2, ("--bf16", *PP2)),
     "four-alone": ("qwen_tied", 1, ()),
     "four-half": ("qwen_tied", 4, (*TP2_PP2, *HALF)),
-    "four-tp4-from-tp2-pp2": ("four-half", 4, ("--tensor-model-parallel-size", 4)),
+    "four-tp4-from-tp2-pp2": ("four-half", 4, TP4),
+    "four-tp4": ("qwen_tied", 4, TP4),
+    "four-tp2-pp2": ("qwen_tied", 4, TP2_PP2),
+    "four-tp2-dp2": ("qwen_tied", 4, TP2),
+    "four-pp2-dp2": ("qwen_tied", 4, PP2),
+    "four-dp4-split": ("qwen_tied", 4, (*SPLIT, "--global-batch-size", 4)),
+    "four-alone-4": ("qwen_tied", 1, ("--global-batch-size", 4)),
+    "four-tp4-sp": ("qwen_tied", 4, (*TP4, *SP)),
+    "four-tp2-pp2-sp": ("qwen_tied", 4, (*TP2_PP2, *SP)),
+    "four-tp2-dp2-sp-split": ("qwen_tied", 4, (*TP2, *SP, *SPLIT)),
     "random-alone": ("tied", 1, ("--init-random",)),
     "random-tp3": ("tied", 3, ("--init-random", *TP3)),
     "random-pp2": ("tied", 2, ("--init-random", *PP2)),
@@ -102,9 +114,18 @@ def test_every_command_ends_well(runs: Path) -> None:
     assert list(bad) == ["disagree"], bad
 
 
-@pytest.mark.parametrize("name", ["tp3", "tp3-sp-33", "pp2", "dp2", "dp2-split", "pp2-dp2-split"])
+ALIKE = {  # -> the run of one process
+    **dict.fromkeys(["tp3", "pp2", "dp2", "dp2-split", "pp2-dp2-split"], "alone"),
+    "tp3-sp-33": "alone-33",
+    **dict.fromkeys(["four-tp4", "four-tp2-pp2", "four-tp2-dp2", "four-pp2-dp2"], "four-alone"),
+    **dict.fromkeys(["four-tp4-sp", "four-tp2-pp2-sp", "four-tp2-dp2-sp-split"], "four-alone"),
+    "four-dp4-split": "four-alone-4",
+}
+
+
+@pytest.mark.parametrize("name", ALIKE)
 def test_every_layout_trains_alike(runs: Path, name: str) -> None:
-    alone = runs / ("alone-33" if name.endswith("33") else "alone")
+    alone = runs / ALIKE[name]
     assert losses(runs / name) == pytest.approx(losses(alone), abs=1e-4)
     norms = [_norms(run) for run in (runs / name, alone)]
     assert norms[0] == pytest.approx(norms[1], rel=1e-3)
