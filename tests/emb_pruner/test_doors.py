@@ -14,6 +14,7 @@ from emb_pruner.formats import open_vocabulary
 from emb_pruner.vocab_plan import load_vocab_plan
 from tests.data.conftest import write_bpe
 from tests.emb_pruner.test_counting import documents
+from tests.pico import directory_bytes, make_model, tensors
 
 DOORS = Path(__file__).parents[2] / "emb_pruner"
 
@@ -77,3 +78,30 @@ def test_a_plan_of_ids_is_closed_or_refused(tokenizer: Path, tmp_path: Path) -> 
     kept = load_vocab_plan(tmp_path / "plan.json").kept
     assert set(kept) == forest.closure([top]) | forest.required
     assert torch.load(tmp_path / "all.pt", weights_only=True) == list(kept)
+
+
+@pytest.mark.parametrize(
+    "script",
+    ["llama_emb_pruner/prune_spm_and_emb.py", "qwen_emb_pruner/prune_tiktoken_and_emb.py"],
+)
+def test_a_model_is_pruned_to_the_ids_that_remain(
+    script: str, tokenizer: Path, tmp_path: Path
+) -> None:
+    """Rows and tokenizer, against the source's rows taken one by one."""
+    model = make_model(tmp_path / "model", "gqa", vocab_size=600)
+    for file in tokenizer.iterdir():
+        (model / file.name).write_bytes(file.read_bytes())
+    before, forest = directory_bytes(model), open_vocabulary(model).forest
+    top = max(set(range(forest.size)) - forest.dead, key=lambda t: len(forest.closure([t])))
+    torch.save([top], tmp_path / "remain_vocab_ids.pt")
+    more = ("--hf_dir", "model", "--save", "pruned", "--remain_ids_with_spt", "kept.pt")
+    done = run(script, *more, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    kept = torch.load(tmp_path / "kept.pt", weights_only=True)
+    assert set(kept) == forest.closure([top]) | forest.required
+    source, pruned = tensors(model), tensors(tmp_path / "pruned")
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        assert torch.equal(pruned[name], torch.stack([source[name][token] for token in kept]))
+    assert open_vocabulary(tmp_path / "pruned").size == len(kept)
+    assert directory_bytes(model) == before
+    assert run(script, *more, cwd=tmp_path).returncode == 2  # there is a model already
