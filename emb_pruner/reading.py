@@ -86,7 +86,7 @@ def check_corpora(
         facts = None
         if its == "bin":
             path = path.with_suffix("") if _KIND_OF.get(path.suffix) == "bin" else path
-            facts = check_corpus(path, tokenizer_digest, vocab_size)
+            facts = check_corpus(path, tokenizer_digest, vocab_size, to_learn_from=False)
             size = corpus_path(path, ".bin").stat().st_size
         else:
             size = check_inputs([path])

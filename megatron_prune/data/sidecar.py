@@ -46,7 +46,12 @@ class CorpusFacts:
 
 
 def check_corpus(
-    prefix: str | Path, tokenizer_digest: str | None, vocab_size: int, *, read_all: bool = False
+    prefix: str | Path,
+    tokenizer_digest: str | None,
+    vocab_size: int,
+    *,
+    read_all: bool = False,
+    to_learn_from: bool = True,
 ) -> CorpusFacts:
     """Check the corpus at ``prefix`` against itself, its sidecar, and the model that will read it.
 
@@ -55,6 +60,7 @@ def check_corpus(
         tokenizer_digest: of the model's tokenizer; None when the checkpoint carries none.
         vocab_size: the model's true vocabulary size.
         read_all: hash the whole .bin, about 0.8 s a gigabyte and the reading.
+        to_learn_from: refuse tokens that are all the same, but for EOD, as far as a sample tells.
 
     Raises:
         ConfigError: no such corpus, an empty one, or one made with another tokenizer.
@@ -80,7 +86,13 @@ def check_corpus(
         _check_sidecar(prefix, sidecar, tokens, documents, read_all=read_all)
         _check_tokenizer(prefix, sidecar, tokenizer_digest, vocab_size)
     known = sidecar or {}
-    _check_sample(prefix, dtype, tokens, vocab_size, known.get("eod"))
+    distinct = _check_sample(prefix, dtype, tokens, vocab_size) - {known.get("eod")}
+    if to_learn_from and tokens > 1 and len(distinct) < 2:
+        raise ConfigError(
+            f"{prefix}.bin: its tokens all have the id {min(distinct, default=known.get('eod'))}, "
+            "nothing can be learned from them; run preprocess with a tokenizer that knows the "
+            "text's script"
+        )
     return CorpusFacts(
         prefix=prefix,
         documents=documents,
@@ -241,10 +253,8 @@ def _check_tokenizer(
         )
 
 
-def _check_sample(
-    prefix: str, dtype: np.dtype[Any], tokens: int, vocab_size: int, eod: int | None
-) -> None:
-    """Ids within the vocabulary, and more than one of them beside EOD."""
+def _check_sample(prefix: str, dtype: np.dtype[Any], tokens: int, vocab_size: int) -> set[int]:
+    """The ids of a sample, all within the vocabulary."""
     path = corpus_path(prefix, ".bin")
     distinct: set[int] = set()
     last = max(tokens - _SAMPLE_TOKENS, 0)
@@ -259,8 +269,4 @@ def _check_sample(
                 "the corpus was made with another tokenizer: run preprocess with the model's own"
             )
         distinct.update(np.unique(ids).tolist())
-    if tokens > 1 and len(distinct - {eod}) < 2:
-        raise ConfigError(
-            f"{path}: its tokens all have the id {min(distinct - {eod}, default=eod)}, nothing can "
-            "be learned from them; run preprocess with a tokenizer that knows the text's script"
-        )
+    return distinct
