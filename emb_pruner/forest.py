@@ -58,6 +58,11 @@ class Forest:
         """The mandatory tokens, closed: the smallest vocabulary there is."""
         return frozenset(self.closure(self.mandatory))
 
+    @cached_property
+    def usable(self) -> frozenset[int]:
+        """Tokens that come up, and what they are merged from: that alone may never come up."""
+        return frozenset(self.closure(set(range(self.size)) - self.dead))
+
     def unreachable(self, kept: set[int]) -> set[int]:
         """Those of the kept tokens that miss a part, at any depth."""
         return {token for token in kept if not self.closure([token]) <= kept}

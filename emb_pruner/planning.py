@@ -7,7 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
 from emb_pruner.counts import load_counts
 from emb_pruner.forest import Forest
@@ -49,13 +48,15 @@ def make_vocab_plan(
         asked = dict.fromkeys(tokens_of(keep_file, vocabulary), ASKED)
         forest = replace(forest, mandatory={**asked, **forest.mandatory})
     kept = select(forest, size, method=method, counts_V=found, prior=prior)
+    given = np.zeros(forest.size, dtype=np.int64) if found is None else found
+    frequent = np.argsort(-with_prior(forest, given, prior), kind="stable")[:size]
     return VocabPlan(
         kept=kept,
         source_size=forest.size,
         tokenizer_digest=vocabulary.digest,
         method=method,
         balance_for=balance_for,
-        reasons=reasons(forest, kept, found, prior),
+        reasons=_reasons(forest, kept, set(frequent.tolist()), "frequency"),
     )
 
 
@@ -74,17 +75,13 @@ def plan_of_ids(
     """
     ids = read_ids(path, vocabulary.size)
     kept = closed_ids(vocabulary, ids, close=close, where=str(path))
-    forest, asked = vocabulary.forest, set(ids)
-    found = Counter(
-        forest.mandatory.get(token) or (ASKED if token in asked else "closure") for token in kept
-    )
     return VocabPlan(
         kept=kept,
         source_size=vocabulary.size,
         tokenizer_digest=vocabulary.digest,
         method="ids",
         balance_for=balance_for,
-        reasons=dict(sorted(found.items())),
+        reasons=_reasons(vocabulary.forest, kept, set(ids), ASKED),
     )
 
 
@@ -112,19 +109,13 @@ def tokens_of(path: Path, vocabulary: Vocabulary) -> list[int]:
     return found
 
 
-def reasons(
-    forest: Forest, kept: tuple[int, ...], counts_V: NDArray[np.int64] | None, prior: float
-) -> dict[str, int]:
+def _reasons(forest: Forest, kept: tuple[int, ...], chosen: set[int], why: str) -> dict[str, int]:
     """How many tokens stay for which reason.
 
-    Beside the mandatory ones: ``frequency`` are those among the most frequent that would fit,
-    ``closure`` the rest, which stay because others are merged from them.
+    Beside the mandatory ones: ``why`` are those chosen by themselves, ``closure`` the rest, which
+    stay because others are merged from them.
     """
-    given = np.zeros(forest.size, dtype=np.int64) if counts_V is None else counts_V
-    frequent = np.argsort(-with_prior(forest, given, prior), kind="stable")[: len(kept)]
-    chosen = set(frequent.tolist())
     found = Counter(
-        forest.mandatory.get(token) or ("frequency" if token in chosen else "closure")
-        for token in kept
+        forest.mandatory.get(token) or (why if token in chosen else "closure") for token in kept
     )
     return dict(sorted(found.items()))

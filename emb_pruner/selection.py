@@ -44,7 +44,7 @@ def leaf(
     With ``hands_on`` its count goes to its parts: each time it came up, they do now, and a token's
     cost is what the corpus grows by when it goes.
     """
-    kept = _usable(forest)
+    kept = set(forest.usable)
     costs, children = counts_V.astype(np.float64), np.zeros(forest.size, dtype=np.int64)
     for token in kept:
         for part in forest.parts[token] or ():
@@ -59,10 +59,7 @@ def leaf(
     heap = [entry(token) for token in kept if is_leaf(token)]
     heapq.heapify(heap)
     while len(kept) > size:
-        cost, _, token = heapq.heappop(heap)
-        if cost != costs[token]:  # it was handed counts since
-            heapq.heappush(heap, entry(token))
-            continue
+        _, _, token = heapq.heappop(heap)
         kept.discard(token)
         for part in forest.parts[token] or ():
             costs[part] += costs[token] * hands_on
@@ -71,11 +68,6 @@ def leaf(
             if is_leaf(part):
                 heapq.heappush(heap, entry(part))
     return kept
-
-
-def _usable(forest: Forest) -> set[int]:
-    """Tokens that come up, and what they are merged from: that alone may never come up."""
-    return forest.closure(set(range(forest.size)) - forest.dead)
 
 
 def _grow(forest: Forest, order: list[int], size: int) -> set[int]:
@@ -91,13 +83,13 @@ def _grow(forest: Forest, order: list[int], size: int) -> set[int]:
 
 def closure(forest: Forest, counts_V: NDArray[np.float64], size: int) -> set[int]:
     """The most frequent tokens, each with its parts."""
-    order = sorted(_usable(forest), key=lambda token: (-counts_V[token], forest.rank[token]))
+    order = sorted(forest.usable, key=lambda token: (-counts_V[token], forest.rank[token]))
     return _grow(forest, order, size)
 
 
 def prefix(forest: Forest, counts_V: NDArray[np.float64], size: int) -> set[int]:
     """The tokens that were learned first; the counts are not looked at."""
-    return _grow(forest, sorted(_usable(forest), key=lambda token: forest.rank[token]), size)
+    return _grow(forest, sorted(forest.usable, key=lambda token: forest.rank[token]), size)
 
 
 METHODS: dict[str, Callable[[Forest, NDArray[np.float64], int], set[int]]] = {
@@ -124,7 +116,7 @@ def select(
     Raises:
         ConfigError: a size below what is mandatory or above what there is, or no counts.
     """
-    alive = len(_usable(forest))
+    alive = len(forest.usable)
     if not len(forest.required) <= size <= alive:
         raise ConfigError(
             f"--vocab-size-remain {size}: {len(forest.required)} tokens have to stay and "
