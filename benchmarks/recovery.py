@@ -7,7 +7,7 @@
 ``NAME.train.jsonl`` and ``NAME.eval.txt`` for each domain (``tools/make_default_corpus.py``). Every
 row is one `train` on the same number of tokens and one `evaluate` a domain, on text that is not
 trained on. ``equal time`` rows get fewer steps: as many as fit into the time of the LM rows when a
-step with a teacher takes ``--teacher-cost`` times one without (`benchmarks/distill.py`). Work is
+step with a teacher takes ``--teacher-cost`` times one without (`benchmarks/step_time.py`). Work is
 kept in ``--work``: what is there is not run again.
 """
 

@@ -15,7 +15,6 @@ from megatron_prune.cli.domain_flags import add_domains
 from megatron_prune.cli.engine_flags import add_engine, dtype_of
 from megatron_prune.cli.lora_flags import add_lora, lora_from
 from megatron_prune.cli.options import grid_from, positive
-from megatron_prune.errors import ConfigError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -103,7 +102,7 @@ def _add_batches(parser: argparse.ArgumentParser) -> None:
         type=positive,
         default=1,
         metavar="N",
-        help="ranks that share a sequence: only 1 (default), see docs/training.md",
+        help="ranks that share a sequence (default 1)",
     )
     group.add_argument("--recompute-granularity", metavar="WHAT", help="full or selective")
     group.add_argument("--recompute-method", metavar="HOW", help="uniform or block")
@@ -239,14 +238,6 @@ def _add_intervals(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _check_context_parallel(size: int) -> None:
-    if size > 1:
-        raise ConfigError(
-            f"--context-parallel-size {size}: sequences are not split over ranks; wanted 1. For "
-            "longer sequences use --sequence-parallel and --recompute-granularity full"
-        )
-
-
 def run(args: argparse.Namespace) -> None:
     from dataclasses import fields
 
@@ -254,7 +245,6 @@ def run(args: argparse.Namespace) -> None:
     from megatron_prune.engine.groups import model_parallel, world_size
     from megatron_prune.engine.options import TrainOptions, check_options
 
-    _check_context_parallel(args.context_parallel_size)
     given = vars(args) | {
         "dtype": dtype_of(args),
         "data_path": tuple(args.data_path),
@@ -266,7 +256,8 @@ def run(args: argparse.Namespace) -> None:
     grid = grid_from(args)
     processes = world_size()
     if args.dry_run and processes == 1:
-        processes = grid.world_size  # one copy of the model, whatever was started
+        # one copy of the model, whatever was started
+        processes = grid.world_size * options.context_parallel_size
     check_options(options, grid, processes)
     if args.dry_run:
         from megatron_prune.engine.dry_run import describe
@@ -278,7 +269,10 @@ def run(args: argparse.Namespace) -> None:
     with (
         named_failures(),
         model_parallel(
-            grid, seed=options.seed, timeout_minutes=args.distributed_timeout_minutes
+            grid,
+            context_parallel=options.context_parallel_size,
+            seed=options.seed,
+            timeout_minutes=args.distributed_timeout_minutes,
         ) as groups,
     ):
         train(options, groups, args.argv)

@@ -1,7 +1,7 @@
 """The recipe of ``--domains``: which domains there are, and what loss each should reach.
 
 ```yaml
-targets: targets.json      # of `evaluate --per-domain --save`, or a table of name: loss
+targets: targets.json      # of `evaluate --per-domain --save`, or JSON of {name: loss}
 domains:
   - name: web
     prefixes: [/data/web_text_document]     # of preprocess, without .bin
@@ -96,10 +96,15 @@ def read_recipe(path: Path) -> DomainRecipe:
         raise ConfigError(f"--domains {path}: two domains are called {twice[0]}; rename one")
     weights = shares([domain.weight for domain in domains])
     targets, parameters = found.get("targets"), found.get("parameters")
+    if not isinstance(targets, str | None):
+        raise ConfigError(
+            f"--domains {path}: targets is {targets!r}; wanted the path of a JSON file, or give "
+            "each domain its target"
+        )
     return DomainRecipe(
         path=str(path),
         domains=tuple(_with_weight(d, weight) for d, weight in zip(domains, weights)),
-        targets=None if targets is None else str(targets),
+        targets=targets,
         parameters=None
         if parameters is None
         else _positive(f"--domains {path}: parameters", parameters),

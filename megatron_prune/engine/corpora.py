@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -27,6 +27,7 @@ from torch import Tensor
 
 from megatron_prune.data.sidecar import CorpusFacts, check_corpus
 from megatron_prune.data.tokenizers import load_tokenizer
+from megatron_prune.engine.context import own_part
 from megatron_prune.engine.groups import Groups
 from megatron_prune.engine.options import TrainOptions
 from megatron_prune.errors import ConfigError
@@ -217,14 +218,25 @@ def clean_cache(path: Path) -> None:
             file.unlink()
 
 
+class Microbatch(NamedTuple):
+    """Some samples, of each the part that this context-parallel rank holds.
+
+    Attributes:
+        tokens, labels: [b, s] int64.
+        mask: [b, s] float32, what each token's loss counts.
+        counted: [] float32, the sum of the mask over the whole sequences, at least 1.
+    """
+
+    tokens: Tensor
+    labels: Tensor
+    mask: Tensor
+    counted: Tensor
+
+
 def microbatches(
     dataset: Any, consumed: int, count: int, micro_batch_size: int, groups: Groups
-) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """This data-parallel rank's next ``count`` microbatches, in Megatron's order.
-
-    Yields:
-        tokens, labels [micro batch, s] int64 and the loss mask [micro batch, s] float32.
-    """
+) -> Iterator[Microbatch]:
+    """This data-parallel rank's next ``count`` microbatches, in Megatron's order."""
     for index in range(count):
         first = consumed + (index * groups.data_parallel + groups.dp_rank) * micro_batch_size
         samples = [dataset[first + i] for i in range(micro_batch_size)]
@@ -232,4 +244,6 @@ def microbatches(
             torch.stack([sample[key] for sample in samples]).to(groups.device, non_blocking=True)
             for key in ("tokens", "labels", "loss_mask")
         )
-        yield tokens, labels, mask
+        counted = mask.sum().clamp(min=1)
+        tokens, labels, mask = own_part(groups.cp_group, tokens, labels, mask)
+        yield Microbatch(tokens, labels, mask, counted)

@@ -29,7 +29,8 @@ def _names_cuda(args: tuple[Any, ...]) -> bool:
 
 
 class CudaMeansCpu(TorchFunctionMode):
-    """``cuda`` devices become ``cpu`` in factories, `.to` and `.cuda`; `.type()` says CUDA's names.
+    """``cuda`` devices become ``cpu`` in factories, `.to` and `.cuda`; `.type()` says CUDA's names;
+    no memory is pinned.
 
     The optimizer compares type names with CUDA's. A mode costs about a microsecond per torch call
     made from Python: measured 0.2% of a training step of a 135M model.
@@ -48,6 +49,8 @@ class CudaMeansCpu(TorchFunctionMode):
         if func is torch.Tensor.type and len(args) == 1 and not kwargs:
             name = func(*args)
             return _CUDA_TYPE_NAMES.get(name, name)
+        if kwargs.get("pin_memory"):
+            kwargs = dict(kwargs, pin_memory=False)
         if "device" in kwargs and _is_cuda(kwargs["device"]):
             kwargs = dict(kwargs, device="cpu")
         elif func is torch.Tensor.to and _names_cuda(args):

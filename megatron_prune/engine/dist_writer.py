@@ -117,8 +117,8 @@ class ShardedWrite:
         strategy: Any = torch_strategy.TorchDistSaveShardedStrategy(
             "torch_dist", 1, thread_count=_FILES_PER_RANK
         )
-        if groups.data_parallel > 1:
-            strategy = FullyParallelSaveStrategyWrapper(strategy, groups.dp_group)
+        if groups.copies_group.size() > 1:
+            strategy = FullyParallelSaveStrategyWrapper(strategy, groups.copies_group)
         with _without_processes(self._records):
             self._request = dist_checkpointing.save(
                 state, str(directory), strategy, async_sharded_save=True

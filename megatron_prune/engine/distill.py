@@ -17,6 +17,7 @@ import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
+from megatron_prune.engine.corpora import Microbatch
 from megatron_prune.engine.distill_options import DistillOptions
 from megatron_prune.engine.divergence import distillation_losses
 from megatron_prune.engine.groups import Groups
@@ -27,16 +28,14 @@ from megatron_prune.engine.teachers import load_teacher
 from megatron_prune.grid import ParallelGrid, padded_vocab_size
 from megatron_prune.source import DTYPES, Source
 
-Batch = tuple[Tensor, Tensor, Tensor]
-
 
 def kept_logits_bytes(
-    options: ModelOptions, vocab_size: int, grid: ParallelGrid, rows: int, microbatches: int
+    dtype: str, vocab_size: int, grid: ParallelGrid, tokens: int, microbatches: int
 ) -> int:
-    """What the last stage keeps of one teacher's logits in one step; ``rows`` a microbatch."""
+    """What the last stage keeps of one teacher's logits in one step; ``tokens`` a microbatch."""
     held = microbatches if grid.pipeline_parallel > 1 else 1
     columns = padded_vocab_size(vocab_size, grid.tensor_parallel) // grid.tensor_parallel
-    return held * rows * options.seq_length * columns * DTYPES[options.dtype].itemsize
+    return held * tokens * columns * DTYPES[dtype].itemsize
 
 
 class Distillation:
@@ -83,8 +82,8 @@ class Distillation:
         return torch.zeros(labels_sb.shape, device=logits_sbV.device)
 
     def beside(
-        self, data: Iterator[Batch], count: int, rows: int
-    ) -> Iterator[tuple[Tensor, Tensor, Tensor, list[Tensor]]]:
+        self, data: Iterator[Microbatch], count: int, rows: int
+    ) -> Iterator[tuple[Any, ...]]:
         """The microbatches, each with what the teachers make of it, which the last stage has.
 
         Args:
@@ -98,27 +97,26 @@ class Distillation:
         # popped, so that the logits go when the student has used them
         return ((*batch, [found.pop(0) for found in logits if found]) for batch in batches)
 
-    def _one_by_one(
-        self, data: Iterator[Batch]
-    ) -> Iterator[tuple[Tensor, Tensor, Tensor, list[Tensor]]]:
-        for tokens, labels, mask in data:
+    def _one_by_one(self, data: Iterator[Microbatch]) -> Iterator[tuple[Any, ...]]:
+        for batch in data:
             with torch.no_grad():
                 for teacher in self.teachers:
-                    teacher(tokens, None, None, labels=labels)
+                    teacher(batch.tokens, None, None, labels=batch.labels)
             found, self._captured = self._captured, []
-            yield tokens, labels, mask, found
+            yield *batch, found
 
     def _through_pipeline(
-        self, teacher: LanguageModel, batches: Sequence[Batch], count: int, rows: int
+        self, teacher: LanguageModel, batches: Sequence[Microbatch], count: int, rows: int
     ) -> list[Tensor]:
         """The last stage's logits of every microbatch, in order; nothing on other stages."""
 
-        def forward(data: Iterator[Batch], model: Any) -> tuple[Tensor, Any]:
+        def forward(data: Iterator[Microbatch], model: Any) -> tuple[Tensor, Any]:
             groups = self._groups
             if not (groups.is_first_stage or groups.is_last_stage):
                 return model(None, None, None), None
-            tokens, labels, _ = next(data)
-            return model(tokens, None, None, labels=labels), lambda zeros: (zeros.sum(), {})
+            batch = next(data)
+            losses = model(batch.tokens, None, None, labels=batch.labels)
+            return losses, lambda zeros: (zeros.sum(), {})
 
         with torch.no_grad():
             get_forward_backward_func()(
@@ -151,15 +149,19 @@ class Distillation:
         self._parts = lm, kl
         return loss
 
-    def loss(self, mean: Tensor, mask_bs: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss of the microbatch just seen, of which ``mean`` is the logits'; and its parts."""
+    def loss(
+        self, mean: Tensor, mask_bs: Tensor, counted: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of the microbatch just seen, of which ``mean`` is the logits'; and its parts.
+
+        All are this context-parallel rank's share: sums over its tokens, divided by ``counted``.
+        """
         assert self._parts is not None, "no forward pass with a teacher came before"
-        tokens = mask_bs.sum().clamp(min=1)
-        lm, kl = ((part_sb.t() * mask_bs).sum() / tokens for part_sb in self._parts)
+        lm, kl = ((part_sb.detach().t() * mask_bs).sum() / counted for part_sb in self._parts)
         self._parts = None
         told = {"lm loss": lm, "kl loss": kl}
         if self._hidden is not None:
-            mine, told["hidden loss"] = self._hidden.take(mask_bs)
+            mine, told["hidden loss"] = self._hidden.take(mask_bs, counted)
             mean = mean + self.options.hidden_weight * mine
         return mean, told
 

@@ -39,6 +39,7 @@ from megatron_prune.data.domains import (
 from megatron_prune.data.sidecar import CorpusFacts, check_corpus
 from megatron_prune.data.tokenizers import load_tokenizer
 from megatron_prune.engine.checkpoint import Start
+from megatron_prune.engine.context import own_part
 from megatron_prune.engine.corpora import check_corpora, check_split, dataset_config
 from megatron_prune.engine.failures import on_first_rank
 from megatron_prune.engine.groups import Groups
@@ -282,7 +283,7 @@ def domain_loss(
 
 def _batches(
     samples: Joined, windows: list[int], first: int, count: int, groups: Groups, micro: int
-) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+) -> Iterator[tuple[Tensor, ...]]:
     for step in range(first, first + count):
         begin = (step * groups.data_parallel + groups.dp_rank) * micro
         places = range(begin, begin + micro)
@@ -292,7 +293,7 @@ def _batches(
             for key in ("tokens", "labels", "loss_mask")
         )
         counts = torch.tensor([at < len(windows) for at in places], device=groups.device)
-        yield tokens, labels, mask * counts[:, None]
+        yield own_part(groups.cp_group, tokens, labels, mask * counts[:, None])
 
 
 def _nats_and_tokens(losses_bs: Tensor, mask_bs: Tensor) -> Tensor:

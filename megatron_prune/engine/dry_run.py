@@ -12,7 +12,6 @@ from megatron_prune.engine.groups import data_parallel_size
 from megatron_prune.engine.lora import factor_parameters
 from megatron_prune.engine.options import TrainOptions
 from megatron_prune.engine.run_inputs import (
-    model_options,
     open_corpora,
     open_model,
     open_run_teachers,
@@ -49,7 +48,8 @@ def _trained(
     options: TrainOptions, config: ModelConfig, grid: ParallelGrid, copies: int
 ) -> tuple[dict[str, str], float]:
     """A row on the factors of a LoRA run, and the bytes of the fullest rank of any run."""
-    each = bytes_per_parameter(options.dtype, copies if options.use_distributed_optimizer else 1)
+    share = copies * options.context_parallel_size if options.use_distributed_optimizer else 1
+    each = bytes_per_parameter(options.dtype, share)
     stages = range(grid.pipeline_parallel)
     if options.lora is None:
         return {}, max(stage_parameters(config, grid, p) for p in stages) * each
@@ -71,11 +71,12 @@ def _teachers(
     size = DTYPES[options.dtype].itemsize
     micro = options.micro_batch_size
     count = options.batch_size(copies) // (micro * copies)
+    tokens = micro * options.seq_length // options.context_parallel_size
     for number, source in enumerate(teachers, 1):
         config, own = source.config, grid.for_layers(source.config.shape.num_layers)
         largest = max(stage_parameters(config, own, p) for p in range(own.pipeline_parallel))
         vocabulary = config.shape.vocab_size
-        logits = kept_logits_bytes(model_options(options), vocabulary, grid, micro, count)
+        logits = kept_logits_bytes(options.dtype, vocabulary, grid, tokens, count)
         rows[f"teacher {number}" if len(teachers) > 1 else "teacher"] = (
             f"{source.path}, {axes.count_parameters(config):,} parameters: "
             f"{largest * size / 1e9:.2f} GB a rank for weights, {logits / 1e9:.2f} GB on the last "
@@ -93,7 +94,8 @@ def describe(options: TrainOptions, grid: ParallelGrid, processes: int) -> str:
     start = find_start(options, mend=False)
     source = open_model(options, start, grid)
     facts = open_corpora(options, start, source)
-    config, copies = source.config, data_parallel_size(grid, processes)
+    contexts = options.context_parallel_size
+    config, copies = source.config, data_parallel_size(grid, processes, contexts)
     largest = max(stage_parameters(config, grid, p) for p in range(grid.pipeline_parallel))
     lora, memory = _trained(options, config, grid, copies)
     batch, steps = options.batch_size(copies), options.train_iters - start.iteration
@@ -105,7 +107,8 @@ def describe(options: TrainOptions, grid: ParallelGrid, processes: int) -> str:
         "start": begins,
         "shape": sizes,
         "parameters": f"{axes.count_parameters(config):,}, on the fullest rank {largest:,}",
-        "layout": f"TP {grid.tensor_parallel} x PP {grid.pipeline_parallel} x DP {copies}",
+        "layout": f"TP {grid.tensor_parallel} x PP {grid.pipeline_parallel} x DP {copies}"
+        + (f" x CP {contexts}" if contexts > 1 else ""),
         "memory": f"{memory / 1e9:.2f} GB a rank for weights, gradients and optimizer "
         f"({options.dtype}), activations apart",
         "data": ", ".join(f"{fact.prefix} ({fact.tokens:,} tokens)" for fact in facts),

@@ -1,7 +1,8 @@
 """Process groups: who holds which part of the model, and which copy of the data.
 
-The world is ``TP x PP x DP`` in Megatron's order: tensor-parallel ranks lie next to each other,
-data-parallel copies come next, pipeline stages last.
+The world is ``TP x CP x DP x PP`` in Megatron's order: tensor-parallel ranks lie next to each
+other, then those that share a sequence (context parallelism), then data-parallel copies, and
+pipeline stages last. Only `train` has context parallelism.
 """
 
 from __future__ import annotations
@@ -35,10 +36,13 @@ class Groups:
     pp_rank: int
     dp_rank: int
     data_parallel: int
+    context_parallel: int
     device: torch.device
     tp_group: ProcessGroup
     pp_group: ProcessGroup
     dp_group: ProcessGroup
+    cp_group: ProcessGroup
+    copies_group: ProcessGroup  # all ranks with the same weights: DP x CP
 
     @property
     def is_first_stage(self) -> bool:
@@ -54,20 +58,22 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def data_parallel_size(grid: ParallelGrid, processes: int) -> int:
-    """Copies of the model that ``processes`` make room for.
+def data_parallel_size(grid: ParallelGrid, processes: int, context_parallel: int = 1) -> int:
+    """Copies of the model that ``processes`` make room for, each seeing other samples.
 
     Raises:
-        ShapeError: the processes do not divide by TP x PP.
+        ShapeError: the processes do not divide by TP x PP x CP.
     """
-    if processes % grid.world_size:
+    one = grid.world_size * context_parallel
+    if processes % one:
+        context = f" x context-parallel-size {context_parallel}" if context_parallel > 1 else ""
         raise ShapeError(
             f"{processes} processes do not make whole models of "
             f"tensor-model-parallel-size {grid.tensor_parallel} x pipeline-model-parallel-size "
-            f"{grid.pipeline_parallel} = {grid.world_size}; start a multiple of {grid.world_size} "
-            f"(torchrun --nproc-per-node {grid.world_size}) or change the sizes"
+            f"{grid.pipeline_parallel}{context} = {one}; start a multiple of {one} "
+            f"(torchrun --nproc-per-node {one}) or change the sizes"
         )
-    return processes // grid.world_size
+    return processes // one
 
 
 def _join(timeout: timedelta) -> torch.device:
@@ -87,14 +93,18 @@ def _join(timeout: timedelta) -> torch.device:
 
 @contextmanager
 def model_parallel(
-    grid: ParallelGrid, *, seed: int = 1234, timeout_minutes: float = 10
+    grid: ParallelGrid,
+    *,
+    context_parallel: int = 1,
+    seed: int = 1234,
+    timeout_minutes: float = 10,
 ) -> Iterator[Groups]:
     """Build Megatron's process groups and seed its random numbers; torn down on the way out.
 
     Raises:
         ShapeError: the world size does not fit the grid.
     """
-    copies = data_parallel_size(grid, world_size())
+    copies = data_parallel_size(grid, world_size(), context_parallel)
     cpu.install()
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
@@ -104,6 +114,7 @@ def model_parallel(
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=grid.tensor_parallel,
             pipeline_model_parallel_size=grid.pipeline_parallel,
+            context_parallel_size=context_parallel,
             distributed_timeout_minutes=timeout_minutes,
         )
         pp_rank = parallel_state.get_pipeline_model_parallel_rank()
@@ -116,10 +127,13 @@ def model_parallel(
             pp_rank=pp_rank,
             dp_rank=parallel_state.get_data_parallel_rank(),
             data_parallel=copies,
+            context_parallel=context_parallel,
             device=device,
             tp_group=parallel_state.get_tensor_model_parallel_group(),
             pp_group=parallel_state.get_pipeline_model_parallel_group(),
             dp_group=parallel_state.get_data_parallel_group(),
+            cp_group=parallel_state.get_context_parallel_group(),
+            copies_group=parallel_state.get_data_parallel_group(with_context_parallel=True),
         )
     finally:
         parallel_state.destroy_model_parallel()

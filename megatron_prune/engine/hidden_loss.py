@@ -5,7 +5,8 @@ teacher's width, one a pair of layers. The maps are trained with the model and s
 checkpoint, and are no part of the model: whatever reads it by name (`convert`, `evaluate`) leaves
 them out.
 
-Shape suffixes: s sequence (this rank's part of it under sequence parallelism), b batch, D hidden.
+Shape suffixes: s sequence (this rank's part of it under sequence or context parallelism), b batch,
+D hidden.
 """
 
 from __future__ import annotations
@@ -70,15 +71,14 @@ class HiddenLoss:
     def is_projected(self) -> bool:
         return self._projections is not None
 
-    def take(self, mask_bs: Tensor) -> tuple[Tensor, Tensor]:
+    def take(self, mask_bs: Tensor, counted: Tensor) -> tuple[Tensor, Tensor]:
         """The mean over pairs and unmasked tokens of the last forward passes, which are forgotten.
 
         Returns:
             This rank's share, with a gradient (of its part of the sequence under sequence
-            parallelism, else the whole); and the whole, detached.
+            parallelism, else the whole); and that of all tensor-parallel ranks, detached.
         """
         mask_sb = mask_bs.t()
-        share = mask_sb.sum().clamp(min=1)
         if self._split:
             mask_sb = mask_sb.chunk(self._groups.grid.tensor_parallel)[self._groups.tp_rank]
         losses = []
@@ -88,7 +88,7 @@ class HiddenLoss:
             likeness = F.cosine_similarity(
                 student_sbD.float(), self._teacher[number].float(), dim=-1
             )
-            losses.append(((1 - likeness) * mask_sb).sum() / share)
+            losses.append(((1 - likeness) * mask_sb).sum() / counted)
         self._student.clear()
         self._teacher.clear()
         mine = torch.stack(losses).mean()

@@ -12,7 +12,7 @@ from pathlib import Path
 from megatron_prune.data.domains import WEIGHTINGS
 from megatron_prune.engine.distill_options import DistillOptions, check_distill
 from megatron_prune.engine.groups import data_parallel_size
-from megatron_prune.errors import ConfigError
+from megatron_prune.errors import ConfigError, ShapeError
 from megatron_prune.grid import ParallelGrid
 from megatron_prune.lora import Lora, check_lora
 
@@ -56,6 +56,7 @@ class TrainOptions:
     dtype: str = "fp32"
     transformer_impl: str = "auto"
     sequence_parallel: bool = False
+    context_parallel_size: int = 1
     recompute_granularity: str | None = None
     recompute_method: str | None = None
     recompute_num_layers: int | None = None
@@ -164,7 +165,8 @@ def check_options(options: TrainOptions, grid: ParallelGrid, processes: int) -> 
             raise ConfigError(f"--{name.replace('_', '-')} is {value}; wanted 0 <= beta < 1")
     if not options.adam_eps > 0:
         raise ConfigError(f"--adam-eps is {options.adam_eps}; wanted more than 0")
-    _check_batches(options, data_parallel_size(grid, processes))
+    _check_context(options, grid)
+    _check_batches(options, data_parallel_size(grid, processes, options.context_parallel_size))
     _check_learning_rate(options)
     _check_recompute(options)
     if options.distill is not None:
@@ -213,6 +215,21 @@ def _check_data_flags(options: TrainOptions) -> None:
         raise ConfigError(
             "--eval-iters 0: the weights of domains follow their validation losses; give 1 or "
             "more, or --domain-weighting constant"
+        )
+
+
+def _check_context(options: TrainOptions, grid: ParallelGrid) -> None:
+    """Each rank of a context-parallel group has two chunks; --sequence-parallel cuts them on."""
+    contexts, seq = options.context_parallel_size, options.seq_length
+    if contexts == 1:
+        return
+    parts = 2 * contexts
+    if options.sequence_parallel:
+        parts = math.lcm(parts, contexts * grid.tensor_parallel)
+    if seq % parts:
+        raise ShapeError(
+            f"--context-parallel-size {contexts}: --seq-length {seq} is not a multiple of {parts}; "
+            f"use {max(seq // parts, 1) * parts}"
         )
 
 

@@ -164,15 +164,15 @@ class Training:
             data = distillation.beside(data, count, options.micro_batch_size)
 
         def forward(data: Iterator[Any], model: Any) -> tuple[Tensor, Any]:
-            tokens, labels, mask, *taught = next(data)
+            tokens, labels, mask, counted, *taught = next(data)
             if distillation is not None and taught:
                 distillation.teach(*taught)
             losses = model(tokens, None, None, labels=labels)
 
             def loss(losses_bs: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-                mean = (losses_bs * mask).sum() / mask.sum().clamp(min=1)
+                mean = (losses_bs * mask).sum() / counted  # this rank's share of it
                 if distillation is not None and taught:
-                    return distillation.loss(mean, mask)
+                    return distillation.loss(mean, mask, counted)
                 return mean, {"lm loss": mean.detach().clone()}
 
             return losses, loss

@@ -70,6 +70,8 @@ def test_a_file_that_is_no_recipe_is_refused(tmp_path: Path) -> None:
         read_recipe(tmp_path / "r.yaml")
     with pytest.raises(ConfigError, match="unknown 'target'"):
         read_recipe(_write(tmp_path / "r.yaml", [WEB], target=1))
+    with pytest.raises(ConfigError, match="targets is {'web': 2.0}; wanted the path"):
+        read_recipe(_write(tmp_path / "r.yaml", [WEB], targets={"web": 2.0}))
 
 
 def test_targets_come_from_the_recipe_the_law_or_the_file(tmp_path: Path) -> None:

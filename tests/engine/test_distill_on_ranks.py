@@ -19,6 +19,7 @@ from tests.pico import make_model
 TP2 = ("--tensor-model-parallel-size", 2)
 TP3 = ("--tensor-model-parallel-size", 3)
 PP2 = ("--pipeline-model-parallel-size", 2)
+CP2 = ("--context-parallel-size", 2)
 PP4 = ("--pipeline-model-parallel-size", 4)
 SP = ("--sequence-parallel", "--seq-length", 33)
 FULL = ("--recompute-granularity", "full", "--recompute-method", "uniform",
@@ -37,14 +38,18 @@ RUNS: dict[str, tuple[str, int, tuple[object, ...], str]] = {
     "pp2": ("gqa", 2, PP2, "alone"),
     "pp4": ("gqa", 4, PP4, "alone"),
     "dp2": ("gqa", 2, ("--use-distributed-optimizer",), "alone"),
+    "cp2": ("gqa", 2, CP2, "alone"),
     "pp2-full": ("gqa", 2, (*PP2, *FULL), "alone"),
     "mixed": ("gqa", 1, MIXED, "mixed"),
     "mixed-tp3": ("gqa", 3, (*TP3, *MIXED), "mixed"),
     "mixed-pp2-dp2": ("gqa", 4, (*PP2, *MIXED), "mixed"),
+    "mixed-pp2-cp2": ("gqa", 4, (*PP2, *CP2, *MIXED), "mixed"),
     "hidden": ("gqa", 1, (*HIDDEN, "--seq-length", 33), "hidden"),
     "hidden-tp3": ("gqa", 3, (*HIDDEN, *TP3, "--seq-length", 33), "hidden"),
     "hidden-tp3-sp": ("gqa", 3, (*HIDDEN, *TP3, *SP), "hidden"),
     "hidden-dp2": ("gqa", 2, (*HIDDEN, "--seq-length", 33), "hidden"),
+    "hidden-32": ("gqa", 1, HIDDEN, "hidden-32"),
+    "hidden-cp2": ("gqa", 2, (*HIDDEN, *CP2), "hidden-32"),
     "four": ("four", 1, (), "four"),
     "four-tp2": ("four", 2, TP2, "four"),
     "four-tp2-pp2": ("four", 4, (*TP2, *PP2), "four"),

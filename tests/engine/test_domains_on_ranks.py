@@ -21,6 +21,7 @@ from tests.engine.runs import losses
 TP2 = ("--tensor-model-parallel-size", 2)
 TP3 = ("--tensor-model-parallel-size", 3)
 PP2 = ("--pipeline-model-parallel-size", 2)
+CP2 = ("--context-parallel-size", 2)
 SPLIT = ("--use-distributed-optimizer",)
 # name -> ranks, flags, kind or run to load, the run of one process that it continues or equals
 RUNS: dict[str, tuple[int, tuple[object, ...], str, str]] = {
@@ -30,6 +31,7 @@ RUNS: dict[str, tuple[int, tuple[object, ...], str, str]] = {
     "dp4-from-half": (4, (), "half", "alone"),
     "tp3-from-half": (3, TP3, "half", "alone"),
     "pp2-dp2": (4, PP2, "gqa", "alone"),
+    "cp2-dp2-from-half": (4, CP2, "half", "alone"),
     "four": (1, (), "qwen_tied", "four"),
     "four-tp2": (2, (*TP2, *SPLIT, "--exit-interval", 2), "qwen_tied", "four"),
     "four-pp2-from-tp2": (2, (*PP2, *SPLIT, "--exit-interval", 4), "four-tp2", "four"),

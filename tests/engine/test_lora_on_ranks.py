@@ -19,6 +19,7 @@ from tests.pico import make_model
 TP2 = ("--tensor-model-parallel-size", 2)
 TP3 = ("--tensor-model-parallel-size", 3)
 PP2 = ("--pipeline-model-parallel-size", 2)
+CP2 = ("--context-parallel-size", 2)
 SP = ("--sequence-parallel", "--seq-length", 33)
 SPLIT = ("--use-distributed-optimizer",)
 FULL = ("--recompute-granularity", "full", "--recompute-method", "uniform",
@@ -34,6 +35,7 @@ RUNS: dict[str, tuple[str, int, tuple[object, ...], str]] = {
     "alone": ("gqa", 1, (), "alone"),
     "tp3": ("gqa", 3, TP3, "alone"),
     "pp2": ("gqa", 2, PP2, "alone"),
+    "cp2": ("gqa", 2, CP2, "alone"),
     "pp2-full": ("gqa", 2, (*PP2, *FULL), "alone"),
     "dp2-split": ("gqa", 2, SPLIT, "alone"),
     "pp2-dp2-split": ("gqa", 4, (*PP2, *SPLIT), "alone"),

@@ -295,8 +295,8 @@ def test_gradients_that_are_no_numbers_stop_before_they_are_applied(
         (("--tokenizer-model", "{other}"), "another"),
         (("--load", "/nowhere"), "/nowhere"),
         (("--transformer-impl", "transformer_engine"), "transformer_engine"),
-        (("--context-parallel-size", 2), "--context-parallel-size 2: sequences are not split"),
-        (("--context-parallel-size", 2, "--load", "/nowhere"), "over ranks; wanted 1"),
+        (("--context-parallel-size", 2), "context-parallel-size 2 = 2; start a multiple of 2"),
+        (("--context-parallel-size", 3), "--seq-length 32 is not a multiple of 6; use 30"),
     ],
     ids=lambda value: " ".join(map(str, value)) if isinstance(value, tuple) else "",
 )
@@ -352,10 +352,10 @@ def test_another_kind_of_optimizer_state_is_refused(
 
 
 def test_a_dry_run_tells_and_writes_nothing(tmp_path: Path, reference: Path, corpus: Path) -> None:
-    flags = ("--dry-run", "--tensor-model-parallel-size", 3, "--context-parallel-size", 1)
+    flags = ("--dry-run", "--tensor-model-parallel-size", 3, "--context-parallel-size", 2)
     done = ok(*words(reference / "gqa", tmp_path / "run", corpus, *flags))
     assert "6 of 4 x 32 tokens, 768 tokens in all" in done.out
-    assert "TP 3 x PP 1 x DP 1" in done.out
+    assert "TP 3 x PP 1 x DP 1 x CP 2" in done.out
     assert not (tmp_path / "run").exists()
     assert run(*words(reference / "gqa", tmp_path / "run", "nowhere", *flags)).code == 2
 

@@ -17,10 +17,13 @@ from tests.engine.runs import losses, told, weights, words
 TP3 = ("--tensor-model-parallel-size", 3)
 PP2 = ("--pipeline-model-parallel-size", 2)
 TP2 = ("--tensor-model-parallel-size", 2)
+CP2 = ("--context-parallel-size", 2)
 TP4 = ("--tensor-model-parallel-size", 4)
 TP2_PP2 = (*TP2, *PP2)
 SPLIT = ("--use-distributed-optimizer",)
 SP = ("--sequence-parallel",)
+EOD = ("--eod-mask-loss",)
+SELECTIVE = ("--recompute-granularity", "selective")
 HALF = ("--exit-interval", 2)
 QUICK = (
     *("--train-iters", 4, "--global-batch-size", 2, "--save-interval", 2, "--eval-interval", 2),
@@ -36,15 +39,23 @@ RUNS: dict[str, tuple[str, int, tuple[object, ...]]] = {
     "dp2": ("gqa", 2, ()),
     "dp2-split": ("gqa", 2, SPLIT),
     "pp2-dp2-split": ("gqa", 4, (*PP2, *SPLIT)),
+    "cp2": ("gqa", 2, CP2),
+    "cp2-dp2-split": ("gqa", 4, (*CP2, *SPLIT)),
+    "cp2-selective": ("gqa", 2, (*CP2, *SELECTIVE)),
+    "eod-alone": ("gqa", 1, EOD),
+    "eod-cp2": ("gqa", 2, (*CP2, *EOD)),
     "half-alone": ("gqa", 1, HALF),
     "half-tp3": ("gqa", 3, (*TP3, *HALF)),
     "half-dp2-split": ("gqa", 2, (*SPLIT, *HALF)),
+    "half-cp2": ("gqa", 2, (*CP2, *HALF)),
     "tp3-from-alone": ("half-alone", 3, TP3),
     "pp2-from-tp3": ("half-tp3", 2, PP2),
     "alone-from-tp3": ("half-tp3", 1, ()),
     "dp2-from-alone": ("half-alone", 2, ()),
     "tp3-split-from-dp2": ("half-dp2-split", 3, (*TP3, *SPLIT)),
     "pp2-dp2-from-dp2-split": ("half-dp2-split", 4, (*PP2, *SPLIT)),
+    "tp3-from-cp2": ("half-cp2", 3, TP3),
+    "cp2-pp2-from-alone": ("half-alone", 4, (*CP2, *PP2)),
     "bf16-alone": ("gqa", 1, ("--bf16",)),
     "bf16-half": ("gqa", 3, (*TP3, "--bf16", *HALF)),
     "bf16-from-tp3": ("bf16-half", 2, ("--bf16", *PP2)),
@@ -55,6 +66,9 @@ RUNS: dict[str, tuple[str, int, tuple[object, ...]]] = {
     "four-tp2-pp2": ("qwen_tied", 4, TP2_PP2),
     "four-tp2-dp2": ("qwen_tied", 4, TP2),
     "four-pp2-dp2": ("qwen_tied", 4, PP2),
+    "four-cp4": ("qwen_tied", 4, ("--context-parallel-size", 4)),
+    "four-tp2-cp2-sp": ("qwen_tied", 4, (*TP2, *CP2, *SP)),
+    "four-pp2-cp2": ("qwen_tied", 4, (*PP2, *CP2)),
     "four-dp4-split": ("qwen_tied", 4, (*SPLIT, "--global-batch-size", 4)),
     "four-alone-4": ("qwen_tied", 1, ("--global-batch-size", 4)),
     "four-tp4-sp": ("qwen_tied", 4, (*TP4, *SP)),
@@ -68,9 +82,11 @@ AGAIN = {  # broken off once, then the same command again
     "again-tp3": ("gqa", 3, (*TP3,)),
     "again-dp2-split": ("gqa", 2, (*SPLIT,)),
     "again-pp2-dp2-split": ("gqa", 4, (*PP2, *SPLIT)),
+    "again-cp2-dp2-split": ("gqa", 4, (*CP2, *SPLIT)),
 }
 UNBROKEN = {"again-tp3": "tp3", "again-dp2-split": "dp2-split"}
 UNBROKEN["again-pp2-dp2-split"] = "pp2-dp2-split"
+UNBROKEN["again-cp2-dp2-split"] = "cp2-dp2-split"
 
 
 @pytest.fixture(scope="module")
@@ -117,6 +133,9 @@ def test_every_command_ends_well(runs: Path) -> None:
 ALIKE = {  # -> the run of one process
     **dict.fromkeys(["tp3", "pp2", "dp2", "dp2-split", "pp2-dp2-split"], "alone"),
     "tp3-sp-33": "alone-33",
+    **dict.fromkeys(["cp2", "cp2-dp2-split", "cp2-selective"], "alone"),
+    "eod-cp2": "eod-alone",
+    **dict.fromkeys(["four-cp4", "four-tp2-cp2-sp", "four-pp2-cp2"], "four-alone"),
     **dict.fromkeys(["four-tp4", "four-tp2-pp2", "four-tp2-dp2", "four-pp2-dp2"], "four-alone"),
     **dict.fromkeys(["four-tp4-sp", "four-tp2-pp2-sp", "four-tp2-dp2-sp-split"], "four-alone"),
     "four-dp4-split": "four-alone-4",
@@ -142,6 +161,8 @@ def test_every_layout_trains_alike(runs: Path, name: str) -> None:
         ("dp2-from-alone", "alone", 1e-4),
         ("tp3-split-from-dp2", "alone", 1e-4),
         ("pp2-dp2-from-dp2-split", "alone", 1e-4),
+        ("tp3-from-cp2", "alone", 1e-4),
+        ("cp2-pp2-from-alone", "alone", 1e-4),
         ("bf16-from-tp3", "bf16-alone", 2e-2),
         ("four-tp4-from-tp2-pp2", "four-alone", 1e-4),
     ],
