@@ -11,7 +11,8 @@ from megatron_prune.errors import ConfigError, PlanError
 # of LlamaConfig and MistralConfig in transformers, for a config.json that leaves them out
 _DEFAULTS = {family: {"bos_token_id": 1, "eos_token_id": 2} for family in ("llama", "mistral")}
 _NEVER = ("suppress_tokens", "begin_suppress_tokens")  # ids that are not to be generated
-_NEVER_SEQUENCES = ("bad_words_ids",)  # lists of ids, likewise
+# lists of ids, likewise; and those that end a text in Qwen's first generation
+_NEVER_SEQUENCES = ("bad_words_ids", "stop_words_ids")
 
 
 def renumber_config(values: Mapping[str, Any], plan: VocabPlan, where: str) -> dict[str, Any]:

@@ -69,6 +69,9 @@ class Vocabulary(Protocol):
             PlanError: a plan for another tokenizer, or one that is not closed.
         """
 
+    def written(self, directory: Path) -> Path:
+        """What to open to have this form again after `write`, which may have written others."""
+
 
 def open_vocabulary(path: Path) -> Vocabulary:
     """The tokenizer at ``path``; see the module for what a path may be.

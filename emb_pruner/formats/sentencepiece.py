@@ -192,6 +192,9 @@ class SentencePiece:
         check_fits(plan, self.forest, self.digest, str(self.path))
         return write_files(self.files(plan), directory)
 
+    def written(self, directory: Path) -> Path:
+        return directory / self.file.name
+
     def files(self, plan: VocabPlan) -> dict[str, bytes]:
         """Name -> content of what `write` writes; the plan is not checked."""
         return {self.file.name: pruned_model(self.proto, plan)}

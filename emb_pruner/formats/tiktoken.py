@@ -124,6 +124,9 @@ class Tiktoken:
         check_fits(plan, self.forest, self.digest, str(self.path))
         return write_files(self.files(plan), directory)
 
+    def written(self, directory: Path) -> Path:
+        return directory / self.file.name
+
     def files(self, plan: VocabPlan) -> dict[str, bytes]:
         """Name -> content of the ranks and of the same tokenizer for `tokenizers`; no checks."""
         text = dump_document(pruned_as_json(self, plan))

@@ -194,6 +194,9 @@ class TokenizerJson:
         check_fits(plan, self.forest, self.digest, str(self.path))
         return write_files(self.files(plan), directory)
 
+    def written(self, directory: Path) -> Path:
+        return directory if self.folder is not None else directory / self.path.name
+
     def files(self, plan: VocabPlan) -> dict[str, bytes]:
         """Name -> content of what `write` writes; the plan is not checked."""
         text = dump_document(pruned_document(self.document, self.ids, plan))

@@ -173,7 +173,7 @@ def _report(vocabulary: Vocabulary, plan: VocabPlan, held_out: list[Path]) -> di
 
     with tempfile.TemporaryDirectory(prefix="vocab-plan-") as folder:
         vocabulary.write(plan, Path(folder))
-        pruned = open_vocabulary(Path(folder))
+        pruned = open_vocabulary(vocabulary.written(Path(folder)))
         dead = dead_tokens(vocabulary, pruned, plan)
         judged = {str(path): judge(vocabulary, pruned, plan, _texts(path)) for path in held_out}
     return {

@@ -23,6 +23,7 @@ from megatron_prune.axes import axes_of, names, split_dim, split_layer, tensor_s
 from megatron_prune.errors import CheckpointError, DamagedError
 from megatron_prune.shape import ModelConfig
 from megatron_prune.source import Source
+from megatron_prune.store import qwen1
 from megatron_prune.store.commit import HashedFile, write_file
 from megatron_prune.store.names import HF_IGNORED_SUFFIXES, hf_name
 from megatron_prune.store.untrusted import load_untrusted
@@ -95,11 +96,20 @@ class HuggingFaceSource(Source):
         weights = find_weights(directory)
         if isinstance(weights, Path):
             weights = dict.fromkeys(self._opened(weights), weights)
+        self._is_qwen1 = qwen1.EMBEDDING in weights
         self._check(weights)
         self._files = weights
 
+    def _place(self, name: str) -> tuple[str, int, int]:
+        """The stored tensor that ``name`` is in, and which of how many blocks of its rows."""
+        return qwen1.stored(name) if self._is_qwen1 else (hf_name(name), 0, 1)
+
     def _check(self, weights: Mapping[str, Path]) -> None:
-        wanted = {hf_name(name): name for name in names(self.config)}
+        wanted = {}
+        for name in names(self.config):
+            stored, _, blocks = self._place(name)
+            rows, *columns = tensor_shape(name, self.config.shape)
+            wanted[stored] = (rows * blocks, *columns)
         missing = [name for name in wanted if name not in weights]
         ignored = {"lm_head.weight"} if self.config.tied else set()
         unexpected = [
@@ -113,12 +123,11 @@ class HuggingFaceSource(Source):
                 f"{len(unexpected)} unexpected {unexpected[:3]}; its config.json describes another "
                 "model, or the copy is not complete"
             )
-        for name, canonical in wanted.items():
+        for name, shape in wanted.items():
             held = self._opened(weights[name])
             if name not in held:
                 raise DamagedError(f"{weights[name]}: {name} is not in it; the index says it is")
-            found, shape = held[name].shape, tensor_shape(canonical, self.config.shape)
-            if found != shape:
+            if (found := held[name].shape) != shape:
                 raise DamagedError(
                     f"{weights[name]}: {name} is {found}, config.json says {shape}; one of the two "
                     "belongs to another model"
@@ -134,14 +143,15 @@ class HuggingFaceSource(Source):
         return self._opened(weights[name])[name]
 
     def stored_name(self, name: str) -> str:
-        return hf_name(name)
+        return self._place(name)[0]
 
     def dtype(self, name: str) -> torch.dtype:
-        return self._held(self._files, hf_name(name)).dtype
+        return self._held(self._files, self.stored_name(name)).dtype
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
         axes = axes_of(name)
-        x, dim = self._held(self._files, hf_name(name)).load(), split_dim(axes)
+        stored, block, blocks = self._place(name)
+        x, dim = self._held(self._files, stored).load().chunk(blocks)[block], split_dim(axes)
         if dim is None or (start == 0 and stop is None):
             return x
         rows = self.config.shape.rows(axes[dim])

@@ -13,6 +13,7 @@ from typing import Any
 
 from megatron_prune.errors import CheckpointError, PruneError
 from megatron_prune.shape import ModelConfig, ModelShape
+from megatron_prune.store import qwen1
 from megatron_prune.store.block_configs import (
     ARCHITECTURE,
     AUTO_MAP,
@@ -45,11 +46,16 @@ def read_config(path: Path) -> ModelConfig:
     )
     if values.get("model_type") == MODEL_TYPE and "block_configs" in values:
         family = FAMILY
+    if values.get("model_type") == qwen1.MODEL_TYPE:
+        family = qwen1.FAMILY
     if family is None:
+        known = ", ".join([*FAMILIES, qwen1.MODEL_TYPE])
         raise CheckpointError(
-            f"{path}: model_type {values.get('model_type')!r}; wanted one of {', '.join(FAMILIES)}"
+            f"{path}: model_type {values.get('model_type')!r}; wanted one of {known}"
         )
     try:
+        if values["model_type"] == qwen1.MODEL_TYPE:
+            values = qwen1.as_qwen2(values)
         return _interpret(family, values)
     except PruneError as error:
         raise CheckpointError(f"{path}: {error}") from None

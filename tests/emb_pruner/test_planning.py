@@ -13,6 +13,7 @@ from emb_pruner.planning import make_vocab_plan
 from emb_pruner.selection import METHODS
 from emb_pruner.vocab_plan import VocabPlan, load_vocab_plan
 from tests.data.conftest import write_bpe
+from tests.emb_pruner.formats.conftest import FORMATS, prose
 from tests.emb_pruner.test_counting import documents
 from tests.pico import ok, refused
 
@@ -82,6 +83,30 @@ def test_the_plan_is_what_was_asked_for(
     vocabulary.write(plan, folder)
     assert judged["tokens_after"] == len(open_vocabulary(folder).encode([held_out.read_text()])[0])
     assert judged["fertility"] > 1 and 0 < judged["identical_units"] < 1
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_every_form_is_judged_in_itself(tmp_path: Path, form: str) -> None:
+    """A file by any name; and ranks, beside which a tokenizer.json is written."""
+    (tmp_path / "source").mkdir()
+    source = FORMATS[form](tmp_path / "source")
+    if source.is_file():
+        source = source.rename(source.with_name(f"my.{source.name}"))
+    text = "".join(prose())
+    (tmp_path / "held_out.txt").write_text(text)
+    flags = ("--vocab-size-remain", 640, "--held-out", tmp_path / "held_out.txt", "--json")
+    report = json.loads(ok(*words(source, tmp_path / "plan.json", *flags)).out)
+    (judged,) = report["held_out"].values()
+    assert report["dead"] == [] and judged["changed_though_kept"] == 0
+    vocabulary, folder = open_vocabulary(source), tmp_path / "pruned"
+    folder.mkdir()
+    vocabulary.write(load_vocab_plan(tmp_path / "plan.json"), folder)
+    pruned = open_vocabulary(vocabulary.written(folder))
+    assert pruned.kind == vocabulary.kind == report["kind"] and pruned.size == 640
+    assert judged["tokens_after"] == len(pruned.encode([text])[0])
+    assert judged["tokens_before"] == len(vocabulary.encode([text])[0])
+    lowest = 0.0 if "Unigram" in form else 0.2  # a unit there may be the whole text
+    assert lowest <= judged["identical_units"] < 1
 
 
 def test_handing_counts_on_makes_the_fewest_tokens_of_what_was_counted(

@@ -37,22 +37,17 @@ def unclosed_plan(vocabulary: Vocabulary, size: int) -> VocabPlan:
 
 
 def write(vocabulary: Vocabulary, plan: VocabPlan, folder: Path) -> Vocabulary:
-    """The pruned vocabulary, read from its files, by the same kind of path as the source."""
+    """The pruned vocabulary, read from its files, in the form of the source."""
     folder.mkdir(exist_ok=True)
     vocabulary.write(plan, folder)
-    return _again(vocabulary, folder)
+    return open_vocabulary(vocabulary.written(folder))
 
 
 def write_unchecked(vocabulary: Vocabulary, plan: VocabPlan, folder: Path) -> Vocabulary:
     folder.mkdir(exist_ok=True)
     for name, content in vocabulary.files(plan).items():  # type: ignore[attr-defined]
         (folder / name).write_bytes(content)
-    return _again(vocabulary, folder)
-
-
-def _again(vocabulary: Vocabulary, folder: Path) -> Vocabulary:
-    path = vocabulary.path
-    return open_vocabulary(folder if path.is_dir() else folder / path.name)
+    return open_vocabulary(vocabulary.written(folder))
 
 
 def strange_texts(vocabulary: Vocabulary, count: int, seed: int = 0) -> Iterator[str]:
