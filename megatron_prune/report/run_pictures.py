@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_prune.report.loss_curves import smoothed
 from megatron_prune.report.pictures import MANY, add_legend, new_figure, plain, use_ink
-from megatron_prune.report.runs import Points, thinned
+from megatron_prune.report.runs import DOMAINS, Points, thinned
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -83,6 +83,8 @@ def panels_picture(
             if points:
                 style = line_style(names.index(name))
                 _plot(axes, points, **style, linewidth=1.4, label=plain(name))
+        if label == DOMAINS["domain weight"]:
+            axes.set_ylim(0, 1)
         _finish(axes, unit, label, ink, legend=axes is grid[0] or len(lines) != len(names))
     for axes in grid[len(panels) :]:
         axes.remove()
