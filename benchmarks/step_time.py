@@ -92,6 +92,59 @@ def saves(run: Any, signals: Any, count: int) -> None:
             run.step(signals)
 
 
+def kinds_of_runs(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """What sets the runs apart: options of `train` by the name they are shown under."""
+    from megatron_prune.engine.distill_options import DistillOptions
+    from megatron_prune.engine.options import TrainOptions
+
+    recipe = folder / "domains.yaml"
+    domains = [
+        {"name": p.name, "prefixes": [str(p.resolve())], "weight": 1, "target": 1.0}
+        for p in args.data
+    ]
+    recipe.write_text(yaml.safe_dump({"domains": domains}))
+    plain = TrainOptions(
+        load=args.model,
+        save=folder / "run",
+        data_path=tuple(word for path in args.data for word in ("1", str(path))),
+        train_iters=SAMPLES,
+        micro_batch_size=1,
+        seq_length=args.seq_length,
+        lr=1e-5,
+        lr_decay_style="constant",
+        eval_iters=1,
+        split="95,5,0",
+        dtype="bf16" if args.bf16 else "fp32",
+    )
+    taught = DistillOptions(teachers=(args.model,), top_k=args.top_k, temperature=args.temperature)
+    return {
+        "without": plain,
+        "with teacher": dataclasses.replace(plain, distill=taught),
+        "on domains": dataclasses.replace(plain, data_path=(), domains=recipe),
+    }
+
+
+def steps(runs: dict[str, Any], signals: Any, count: int) -> Times:
+    """Steps of the runs in turn, and the teacher's forward pass of as many tokens by itself."""
+    from megatron_prune.engine.corpora import Microbatch
+
+    taught = runs["with teacher"]
+    tokens = torch.randint(100, (1, taught.options.seq_length), device=taught.groups.device)
+    mask = torch.ones_like(tokens, dtype=torch.float32)
+    batch = Microbatch(tokens, tokens, mask, mask.sum())
+    times: Times = {}
+    for _ in range(WARM_UP + count):
+        timed(times, "without", lambda: runs["without"].step(signals))
+        timed(
+            times,
+            "teacher forward",
+            lambda: list(taught.distillation.beside(iter([batch]), 1, 1)),
+        )
+        timed(times, "with teacher", lambda: taught.step(signals))
+        timed(times, "on domains", lambda: runs["on domains"].step(signals))
+    return times
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=Path, required=True, help="student and teacher")
@@ -103,9 +156,7 @@ def main() -> None:
     parser.add_argument("--temperature", type=float, default=1.0)
     parser.add_argument("--bf16", action="store_true")
     args = parser.parse_args()
-    from megatron_prune.engine.distill_options import DistillOptions
     from megatron_prune.engine.groups import model_parallel
-    from megatron_prune.engine.options import TrainOptions
     from megatron_prune.engine.run_inputs import open_inputs
     from megatron_prune.engine.signals import StopSignals
     from megatron_prune.engine.train import Training
@@ -116,46 +167,14 @@ def main() -> None:
         model_parallel(ParallelGrid()) as groups,
         StopSignals() as signals,
     ):
-        plain = TrainOptions(
-            load=args.model,
-            save=Path(folder) / "run",
-            data_path=tuple(word for path in args.data for word in ("1", str(path))),
-            train_iters=SAMPLES,
-            micro_batch_size=1,
-            seq_length=args.seq_length,
-            lr=1e-5,
-            lr_decay_style="constant",
-            eval_iters=1,
-            split="95,5,0",
-            dtype="bf16" if args.bf16 else "fp32",
-        )
-        recipe = Path(folder) / "domains.yaml"
-        domains = [
-            {"name": p.name, "prefixes": [str(p.resolve())], "weight": 1, "target": 1.0}
-            for p in args.data
-        ]
-        recipe.write_text(yaml.safe_dump({"domains": domains}))
-        taught = DistillOptions(
-            teachers=(args.model,), top_k=args.top_k, temperature=args.temperature
-        )
-        kinds = {
-            "without": plain,
-            "with teacher": dataclasses.replace(plain, distill=taught),
-            "on domains": dataclasses.replace(plain, data_path=(), domains=recipe),
+        kinds = kinds_of_runs(args, Path(folder))
+        runs = {
+            name: Training(one, groups, open_inputs(one, groups)) for name, one in kinds.items()
         }
-        runs = {n: Training(one, groups, open_inputs(one, groups)) for n, one in kinds.items()}
-        tokens = torch.randint(100, (1, args.seq_length), device=groups.device)
-        batch = (tokens, tokens, torch.ones_like(tokens))
-        teacher = runs["with teacher"].distillation
-        assert teacher is not None
-        times: Times = {}
-        for _ in range(args.steps + WARM_UP):
-            timed(times, "without", lambda: runs["without"].step(signals))
-            timed(times, "teacher forward", lambda: list(teacher.beside(iter([batch]), 1, 1)))
-            timed(times, "with teacher", lambda: runs["with teacher"].step(signals))
-            timed(times, "on domains", lambda: runs["on domains"].step(signals))
+        times = steps(runs, signals, args.steps)
         threads = os.environ.get("OMP_NUM_THREADS", str(os.cpu_count()))
-        print(f"{plain.dtype}, {threads} threads, sequence {args.seq_length}, {groups.device.type}")
+        dtype = "bf16" if args.bf16 else "fp32"
+        print(f"{dtype}, {threads} threads, sequence {args.seq_length}, {groups.device.type}")
         show(times)
         print()
         show_ratio(times, "with teacher", ("without", "teacher forward"))

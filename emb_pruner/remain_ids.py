@@ -7,13 +7,11 @@ what the kept tokens are merged from; without those a vocabulary cannot be prune
 from __future__ import annotations
 
 import io
-import pickle
-import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
 from emb_pruner.formats import Vocabulary
-from megatron_prune.errors import ConfigError, DamagedError
+from megatron_prune.errors import ConfigError
 from megatron_prune.store.commit import replace_file
 
 _SHOWN = 8
@@ -31,23 +29,11 @@ def read_ids(path: Path, size: int) -> list[int]:
     """
     import torch
 
-    try:
-        found = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise ConfigError(f"{path}: {error.strerror}; wanted a remain_vocab_ids.pt") from None
-    except (
-        pickle.UnpicklingError,
-        RuntimeError,
-        ValueError,
-        TypeError,
-        KeyError,
-        IndexError,
-        AttributeError,
-        EOFError,
-        zipfile.BadZipFile,
-    ) as error:
-        said = " ".join(str(error).split())[:120]
-        raise DamagedError(f"{path}: not a list of ids as torch.save writes it ({said})") from None
+    from megatron_prune.store.untrusted import load_untrusted
+
+    if not path.is_file():
+        raise ConfigError(f"{path}: no such file; wanted a remain_vocab_ids.pt")
+    found = load_untrusted(path, mmap=False)
     if isinstance(found, torch.Tensor) and found.ndim == 1 and not found.is_floating_point():
         found = found.tolist()
     if not isinstance(found, list) or any(type(token) is not int for token in found):

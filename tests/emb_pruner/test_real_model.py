@@ -14,18 +14,11 @@ import torch
 from emb_pruner.vocab_plan import VocabPlan
 from tests.emb_pruner.models import TALK, write_vocab_plan
 from tests.pico import ok, tensors
+from tests.real_model import MARKS, MODEL
 
-MODEL = Path(__file__).parents[2] / "runs/models/SmolLM2-135M-Instruct"
 TP3 = ("--tensor-model-parallel-size", 3)
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.real_model,
-    pytest.mark.skipif(
-        not (MODEL / "config.json").is_file(),
-        reason=f"{MODEL.name} is not there; run python tools/get_default_model.py",
-    ),
-]
+pytestmark = MARKS
 
 
 @pytest.fixture(scope="module")

@@ -57,10 +57,10 @@ def test_files_that_hold_code_run_nothing(tmp_path: Path) -> None:
     (tmp_path / "text.pt").write_text("1\n2\n")
     (tmp_path / "empty.pt").touch()
     for name in ("zip.pt", "pickle.pt", "text.pt", "empty.pt"):
-        with pytest.raises(DamagedError, match=f"{name}: not a list of ids"):
+        with pytest.raises(DamagedError, match=f"{name}: (names .*; not loaded|cannot be read)"):
             read_ids(tmp_path / name, 8)
     assert not (tmp_path / "canary").exists()
-    with pytest.raises(ConfigError, match="No such file"):
+    with pytest.raises(ConfigError, match="no such file"):
         read_ids(tmp_path / "nowhere.pt", 8)
 
 

@@ -5,15 +5,14 @@ bash scripts/test.sh -m real_model tests/engine/test_real_model.py
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from tests.engine.on_ranks import Job, launch
+from tests.real_model import MARKS, MODEL
 
-MODEL = Path(__file__).parents[2] / "runs/models/SmolLM2-135M-Instruct"
 LAYOUTS: dict[str, tuple[dict[str, int], int]] = {
     "TP=1": ({}, 1),
     "TP=3": ({"tensor_parallel": 3}, 3),
@@ -21,14 +20,7 @@ LAYOUTS: dict[str, tuple[dict[str, int], int]] = {
 }
 TEXT = "Pruning removes what a model can do without; what is left has to be trained back."
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.real_model,
-    pytest.mark.skipif(
-        not (MODEL / "config.json").is_file(),
-        reason=f"{MODEL.name} is not there; run python tools/get_default_model.py",
-    ),
-]
+pytestmark = MARKS
 
 
 @pytest.fixture(scope="module")

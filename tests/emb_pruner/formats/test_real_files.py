@@ -28,11 +28,12 @@ from tests.emb_pruner.formats.promises import (
     write,
     write_unchecked,
 )
+from tests.real_model import MODEL
 
 DATA = Path(os.environ.get("MEGATRON_PRUNE_DATA", "no such folder"))
 FILES = {
     "llama2": (DATA / "llama2.tokenizer.model", 16000),
-    "smollm2": (Path(__file__).parents[3] / "runs/models/SmolLM2-135M-Instruct", 16384),
+    "smollm2": (MODEL, 16384),
     "qwen": (Path(os.environ.get("QWEN_TIKTOKEN", "no such file")), 65536),
 }
 UNITS = 100_000
