@@ -6,7 +6,7 @@ import argparse
 import json
 from pathlib import Path
 
-from megatron_prune.cli.engine_flags import dtype_of
+from megatron_prune.cli.engine_flags import dtype_of, process_groups
 from megatron_prune.cli.options import check_output_file, grid_from, positive
 
 
@@ -74,8 +74,7 @@ def add_domain_evaluation(parser: argparse.ArgumentParser) -> None:
 
 def run_domains(args: argparse.Namespace) -> None:
     """`evaluate --domains`."""
-    from megatron_prune.engine.failures import named_failures
-    from megatron_prune.engine.groups import data_parallel_size, model_parallel, world_size
+    from megatron_prune.engine.groups import data_parallel_size, world_size
     from megatron_prune.evaluate.domains import (
         DomainEvaluationOptions,
         evaluate_domains,
@@ -105,10 +104,7 @@ def run_domains(args: argparse.Namespace) -> None:
         inputs = (args.load, args.domains, args.tokenizer_model)
         check_output_file(args.save, overwrite=True, inputs=inputs)
     source = open_for_domains(options, grid)
-    with (
-        named_failures(),
-        model_parallel(grid, timeout_minutes=args.distributed_timeout_minutes) as groups,
-    ):
+    with process_groups(args, grid) as groups:
         result = evaluate_domains(source, options, groups)
         if not groups.ranks.is_first:
             return

@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 from megatron_prune.cli.options import add_layout
+from megatron_prune.grid import ParallelGrid
 from megatron_prune.store.names import FAMILIES
+
+if TYPE_CHECKING:
+    from megatron_prune.engine.groups import Groups
 
 
 def add_engine(parser: argparse.ArgumentParser, *, family: bool = True) -> None:
@@ -46,3 +53,14 @@ def add_engine(parser: argparse.ArgumentParser, *, family: bool = True) -> None:
 def dtype_of(args: argparse.Namespace) -> str:
     """fp32, bf16 or fp16."""
     return "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32"
+
+
+@contextmanager
+def process_groups(args: argparse.Namespace, grid: ParallelGrid, **more: Any) -> Iterator[Groups]:
+    """`model_parallel` as the flags ask, in which a failure is told with its rank's name."""
+    from megatron_prune.engine.failures import named_failures
+    from megatron_prune.engine.groups import model_parallel
+
+    timeout = args.distributed_timeout_minutes
+    with named_failures(), model_parallel(grid, timeout_minutes=timeout, **more) as groups:
+        yield groups

@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 
 from megatron_prune.cli.domain_flags import DOMAIN_FLAGS, add_domain_evaluation, run_domains
-from megatron_prune.cli.engine_flags import add_engine, dtype_of
+from megatron_prune.cli.engine_flags import add_engine, dtype_of, process_groups
 from megatron_prune.cli.options import check_output_file, grid_from, positive
 from megatron_prune.cli.tasks import TASK_FLAGS, add_task_arguments, run_tasks
 from megatron_prune.errors import ConfigError
@@ -87,8 +87,7 @@ def run(args: argparse.Namespace) -> None:
     if chosen == "tasks":
         run_tasks(args)
         return
-    from megatron_prune.engine.failures import named_failures
-    from megatron_prune.engine.groups import data_parallel_size, model_parallel, world_size
+    from megatron_prune.engine.groups import data_parallel_size, world_size
     from megatron_prune.evaluate.text import EvaluationOptions, evaluate, open_checked
 
     grid = grid_from(args)
@@ -110,10 +109,7 @@ def run(args: argparse.Namespace) -> None:
         check_output_file(args.json, overwrite=True, inputs=inputs, flag="--json")
     started = time.monotonic()
     source = open_checked(options, grid)
-    with (
-        named_failures(),
-        model_parallel(grid, timeout_minutes=args.distributed_timeout_minutes) as groups,
-    ):
+    with process_groups(args, grid) as groups:
         result = evaluate(source, options, groups)
         if groups.ranks.is_first:
             _tell(result, args, time.monotonic() - started)

@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 from megatron_prune.cli import options
-from megatron_prune.cli.engine_flags import add_engine, dtype_of
+from megatron_prune.cli.engine_flags import add_engine, dtype_of, process_groups
 from megatron_prune.errors import ConfigError
 
 
@@ -71,8 +71,7 @@ def _prompt(args: argparse.Namespace) -> str:
 
 
 def run(args: argparse.Namespace) -> None:
-    from megatron_prune.engine.failures import named_failures
-    from megatron_prune.engine.groups import data_parallel_size, model_parallel, world_size
+    from megatron_prune.engine.groups import data_parallel_size, world_size
     from megatron_prune.engine.sampling import Sampling
     from megatron_prune.evaluate.generation import GenerationOptions, generate, open_for_generation
 
@@ -94,10 +93,7 @@ def run(args: argparse.Namespace) -> None:
     )
     source = open_for_generation(wanted, grid)
     began = time.monotonic()
-    with (
-        named_failures(),
-        model_parallel(grid, timeout_minutes=args.distributed_timeout_minutes) as groups,
-    ):
+    with process_groups(args, grid) as groups:
         found = generate(source, wanted, groups)
     options.show(found.text)
     why = "the model ended it" if found.is_ended else "--max-new-tokens reached"

@@ -15,7 +15,7 @@ import argparse
 from pathlib import Path
 
 from megatron_prune.cli import options
-from megatron_prune.cli.engine_flags import add_engine, dtype_of
+from megatron_prune.cli.engine_flags import add_engine, dtype_of, process_groups
 from megatron_prune.latency import LatencyTable, fit_latency
 from megatron_prune.store.commit import replace_file
 
@@ -44,8 +44,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     options.check_output_file(args.save, overwrite=args.overwrite, inputs=(args.load,))
-    from megatron_prune.engine.failures import named_failures, on_first_rank
-    from megatron_prune.engine.groups import data_parallel_size, model_parallel, world_size
+    from megatron_prune.engine.failures import on_first_rank
+    from megatron_prune.engine.groups import data_parallel_size, world_size
     from megatron_prune.engine.model import ModelOptions, check_model
     from megatron_prune.engine.profile import measure_table
 
@@ -62,10 +62,7 @@ def run(args: argparse.Namespace) -> None:
     config.shape.check_uniform("profile", "profile its source")
     grid.check(config.shape)
     check_model(config, model_options, grid.tensor_parallel)
-    with (
-        named_failures(),
-        model_parallel(grid, timeout_minutes=args.distributed_timeout_minutes) as groups,
-    ):
+    with process_groups(args, grid) as groups:
         options.agree_on_arguments(groups.ranks, args)
         table = measure_table(
             config,

@@ -20,6 +20,7 @@ from megatron_prune.cli.calibration import (
     calibration_windows,
     longest_window,
 )
+from megatron_prune.cli.engine_flags import process_groups
 from megatron_prune.errors import ConfigError, PlanError
 from megatron_prune.plan import PrunePlan
 from megatron_prune.ranks import Ranks
@@ -161,8 +162,6 @@ def repaired(args: argparse.Namespace, source: Source, plan: PrunePlan) -> Itera
     Raises:
         ConfigError: data, tokenizer or options that do not fit; nothing to repair.
     """
-    from megatron_prune.engine.failures import named_failures
-    from megatron_prune.engine.groups import model_parallel
     from megatron_prune.engine.model import ModelOptions, check_model
 
     fit, rescales = _to_do(args, plan)
@@ -174,10 +173,7 @@ def repaired(args: argparse.Namespace, source: Source, plan: PrunePlan) -> Itera
     )
     grid.check(source.config.shape)
     check_model(source.config, model, grid.tensor_parallel)
-    with (
-        named_failures(),
-        model_parallel(grid, timeout_minutes=args.distributed_timeout_minutes) as groups,
-    ):
+    with process_groups(args, grid) as groups:
         options.agree_on_arguments(groups.ranks, args)
         options.say(
             f"repairs at TP={grid.tensor_parallel} DP={groups.data_parallel}, {model.dtype}"

@@ -20,6 +20,7 @@ from megatron_prune.cli.calibration import (
     calibration_windows,
     longest_window,
 )
+from megatron_prune.cli.engine_flags import process_groups
 from megatron_prune.digest import source_digest
 from megatron_prune.errors import ConfigError
 from megatron_prune.ranks import Ranks
@@ -87,8 +88,7 @@ def rotated(args: argparse.Namespace, source: Source) -> Iterator[Rotated]:
     """
     import torch.distributed as dist
 
-    from megatron_prune.engine.failures import named_failures, on_first_rank, together
-    from megatron_prune.engine.groups import model_parallel
+    from megatron_prune.engine.failures import on_first_rank, together
     from megatron_prune.engine.layerwise import norm_moment
     from megatron_prune.engine.model import ModelOptions, check_model
 
@@ -98,10 +98,7 @@ def rotated(args: argparse.Namespace, source: Source) -> Iterator[Rotated]:
     )
     grid.check(source.config.shape)
     check_model(source.config, model, grid.tensor_parallel)
-    with (
-        named_failures(),
-        model_parallel(grid, timeout_minutes=args.distributed_timeout_minutes) as groups,
-    ):
+    with process_groups(args, grid) as groups:
         options.agree_on_arguments(groups.ranks, args)
         windows = on_first_rank(
             groups.ranks, lambda: calibration_windows(args, source, model.seq_length)

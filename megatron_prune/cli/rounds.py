@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from megatron_prune.cli import options
-from megatron_prune.cli.engine_flags import add_engine
+from megatron_prune.cli.engine_flags import add_engine, process_groups
 from megatron_prune.cli.plan_search import asks_for_search
 from megatron_prune.cli.score_flags import (
     add_score_arguments,
@@ -137,8 +137,8 @@ def plan_in_rounds(args: argparse.Namespace, source: Source, targets: Targets) -
         ConfigError, PlanError, ShapeError: what cannot be planned, scored or laid out, before the
             first weight is read.
     """
-    from megatron_prune.engine.failures import named_failures, on_first_rank
-    from megatron_prune.engine.groups import data_parallel_size, model_parallel, world_size
+    from megatron_prune.engine.failures import on_first_rank
+    from megatron_prune.engine.groups import data_parallel_size, world_size
     from megatron_prune.engine.model import check_model
 
     balance_for = source.grid.tensor_parallel if args.balance_for is None else args.balance_for
@@ -162,10 +162,7 @@ def plan_in_rounds(args: argparse.Namespace, source: Source, targets: Targets) -
         balance_for=balance_for if args.prune_type == "balance" else 1,
         source_digest=source_digest(source),
     )
-    with (
-        named_failures(),
-        model_parallel(grid, timeout_minutes=args.distributed_timeout_minutes) as groups,
-    ):
+    with process_groups(args, grid) as groups:
         options.agree_on_arguments(groups.ranks, args)
         windows = on_first_rank(
             groups.ranks, lambda: score_windows(args, source, how.model.seq_length)

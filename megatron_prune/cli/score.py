@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_prune.cli.engine_flags import add_engine
+from megatron_prune.cli.engine_flags import add_engine, process_groups
 from megatron_prune.cli.options import agree_on_arguments, check_output_file, grid_from, opened
 from megatron_prune.cli.score_flags import (
     add_score_arguments,
@@ -70,8 +70,7 @@ def _criteria(text: str) -> tuple[str, ...]:
 
 
 def run(args: argparse.Namespace) -> None:
-    from megatron_prune.engine.failures import named_failures
-    from megatron_prune.engine.groups import data_parallel_size, model_parallel, world_size
+    from megatron_prune.engine.groups import data_parallel_size, world_size
     from megatron_prune.engine.model import check_model
 
     grid, criteria = grid_from(args), _criteria(args.criterion)
@@ -85,10 +84,7 @@ def run(args: argparse.Namespace) -> None:
         grid.check(source.config.shape)
         check_model(source.config, options.model, grid.tensor_parallel)
         options.removed_layers(source.config.shape.num_layers)
-        with (
-            named_failures(),
-            model_parallel(grid, timeout_minutes=args.distributed_timeout_minutes) as groups,
-        ):
+        with process_groups(args, grid) as groups:
             agree_on_arguments(groups.ranks, args)
             _score(args, source, options, groups)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_prune.cli import options
-from megatron_prune.cli.engine_flags import dtype_of
+from megatron_prune.cli.engine_flags import dtype_of, process_groups
 from megatron_prune.errors import ConfigError
 
 TASK_FLAGS = ("num_fewshot", "limit", "include_path", "apply_chat_template")
@@ -46,8 +46,7 @@ def add_task_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_tasks(args: argparse.Namespace) -> None:
     """Run the tasks, print a table, write the results."""
-    from megatron_prune.engine.failures import named_failures
-    from megatron_prune.engine.groups import data_parallel_size, model_parallel, world_size
+    from megatron_prune.engine.groups import data_parallel_size, world_size
     from megatron_prune.evaluate import tasks
 
     if args.num_fewshot is not None and args.num_fewshot < 0:
@@ -77,10 +76,7 @@ def run_tasks(args: argparse.Namespace) -> None:
     if _uses_transformers(args.backend, source.format, world_size()):
         _tell(tasks.evaluate_by_transformers(source, given), args.save)
         return
-    with (
-        named_failures(),
-        model_parallel(grid, timeout_minutes=args.distributed_timeout_minutes) as groups,
-    ):
+    with process_groups(args, grid) as groups:
         found = tasks.evaluate_on_ranks(source, given, groups)
     if found is not None:
         _tell(found, args.save)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from megatron_prune.cli.distill_flags import add_distill, distill_from
 from megatron_prune.cli.domain_flags import add_domains
-from megatron_prune.cli.engine_flags import add_engine, dtype_of
+from megatron_prune.cli.engine_flags import add_engine, dtype_of, process_groups
 from megatron_prune.cli.lora_flags import add_lora, lora_from
 from megatron_prune.cli.options import grid_from, positive
 
@@ -241,8 +241,7 @@ def _add_intervals(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     from dataclasses import fields
 
-    from megatron_prune.engine.failures import named_failures
-    from megatron_prune.engine.groups import model_parallel, world_size
+    from megatron_prune.engine.groups import world_size
     from megatron_prune.engine.options import TrainOptions, check_options
 
     given = vars(args) | {
@@ -266,13 +265,6 @@ def run(args: argparse.Namespace) -> None:
         return
     from megatron_prune.engine.train import train
 
-    with (
-        named_failures(),
-        model_parallel(
-            grid,
-            context_parallel=options.context_parallel_size,
-            seed=options.seed,
-            timeout_minutes=args.distributed_timeout_minutes,
-        ) as groups,
-    ):
+    contexts = options.context_parallel_size
+    with process_groups(args, grid, context_parallel=contexts, seed=options.seed) as groups:
         train(options, groups, args.argv)
