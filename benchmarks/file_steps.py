@@ -2,6 +2,8 @@
 
   python benchmarks/file_steps.py --model runs/models/SmolLM2-135M-Instruct
   python benchmarks/file_steps.py --synthetic llama2-7b --repeats 1
+  python benchmarks/file_steps.py --synthetic llama2-7b --repeats 1 \
+      --tokenizer llama2.tokenizer.model --only 'vocab*'
 
 Every step runs as a user's command, in its own process; the time of an ``inspect`` just before it
 (start-up) is taken off, and the outputs are flushed to disk before the clock stops. The baseline,
@@ -24,6 +26,7 @@ import sys
 import tempfile
 import time
 from dataclasses import replace
+from fnmatch import fnmatch
 from pathlib import Path
 
 import torch
@@ -152,12 +155,26 @@ def steps(model: Path, work: Path, shape: ModelShape, tp: int) -> list[tuple[str
     ]  # fmt: skip
 
 
-def run(model: Path, work: Path, shape: ModelShape, tp: int, repeats: int, cold: bool) -> None:
+def vocabulary_step(
+    model: Path, work: Path, shape: ModelShape, tp: int
+) -> tuple[str, list[object]]:
+    """Half of the tokens, by the order in which they were learned."""
+    plan = work / "vocab_plan.json"
+    size = ("--vocab-size-remain", shape.vocab_size // 2 // (128 * tp) * 128 * tp)
+    measure("vocab", "plan", "--tokenizer", model, *size, "--save", plan)
+    words = ["vocab", "prune", "--load", model, "--save", work / "hf", "--to", "hf", "--plan", plan]
+    return "vocab prune hf -> hf", words
+
+
+def run(
+    model: Path, work: Path, listed: list[tuple[str, list[object]]], repeats: int, cold: bool
+) -> None:
+    """Measure the steps listed; a row each."""
     idle = measure("inspect", model)[1]
     print(f"private memory at start-up (inspect): {idle / 2**20:.0f} MiB\n")
     print("| step | MB written | cp s | step s | x cp | private MiB above start-up |")
     print("|---|---|---|---|---|---|")
-    for name, words in steps(model, work, shape, tp):
+    for name, words in listed:
         source, target = (Path(str(words[words.index(w) + 1])) for w in ("--load", "--save"))
         taken, copies, peaks, written = [], [], [], 0
         for _ in range(repeats):
@@ -184,6 +201,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=Path, help="Hugging Face directory to work on")
     parser.add_argument("--synthetic", choices=["llama2-7b"], help="make one of this shape, bf16")
+    parser.add_argument("--tokenizer", type=Path, help="SentencePiece file of the synthetic model")
+    parser.add_argument("--only", default="*", metavar="PATTERN", help="of the steps' names")
     parser.add_argument("--layers", type=int, help="of the synthetic model")
     parser.add_argument("--tensor-model-parallel-size", type=int, help="of the Megatron side")
     parser.add_argument("--cold", action="store_true", help="read everything from the disk")
@@ -203,11 +222,17 @@ def main() -> None:
             model = work / "model"
             target = Target(directory=model, format="hf")
             write_checkpoint(SyntheticSource(config), target, ranks=Ranks(rank=0, world_size=1))
+            if args.tokenizer is not None:
+                shutil.copy(args.tokenizer, model / "tokenizer.model")
         shape = open_source(model).config.shape
         tp = args.tensor_model_parallel_size or (3 if shape.num_query_groups % 8 else 8)
         shape.check_tensor_parallel(tp)
         cold = args.cold or args.synthetic is not None
-        run(model, work, shape, tp, args.repeats, cold)
+        listed = steps(model, work, shape, tp)
+        if any(model.glob("tokenizer*")):
+            listed.append(vocabulary_step(model, work, shape, tp))
+        listed = [step for step in listed if fnmatch(step[0], args.only)]
+        run(model, work, listed, args.repeats, cold)
     finally:
         shutil.rmtree(work)
 

@@ -23,7 +23,6 @@ TP2_PP2 = (*TP2, *PP2)
 SPLIT = ("--use-distributed-optimizer",)
 SP = ("--sequence-parallel",)
 EOD = ("--eod-mask-loss",)
-SELECTIVE = ("--recompute-granularity", "selective")
 HALF = ("--exit-interval", 2)
 QUICK = (
     *("--train-iters", 4, "--global-batch-size", 2, "--save-interval", 2, "--eval-interval", 2),
@@ -41,7 +40,6 @@ RUNS: dict[str, tuple[str, int, tuple[object, ...]]] = {
     "pp2-dp2-split": ("gqa", 4, (*PP2, *SPLIT)),
     "cp2": ("gqa", 2, CP2),
     "cp2-dp2-split": ("gqa", 4, (*CP2, *SPLIT)),
-    "cp2-selective": ("gqa", 2, (*CP2, *SELECTIVE)),
     "eod-alone": ("gqa", 1, EOD),
     "eod-cp2": ("gqa", 2, (*CP2, *EOD)),
     "half-alone": ("gqa", 1, HALF),
@@ -55,7 +53,6 @@ RUNS: dict[str, tuple[str, int, tuple[object, ...]]] = {
     "tp3-split-from-dp2": ("half-dp2-split", 3, (*TP3, *SPLIT)),
     "pp2-dp2-from-dp2-split": ("half-dp2-split", 4, (*PP2, *SPLIT)),
     "tp3-from-cp2": ("half-cp2", 3, TP3),
-    "cp2-pp2-from-alone": ("half-alone", 4, (*CP2, *PP2)),
     "bf16-alone": ("gqa", 1, ("--bf16",)),
     "bf16-half": ("gqa", 3, (*TP3, "--bf16", *HALF)),
     "bf16-from-tp3": ("bf16-half", 2, ("--bf16", *PP2)),
@@ -82,11 +79,9 @@ AGAIN = {  # broken off once, then the same command again
     "again-tp3": ("gqa", 3, (*TP3,)),
     "again-dp2-split": ("gqa", 2, (*SPLIT,)),
     "again-pp2-dp2-split": ("gqa", 4, (*PP2, *SPLIT)),
-    "again-cp2-dp2-split": ("gqa", 4, (*CP2, *SPLIT)),
 }
 UNBROKEN = {"again-tp3": "tp3", "again-dp2-split": "dp2-split"}
 UNBROKEN["again-pp2-dp2-split"] = "pp2-dp2-split"
-UNBROKEN["again-cp2-dp2-split"] = "cp2-dp2-split"
 
 
 @pytest.fixture(scope="module")
@@ -133,7 +128,7 @@ def test_every_command_ends_well(runs: Path) -> None:
 ALIKE = {  # -> the run of one process
     **dict.fromkeys(["tp3", "pp2", "dp2", "dp2-split", "pp2-dp2-split"], "alone"),
     "tp3-sp-33": "alone-33",
-    **dict.fromkeys(["cp2", "cp2-dp2-split", "cp2-selective"], "alone"),
+    **dict.fromkeys(["cp2", "cp2-dp2-split"], "alone"),
     "eod-cp2": "eod-alone",
     **dict.fromkeys(["four-cp4", "four-tp2-cp2-sp", "four-pp2-cp2"], "four-alone"),
     **dict.fromkeys(["four-tp4", "four-tp2-pp2", "four-tp2-dp2", "four-pp2-dp2"], "four-alone"),
@@ -162,7 +157,6 @@ def test_every_layout_trains_alike(runs: Path, name: str) -> None:
         ("tp3-split-from-dp2", "alone", 1e-4),
         ("pp2-dp2-from-dp2-split", "alone", 1e-4),
         ("tp3-from-cp2", "alone", 1e-4),
-        ("cp2-pp2-from-alone", "alone", 1e-4),
         ("bf16-from-tp3", "bf16-alone", 2e-2),
         ("four-tp4-from-tp2-pp2", "four-alone", 1e-4),
     ],
