@@ -91,7 +91,13 @@ def tokens_of(path: Path, vocabulary: Vocabulary) -> list[int]:
     Raises:
         ConfigError: lines that are no token, all of them.
     """
-    lines = [line for line in path.read_text(encoding="utf-8").split("\n") if line]
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            f"--keep-file {path}: not UTF-8 ({error.reason} at byte {error.start})"
+        ) from None
+    lines = [line for line in text.split("\n") if line]
     known = {vocabulary.token(token): token for token in range(vocabulary.forest.size)}
     found, missing = [], []
     for line, ids in zip(lines, vocabulary.encode(lines)):

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from emb_pruner.config_ids import renumber, renumber_config
 from emb_pruner.formats import Vocabulary
+from emb_pruner.formats.companions import SENTENCEPIECE
 from emb_pruner.vocab_plan import VocabPlan
 from megatron_prune.digest import source_digest
 from megatron_prune.errors import ConfigError, PlanError
@@ -30,12 +31,13 @@ _TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
     "vocab.json", "merges.txt", "vocab.txt",
 )  # fmt: skip
-_TOKENIZER_SUFFIXES = (".model", ".tiktoken")
+_TOKENIZER_SUFFIXES = (".tiktoken",)
 
 
 def is_tokenizer_file(name: str) -> bool:
     """Whether a file beside a model says which token has which id."""
-    return name in _TOKENIZER_FILES or name.endswith(_TOKENIZER_SUFFIXES)
+    listed = name in _TOKENIZER_FILES or name.endswith(_TOKENIZER_SUFFIXES)
+    return listed or SENTENCEPIECE.search(name) is not None
 
 
 def check_vocab_plan(plan: VocabPlan, vocabulary: Vocabulary, source: Source) -> None:

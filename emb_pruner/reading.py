@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from emb_pruner.cutting import Cutter
-from megatron_prune.data.corpus import Chunk, check_inputs, read_chunks
+from megatron_prune.data.corpus import Chunk, check_inputs, parse_lines, read_chunks
 from megatron_prune.data.indexed import corpus_path
 from megatron_prune.data.packed import open_unpacked, without_packing
 from megatron_prune.data.sidecar import CorpusFacts, check_corpus
@@ -109,6 +109,34 @@ def _kind(path: Path) -> str:
     )
 
 
+def check_texts(paths: Sequence[Path], flag: str) -> list[Input]:
+    """Files of text: JSON lines by their name, all others plain.
+
+    Raises:
+        ConfigError: missing, not readable, or token ids.
+    """
+    found = []
+    for path in paths:
+        kind = _KIND_OF.get(without_packing(path).suffix, "txt")
+        if kind == "bin":
+            raise ConfigError(f"{flag} {path}: token ids; wanted text or .jsonl (.gz and .zst too)")
+        found.append(Input(path=path, kind=kind, file_bytes=check_inputs([path], flag)))
+    return found
+
+
+def read_texts(given: Input, cutter: Cutter, json_key: str) -> Iterator[str]:
+    """The texts of one input that is not token ids; plain text in blocks.
+
+    Raises:
+        ConfigError, DamagedError: see `read_pieces` and `parse_lines`.
+    """
+    for piece in read_pieces([given], cutter):
+        if isinstance(piece, Block):
+            yield piece.text
+        elif isinstance(piece, Chunk):
+            yield from (row[0] for row in parse_lines(piece, [json_key]))
+
+
 def read_pieces(inputs: Sequence[Input], cutter: Cutter) -> Iterator[Piece]:
     """The inputs in order.
 
@@ -153,14 +181,14 @@ def _read_blocks(path: Path, cutter: Cutter) -> Iterator[Block]:
                 held += decode(data, final=not more)
             except UnicodeDecodeError as error:
                 raise ConfigError(
-                    f"--input {path}: not UTF-8 ({error.reason}, in the {wanted} bytes from byte "
+                    f"{path}: not UTF-8 ({error.reason}, in the {wanted} bytes from byte "
                     f"{done} on); wanted plain text"
                 ) from None
             done += len(data)
             at = (len(held), len(held)) if not more else cutter.last_border(held)
             if at is None and len(held) > TEXT_BYTES_MAX:
                 raise ConfigError(
-                    f"--input {path}: over {TEXT_BYTES_MAX} characters without a place where this "
+                    f"{path}: over {TEXT_BYTES_MAX} characters without a place where this "
                     "tokenizer's texts can be cut; make it JSON lines, a document each"
                 )
             if at is not None and at[1] > 0:

@@ -83,18 +83,19 @@ def open_vocabulary(path: Path) -> Vocabulary:
     path = Path(path)
     if path.is_file():
         return _of_file(path)
+    from emb_pruner.formats import sentencepiece, tokenizer_json
     from emb_pruner.formats.sentencepiece import SentencePiece
     from emb_pruner.formats.tiktoken import Tiktoken
     from emb_pruner.formats.tokenizer_json import TokenizerJson, check_model, read_document
 
     folder = tokenizer_directory(path)
     described = (folder / "tokenizer_config.json").is_file()
-    if (folder / "tokenizer.json").is_file():
-        return TokenizerJson(path, read_document(folder / "tokenizer.json"), folder=folder)
+    if (file := folder / tokenizer_json.FILE).is_file():
+        return TokenizerJson(path, read_document(file), folder=folder)
     if ranks := sorted(folder.glob("*.tiktoken")):
         return Tiktoken(path, ranks[0])
-    if (folder / "tokenizer.model").is_file() and not described:
-        return SentencePiece(path, folder / "tokenizer.model")
+    if (file := folder / sentencepiece.FILE).is_file() and not described:
+        return SentencePiece(path, file)
     if not (described or (folder / "vocab.json").is_file()):
         raise ConfigError(f"tokenizer {path}: no tokenizer files in {folder}; wanted {_WANTED}")
     document = document_by_transformers(folder)

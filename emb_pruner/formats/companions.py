@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from emb_pruner.config_ids import renumber
 from emb_pruner.forest import Parts
 from emb_pruner.formats.ranks import pruned_ranks, read_ranks
 from emb_pruner.formats.sentencepiece import (
@@ -25,7 +26,13 @@ from emb_pruner.vocab_plan import VocabPlan
 from megatron_prune.errors import ConfigError, DamagedError
 
 _COPIED = ("special_tokens_map.json", "chat_template.jinja", "chat_template.json")
+SENTENCEPIECE = re.compile(r"\.model(\.v\w+)?$")  # the names of such files
 _FIRST_SPECIAL = re.compile(r"^SPECIAL_START_ID = (\d+)$", re.MULTILINE)
+
+
+def sentencepiece_files(folder: Path) -> list[Path]:
+    """``*.model``, and Mistral's ``*.model.v3`` and so on."""
+    return sorted(file for file in folder.iterdir() if SENTENCEPIECE.search(file.name))
 
 
 def _object(file: Path) -> dict[str, Any]:
@@ -50,7 +57,7 @@ def fixed_by_companions(folder: Path, ids: Mapping[str, int]) -> dict[int, str]:
         ConfigError: it numbers its pieces in another way.
     """
     found: dict[int, str] = {}
-    for file in sorted(folder.glob("*.model")):
+    for file in sentencepiece_files(folder):
         proto = read_model(file)
         for id, piece in enumerate(proto.pieces):
             if piece.type == NORMAL and ids.get(piece.piece) != id:
@@ -69,7 +76,7 @@ def merged_otherwise(folder: Path, parts: Sequence[Parts | None]) -> dict[int, s
     Llama-2's runs of spaces. With all of them kept, a set is closed in both forms or in neither.
     """
     found: set[int] = set()
-    for file in sorted(folder.glob("*.model")):
+    for file in sentencepiece_files(folder):
         other, _ = SentencePiece(file, file).merged
         open_ = [
             token
@@ -90,7 +97,7 @@ def pruned_companions(folder: Path, plan: VocabPlan) -> dict[str, bytes]:
     for name, pruned in _PRUNED.items():
         if (folder / name).is_file():
             files[name] = pruned(folder / name, plan)
-    for file in sorted(folder.glob("*.model")):
+    for file in sentencepiece_files(folder):
         files[file.name] = pruned_model(read_model(file), plan)
     ranks: dict[bytes, int] = {}
     for file in sorted(folder.glob("*.tiktoken")):
@@ -130,9 +137,7 @@ def _config(file: Path, plan: VocabPlan) -> bytes:
             for id, token in config["added_tokens_decoder"].items()
             if int(id) in plan.new_ids
         }
-    for key, value in config.items():
-        if key.endswith("_token_id") and value in plan.new_ids:
-            config[key] = plan.new_ids[value]
+    config = renumber(config, plan, str(file))
     if "vocab_size" in config:
         config["vocab_size"] = plan.size
     return _dump(config)

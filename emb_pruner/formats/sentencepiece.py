@@ -21,6 +21,7 @@ from emb_pruner.vocab_plan import VocabPlan, check_fits
 from megatron_prune.data.tokenizers import unreadable, vocabulary_digest
 from megatron_prune.errors import ConfigError, DamagedError
 
+FILE = "tokenizer.model"  # as it is written, whatever name it was read by
 UNIGRAM, BPE = 1, 2
 _MODEL_NAMES = {3: "word", 4: "character"}
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
@@ -193,8 +194,8 @@ class SentencePiece:
         return write_files(self.files(plan), directory)
 
     def written(self, directory: Path) -> Path:
-        return directory / self.file.name
+        return directory / FILE
 
     def files(self, plan: VocabPlan) -> dict[str, bytes]:
         """Name -> content of what `write` writes; the plan is not checked."""
-        return {self.file.name: pruned_model(self.proto, plan)}
+        return {FILE: pruned_model(self.proto, plan)}

@@ -38,6 +38,7 @@ from emb_pruner.vocab_plan import VocabPlan, check_fits
 from megatron_prune.data.tokenizers import load_tokenizer, unreadable
 from megatron_prune.errors import ConfigError, DamagedError
 
+FILE = "tokenizer.json"  # as it is written, whatever name it was read by
 MODELS = ("BPE", "Unigram")
 
 
@@ -195,17 +196,17 @@ class TokenizerJson:
         return write_files(self.files(plan), directory)
 
     def written(self, directory: Path) -> Path:
-        return directory if self.folder is not None else directory / self.path.name
+        return directory if self.folder is not None else directory / FILE
 
     def files(self, plan: VocabPlan) -> dict[str, bytes]:
         """Name -> content of what `write` writes; the plan is not checked."""
         text = dump_document(pruned_document(self.document, self.ids, plan))
         check_numbers(text, self.ids, plan)
         if self.folder is None:
-            return {self.path.name: text.encode()}
+            return {FILE: text.encode()}
         files = pruned_companions(self.folder, plan)
-        if (self.folder / "tokenizer.json").is_file():
-            files["tokenizer.json"] = text.encode()
+        if (self.folder / FILE).is_file():
+            files[FILE] = text.encode()
         return files
 
     def _plain_units(self, text: str, *, is_first: bool) -> list[str]:

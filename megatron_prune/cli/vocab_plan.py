@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,9 +21,8 @@ from megatron_prune.grid import VOCAB_DIVISOR
 
 if TYPE_CHECKING:
     from emb_pruner.formats import Vocabulary
+    from emb_pruner.reading import Input
     from emb_pruner.vocab_plan import VocabPlan
-
-_BLOCK = 1 << 20  # characters of held-out text at a time
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -70,7 +68,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--any-size", action="store_true", help="take K as it is, pad when sharded")
     parser.add_argument(
-        "--held-out", type=Path, nargs="+", default=[], metavar="TXT", help="text to judge on"
+        "--held-out",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="text to judge on, or JSON lines by the name .jsonl (.gz and .zst too)",
+    )
+    parser.add_argument(
+        "--json-key",
+        default="text",
+        metavar="KEY",
+        help="that holds the text of JSON lines (default: text)",
     )
     parser.add_argument("--save", type=Path, required=True, metavar="JSON", help="the plan")
     parser.add_argument("--overwrite", action="store_true", help="replace a plan that is there")
@@ -79,15 +88,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     from emb_pruner.formats import open_vocabulary
+    from emb_pruner.reading import check_texts
     from emb_pruner.remain_ids import write_ids
     from megatron_prune.store.commit import replace_file
 
     _check_choice(args)
-    given = (args.counts, args.keep_file, args.keep_ids, *args.held_out)
+    given = (args.counts, args.keep_file, args.keep_ids)
     inputs = [path for path in given if path is not None]
     for path in inputs:
         if not path.is_file():
             raise ConfigError(f"{path}: no such file")
+    held_out = check_texts(args.held_out, "--held-out")
+    inputs += args.held_out
     check_output_file(args.save, overwrite=args.overwrite, inputs=(args.tokenizer, *inputs))
     if args.save_ids is not None:
         check_output_file(
@@ -98,7 +110,7 @@ def run(args: argparse.Namespace) -> None:
         )
     vocabulary = open_vocabulary(args.tokenizer)
     plan = _plan(vocabulary, args)
-    report = _report(vocabulary, plan, args.held_out)
+    report = _report(vocabulary, plan, held_out, args.json_key)
     if args.save_ids is not None:
         write_ids(args.save_ids, plan.kept)
     replace_file(args.save, plan.to_json().encode())
@@ -158,24 +170,28 @@ def check_size(
     )
 
 
-def _texts(path: Path) -> Iterator[str]:
-    """A text file in blocks of whole lines."""
-    with open(path, encoding="utf-8", errors="replace") as file:
-        while lines := file.readlines(_BLOCK):
-            yield "".join(lines)
-
-
-def _report(vocabulary: Vocabulary, plan: VocabPlan, held_out: list[Path]) -> dict[str, Any]:
+def _report(
+    vocabulary: Vocabulary, plan: VocabPlan, held_out: list[Input], json_key: str
+) -> dict[str, Any]:
     import tempfile
 
+    from emb_pruner.cutting import cutter_for
     from emb_pruner.formats import open_vocabulary
     from emb_pruner.judging import dead_tokens, judge
+    from emb_pruner.reading import read_texts
+
+    cutter, judged = cutter_for(vocabulary), {}
 
     with tempfile.TemporaryDirectory(prefix="vocab-plan-") as folder:
         vocabulary.write(plan, Path(folder))
         pruned = open_vocabulary(vocabulary.written(Path(folder)))
         dead = dead_tokens(vocabulary, pruned, plan)
-        judged = {str(path): judge(vocabulary, pruned, plan, _texts(path)) for path in held_out}
+        for given in held_out:
+            texts = read_texts(given, cutter, json_key)
+            found = judge(vocabulary, pruned, plan, texts)
+            if not found.units:
+                raise ConfigError(f"--held-out {given.path}: no text in it")
+            judged[str(given.path)] = found
     return {
         "tokenizer": str(vocabulary.path),
         "kind": vocabulary.kind,

@@ -71,7 +71,7 @@ class Documents:
     sequences_per_document: NDArray[np.int64]
 
 
-def check_inputs(paths: Sequence[str | Path]) -> int:
+def check_inputs(paths: Sequence[str | Path], flag: str = "--input") -> int:
     """Refuse inputs that cannot be read; returns their size on the disk in bytes.
 
     Raises:
@@ -81,21 +81,21 @@ def check_inputs(paths: Sequence[str | Path]) -> int:
     for path in map(Path, paths):
         if path.suffix in _PACKED:
             raise ConfigError(
-                f"--input {path}: {path.suffix} is not read; unpack it to .jsonl, or pack it as "
+                f"{flag} {path}: {path.suffix} is not read; unpack it to .jsonl, or pack it as "
                 ".jsonl.gz"
             )
         if path.suffix == ".zst":
             import_zstd(path)
         if path.is_dir():
             raise ConfigError(
-                f"--input {path} is a directory; wanted .jsonl files (the shell expands "
+                f"{flag} {path} is a directory; wanted .jsonl files (the shell expands "
                 f"{path}/*.jsonl)"
             )
         try:
             with open(path, "rb") as file:
                 total += os.fstat(file.fileno()).st_size
         except OSError as error:
-            raise ConfigError(f"--input {path}: {error.strerror}") from None
+            raise ConfigError(f"{flag} {path}: {error.strerror}") from None
     return total
 
 

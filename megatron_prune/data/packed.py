@@ -44,7 +44,7 @@ def open_unpacked(path: Path) -> Iterator[tuple[Any, BinaryIO]]:
         except broken as error:
             kind = {".gz": "gzip", ".zst": "zstandard"}.get(path.suffix, "text")
             raise DamagedError(
-                f"--input {path}: not a whole {kind} file ({error}); copy it again"
+                f"{path}: not a whole {kind} file ({error}); copy it again"
             ) from None
 
 
@@ -60,6 +60,6 @@ def import_zstd(path: Path) -> Any:
         except ImportError:
             continue
     raise ConfigError(
-        f"--input {path}: .zst is read with the package backports.zstd, which is not here; "
+        f"{path}: .zst is read with the package backports.zstd, which is not here; "
         "pip install 'megatron_prune[zstd]', or pack it as .gz"
     )

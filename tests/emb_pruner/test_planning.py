@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from pathlib import Path
 
@@ -76,12 +77,13 @@ def test_the_plan_is_what_was_asked_for(
     assert mandatory == len(vocabulary.forest.mandatory)
     assert report["dead"] == []
     (judged,) = report["held_out"].values()
-    (ids,) = vocabulary.encode([held_out.read_text()])
+    text = held_out.read_bytes().decode()
+    (ids,) = vocabulary.encode([text])
     assert judged["tokens_before"] == len(ids) and judged["changed_though_kept"] == 0
     folder = tmp_path / "pruned"
     folder.mkdir()
     vocabulary.write(plan, folder)
-    assert judged["tokens_after"] == len(open_vocabulary(folder).encode([held_out.read_text()])[0])
+    assert judged["tokens_after"] == len(open_vocabulary(folder).encode([text])[0])
     assert judged["fertility"] > 1 and 0 < judged["identical_units"] < 1
 
 
@@ -158,7 +160,8 @@ def test_tokens_that_are_asked_for_stay(
         (("--vocab-size-remain", 1024), "258 tokens have to stay and 700 of 700"),
         (("--vocab-size-remain", 512, "--method", "leaf"), "needs --counts"),
         (("--vocab-size-remain", 512, "--prior", "-1"), "--prior -1"),
-        (("--vocab-size-remain", 512, "--held-out", "/nowhere"), "/nowhere: no such file"),
+        (("--vocab-size-remain", 512, "--held-out", "/nowhere"), "/nowhere: No such file"),
+        (("--vocab-size-remain", 512, "--held-out", "/x.bin"), "/x.bin: token ids; wanted text"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_is_refused(
@@ -166,6 +169,39 @@ def test_what_cannot_be_is_refused(
 ) -> None:
     refused(*words(tokenizer, tmp_path / "plan.json", *flags), says=says)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.txt.gz"])
+def test_held_out_text_is_read_as_corpora_are(
+    tokenizer: Path, vocabulary: Vocabulary, tmp_path: Path, name: str
+) -> None:
+    texts, file = documents(20, seed=7), tmp_path / name
+    whole = "".join(texts) if "txt" in name else "\n".join(json.dumps({"t": x}) for x in texts)
+    data = whole.encode()
+    file.write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
+    flags = ("--vocab-size-remain", 512, "--held-out", file, "--json-key", "t", "--json")
+    report = json.loads(ok(*words(tokenizer, tmp_path / "plan.json", *flags)).out)
+    (judged,) = report["held_out"].values()
+    wanted = ["".join(texts)] if "txt" in name else texts
+    assert judged["tokens_before"] == sum(map(len, vocabulary.encode(wanted)))
+    assert judged["bytes"] == sum(len(text.encode()) for text in wanted)
+
+
+@pytest.mark.parametrize(
+    ("flag", "data", "says"),
+    [
+        ("--held-out", b"", "no text in it"),
+        ("--held-out", b"\xff\xfe hello", "mine.txt: not UTF-8"),
+        ("--keep-file", b"caf\xe9\n", "mine.txt: not UTF-8"),
+    ],
+)
+def test_files_that_are_no_text_are_refused(
+    tokenizer: Path, tmp_path: Path, flag: str, data: bytes, says: str
+) -> None:
+    (tmp_path / "mine.txt").write_bytes(data)
+    flags = ("--vocab-size-remain", 512, flag, tmp_path / "mine.txt")
+    refused(*words(tokenizer, tmp_path / "plan.json", *flags), says=says)
+    assert not (tmp_path / "plan.json").exists()
 
 
 def test_another_tokenizers_counts_are_refused(tmp_path: Path, counts: Path) -> None:

@@ -444,6 +444,27 @@ def test_a_checkpoint_without_its_tokenizer_takes_one_by_name(
     assert found == (pruned("tied") / "tokenizer.json").read_bytes()
 
 
+@pytest.mark.parametrize("form", ["SentencePiece BPE", "tokenizers Unigram"])
+def test_a_tokenizer_by_any_name_is_written_by_its_own(form: str, tmp_path: Path) -> None:
+    """Where transformers looks for it."""
+    from transformers import AutoTokenizer
+
+    from emb_pruner.formats import open_vocabulary
+    from tests.emb_pruner.formats.conftest import FORMATS
+
+    file = FORMATS[form](tmp_path)
+    mine = file.rename(tmp_path / f"my.{file.name}")
+    model = make_model(tmp_path / "m", "gqa", vocab_size=open_vocabulary(mine).size)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (model / name).unlink()
+    size = ("--vocab-size-remain", 640, "--save", tmp_path / "p.json")
+    ok("vocab", "plan", "--tokenizer", mine, *size)
+    args = ("--load", model, "--plan", tmp_path / "p.json", "--tokenizer", mine)
+    ok("vocab", "prune", *args, "--save", tmp_path / "x", "--to", "hf")
+    assert open_vocabulary(tmp_path / "x").size == 640
+    assert len(AutoTokenizer.from_pretrained(tmp_path / "x")) == 640
+
+
 def test_files_that_are_no_plan_are_refused(
     chat: Chat, models: Callable[[str], Path], plans: Callable[[str], Path], tmp_path: Path
 ) -> None:

@@ -54,10 +54,13 @@ def test_sentencepiece_and_fast_form_agree_where_the_originals_do(tmp_path: Path
     (source := tmp_path / "source").mkdir()
     fast = make("llama", source)
     slow = open_vocabulary(source / "tokenizer.model")
+    (source / "tokenizer.model.v3").write_bytes((source / "tokenizer.model").read_bytes())
     pruned = write(fast, some_plan(fast, SIZE), tmp_path / "pruned")
     pruned_slow = open_vocabulary(tmp_path / "pruned/tokenizer.model")
     texts = [text for text in sample(fast) if "<" not in text]  # SentencePiece finds no specials
     assert pruned_slow.digest == pruned.digest
+    mistrals = (tmp_path / "pruned/tokenizer.model.v3").read_bytes()
+    assert mistrals == (tmp_path / "pruned/tokenizer.model").read_bytes()
     agreed = set(texts) - disagreements(slow, fast, texts)
     assert len(agreed) > 1000
     assert disagreements(pruned_slow, pruned, texts) & agreed == set()
@@ -126,6 +129,7 @@ def test_older_files_of_a_directory_get_the_same_ids(tmp_path: Path) -> None:
     config = json.loads((folder / "tokenizer_config.json").read_text())
     token = {"content": "</s>", "special": True}
     config |= {"added_tokens_decoder": {"1": token}, "pad_token_id": 1}
+    config |= {"eos_token_id": [1, source.forest.size - 1]}
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
     kept = source.forest.required | source.forest.closure([source.forest.size - 1])
     plan = plan_of(source, kept)
@@ -138,6 +142,7 @@ def test_older_files_of_a_directory_get_the_same_ids(tmp_path: Path) -> None:
     assert lines == ["#version: 0.2", *map(" ".join, written["model"]["merges"]), ""]
     new = json.loads((tmp_path / "tokenizer_config.json").read_text())
     assert new["added_tokens_decoder"] == {"1": token} and new["pad_token_id"] == 1
+    assert new["eos_token_id"] == [1, plan.size - 1]
 
 
 def test_a_directory_without_tokenizer_json_is_read_as_transformers_does(tmp_path: Path) -> None:
