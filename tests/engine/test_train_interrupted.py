@@ -215,8 +215,8 @@ KILLED: dict[str, tuple[int, bool, tuple[object, ...]]] = {
 @pytest.mark.parametrize(
     ("name", "times"),
     [
-        ("plain", 8),
-        ("async", 8),
+        ("plain", 4),
+        ("async", 4),
         *(pytest.param(name, 20, marks=pytest.mark.slow) for name in KILLED),
     ],
 )
