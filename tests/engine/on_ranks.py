@@ -198,6 +198,7 @@ def gradients(
     """
     from megatron_prune import axes
     from megatron_prune.engine import run_inputs, train, weights
+    from megatron_prune.engine.corpora import Microbatch
     from megatron_prune.engine.groups import model_parallel
     from megatron_prune.engine.loss import real_columns
     from megatron_prune.engine.model import build_model
@@ -220,7 +221,8 @@ def gradients(
         run.optimizer = build_optimizer(run.ddp, given)
         run.ddp.zero_grad_buffer()
         mine = tokens[groups.dp_rank :: groups.data_parallel]
-        data = ((row[None, :-1], row[None, 1:], torch.ones(1, len(row) - 1)) for row in mine)
+        mask = torch.ones(1, tokens.shape[1] - 1)
+        data = (Microbatch(row[None, :-1], row[None, 1:], mask, mask.sum()) for row in mine)
         share = run._run(data, len(mine), forward_only=False)
         first = groups.grid.stage_layers(source.config.shape.num_layers, groups.pp_rank).start
         far: dict[str, float] = {}
