@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,6 +51,7 @@ _QWEN = Family(
     end="<|endoftext|>",
 )
 FAMILIES = {"qwen": _QWEN}
+_LINE, _LONGEST = re.compile(rb"[A-Za-z0-9+/]+=* \d+\s*$"), 1 << 10
 
 
 def family_of(file: Path) -> Family:
@@ -65,6 +67,12 @@ def family_of(file: Path) -> Family:
         f"tokenizer {file}: its pattern and special tokens are in code, which is not run; known "
         f"are those of {', '.join(FAMILIES)}, by the file's name"
     )
+
+
+def is_ranks(path: Path) -> bool:
+    """Whether a file begins as one of ranks does, whatever its name."""
+    with open(path, "rb") as file:
+        return _LINE.match(file.readline(_LONGEST)) is not None
 
 
 def read_ranks(path: Path) -> dict[bytes, int]:

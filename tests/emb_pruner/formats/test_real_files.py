@@ -1,8 +1,9 @@
 """The promises on real vocabularies, on 100,000 units each.
 
 Llama-2's model and WikiText-2 are sought in the folder that MEGATRON_PRUNE_DATA names, SmolLM2
-where tools/get_default_model.py puts it, Qwen's ranks in the file that QWEN_TIKTOKEN names (the
-wheel `dashscope` has it).
+where tools/get_default_model.py puts it, the ranks of Qwen and of Llama-3 in the files that
+QWEN_TIKTOKEN and LLAMA3_TIKTOKEN name (the wheels `dashscope` and `llama-models` have them).
+Llama-3's become a tokenizer.json as transformers makes it: units that are tokens are not merged.
 """
 
 from __future__ import annotations
@@ -35,19 +36,41 @@ FILES = {
     "llama2": (DATA / "llama2.tokenizer.model", 16000),
     "smollm2": (MODEL, 16384),
     "qwen": (Path(os.environ.get("QWEN_TIKTOKEN", "no such file")), 65536),
+    "llama3": (Path(os.environ.get("LLAMA3_TIKTOKEN", "no such file")), 65536),
 }
 UNITS = 100_000
 
 pytestmark = pytest.mark.slow
 
 
+LLAMA3_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
+    r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+def as_llama3(ranks: Path, folder: Path) -> Path:
+    from transformers.convert_slow_tokenizer import TikTokenConverter
+
+    specials = ["<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>"]
+    converter = TikTokenConverter(str(ranks), LLAMA3_PATTERN, extra_special_tokens=specials)
+    tokenizer = converter.converted()
+    assert tokenizer.model.ignore_merges
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return folder / "tokenizer.json"
+
+
 @pytest.fixture(scope="module", params=list(FILES))
-def real(request: pytest.FixtureRequest) -> tuple[Vocabulary, int]:
+def real(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Vocabulary, int]:
     path, size = FILES[request.param]
     if not path.exists():
         pytest.skip(f"no {path}")
     if request.param == "qwen":
         pytest.importorskip("tiktoken")
+    if request.param == "llama3":
+        path = as_llama3(path, tmp_path_factory.mktemp("llama3"))
     return open_vocabulary(path), size
 
 
