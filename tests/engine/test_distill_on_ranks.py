@@ -20,7 +20,6 @@ TP2 = ("--tensor-model-parallel-size", 2)
 TP3 = ("--tensor-model-parallel-size", 3)
 PP2 = ("--pipeline-model-parallel-size", 2)
 CP2 = ("--context-parallel-size", 2)
-PP4 = ("--pipeline-model-parallel-size", 4)
 SP = ("--sequence-parallel", "--seq-length", 33)
 FULL = ("--recompute-granularity", "full", "--recompute-method", "uniform",
         "--recompute-num-layers", 1)  # fmt: skip
@@ -36,12 +35,10 @@ RUNS: dict[str, tuple[str, int, tuple[object, ...], str]] = {
     "alone": ("gqa", 1, (), "alone"),
     "tp3": ("gqa", 3, TP3, "alone"),
     "pp2": ("gqa", 2, PP2, "alone"),
-    "pp4": ("gqa", 4, PP4, "alone"),
     "dp2": ("gqa", 2, ("--use-distributed-optimizer",), "alone"),
     "cp2": ("gqa", 2, CP2, "alone"),
     "pp2-full": ("gqa", 2, (*PP2, *FULL), "alone"),
     "mixed": ("gqa", 1, MIXED, "mixed"),
-    "mixed-tp3": ("gqa", 3, (*TP3, *MIXED), "mixed"),
     "mixed-pp2-dp2": ("gqa", 4, (*PP2, *MIXED), "mixed"),
     "mixed-pp2-cp2": ("gqa", 4, (*PP2, *CP2, *MIXED), "mixed"),
     "hidden": ("gqa", 1, (*HIDDEN, "--seq-length", 33), "hidden"),
@@ -51,7 +48,6 @@ RUNS: dict[str, tuple[str, int, tuple[object, ...], str]] = {
     "hidden-32": ("gqa", 1, HIDDEN, "hidden-32"),
     "hidden-cp2": ("gqa", 2, (*HIDDEN, *CP2), "hidden-32"),
     "four": ("four", 1, (), "four"),
-    "four-tp2": ("four", 2, TP2, "four"),
     "four-tp2-pp2": ("four", 4, (*TP2, *PP2), "four"),
 }
 RESUMED = {"tp3": "gqa", "pp2": "gqa", "hidden-tp3-sp": "gqa"}

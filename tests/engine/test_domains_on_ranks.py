@@ -27,7 +27,6 @@ SPLIT = ("--use-distributed-optimizer",)
 RUNS: dict[str, tuple[int, tuple[object, ...], str, str]] = {
     "alone": (1, (), "gqa", "alone"),
     "half": (1, ("--exit-interval", 3), "gqa", "alone"),
-    "dp2-from-half": (2, (), "half", "alone"),
     "dp4-from-half": (4, (), "half", "alone"),
     "tp3-from-half": (3, TP3, "half", "alone"),
     "pp2-dp2": (4, PP2, "gqa", "alone"),
@@ -37,7 +36,6 @@ RUNS: dict[str, tuple[int, tuple[object, ...], str, str]] = {
     "four-pp2-from-tp2": (2, (*PP2, *SPLIT, "--exit-interval", 4), "four-tp2", "four"),
     "four-dp2-from-pp2": (2, SPLIT, "four-pp2-from-tp2", "four"),
     "four-tp2-dp2-from-tp2": (4, (*TP2, *SPLIT), "four-tp2", "four"),
-    "four-tp2-pp2": (4, (*TP2, *PP2), "qwen_tied", "four"),
 }
 WHOLE = [name for name, run in RUNS.items() if "--exit-interval" not in run[1] and name != run[3]]
 JUDGED = {"judged-alone": (1, ()), "judged-dp2": (2, ()), "judged-pp2-dp2": (4, PP2)}

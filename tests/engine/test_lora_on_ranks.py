@@ -44,7 +44,6 @@ RUNS: dict[str, tuple[str, int, tuple[object, ...], str]] = {
     "some": ("sparse", 1, SOME, "some"),
     "some-tp3": ("sparse", 3, (*TP3, *SOME), "some"),
     "four": ("qwen_tied", 1, (), "four"),
-    "four-tp2": ("qwen_tied", 2, TP2, "four"),
     "four-tp2-pp2": ("qwen_tied", 4, (*TP2, *PP2), "four"),
     "taught": ("gqa", 1, ("--teacher", "{twin}"), "taught"),
     "taught-tp3": ("gqa", 3, (*TP3, "--teacher", "{twin}"), "taught"),

@@ -215,8 +215,7 @@ KILLED: dict[str, tuple[int, bool, tuple[object, ...]]] = {
 @pytest.mark.parametrize(
     ("name", "times"),
     [
-        ("plain", 4),
-        ("async", 4),
+        ("plain", 8),
         *(pytest.param(name, 20, marks=pytest.mark.slow) for name in KILLED),
     ],
 )

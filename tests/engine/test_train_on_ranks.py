@@ -32,10 +32,7 @@ QUICK = (
 RUNS: dict[str, tuple[str, int, tuple[object, ...]]] = {
     "alone": ("gqa", 1, ()),
     "tp3": ("gqa", 3, TP3),
-    "alone-33": ("gqa", 1, ("--seq-length", 33)),
-    "tp3-sp-33": ("gqa", 3, (*TP3, *SP, "--seq-length", 33)),
     "pp2": ("gqa", 2, PP2),
-    "dp2": ("gqa", 2, ()),
     "dp2-split": ("gqa", 2, SPLIT),
     "pp2-dp2-split": ("gqa", 4, (*PP2, *SPLIT)),
     "cp2": ("gqa", 2, CP2),
@@ -49,7 +46,6 @@ RUNS: dict[str, tuple[str, int, tuple[object, ...]]] = {
     "tp3-from-alone": ("half-alone", 3, TP3),
     "pp2-from-tp3": ("half-tp3", 2, PP2),
     "alone-from-tp3": ("half-tp3", 1, ()),
-    "dp2-from-alone": ("half-alone", 2, ()),
     "tp3-split-from-dp2": ("half-dp2-split", 3, (*TP3, *SPLIT)),
     "pp2-dp2-from-dp2-split": ("half-dp2-split", 4, (*PP2, *SPLIT)),
     "tp3-from-cp2": ("half-cp2", 3, TP3),
@@ -57,9 +53,6 @@ RUNS: dict[str, tuple[str, int, tuple[object, ...]]] = {
     "bf16-half": ("gqa", 3, (*TP3, "--bf16", *HALF)),
     "bf16-from-tp3": ("bf16-half", 2, ("--bf16", *PP2)),
     "four-alone": ("qwen_tied", 1, ()),
-    "four-half": ("qwen_tied", 4, (*TP2_PP2, *HALF)),
-    "four-tp4-from-tp2-pp2": ("four-half", 4, TP4),
-    "four-tp4": ("qwen_tied", 4, TP4),
     "four-tp2-pp2": ("qwen_tied", 4, TP2_PP2),
     "four-tp2-dp2": ("qwen_tied", 4, TP2),
     "four-pp2-dp2": ("qwen_tied", 4, PP2),
@@ -73,15 +66,12 @@ RUNS: dict[str, tuple[str, int, tuple[object, ...]]] = {
     "four-tp2-dp2-sp-split": ("qwen_tied", 4, (*TP2, *SP, *SPLIT)),
     "random-alone": ("tied", 1, ("--init-random",)),
     "random-tp3": ("tied", 3, ("--init-random", *TP3)),
-    "random-pp2": ("tied", 2, ("--init-random", *PP2)),
 }
 AGAIN = {  # broken off once, then the same command again
     "again-tp3": ("gqa", 3, (*TP3,)),
-    "again-dp2-split": ("gqa", 2, (*SPLIT,)),
     "again-pp2-dp2-split": ("gqa", 4, (*PP2, *SPLIT)),
 }
-UNBROKEN = {"again-tp3": "tp3", "again-dp2-split": "dp2-split"}
-UNBROKEN["again-pp2-dp2-split"] = "pp2-dp2-split"
+UNBROKEN = {"again-tp3": "tp3", "again-pp2-dp2-split": "pp2-dp2-split"}
 
 
 @pytest.fixture(scope="module")
@@ -126,12 +116,11 @@ def test_every_command_ends_well(runs: Path) -> None:
 
 
 ALIKE = {  # -> the run of one process
-    **dict.fromkeys(["tp3", "pp2", "dp2", "dp2-split", "pp2-dp2-split"], "alone"),
-    "tp3-sp-33": "alone-33",
+    **dict.fromkeys(["tp3", "pp2", "dp2-split", "pp2-dp2-split"], "alone"),
     **dict.fromkeys(["cp2", "cp2-dp2-split"], "alone"),
     "eod-cp2": "eod-alone",
     **dict.fromkeys(["four-cp4", "four-tp2-cp2-sp", "four-pp2-cp2"], "four-alone"),
-    **dict.fromkeys(["four-tp4", "four-tp2-pp2", "four-tp2-dp2", "four-pp2-dp2"], "four-alone"),
+    **dict.fromkeys(["four-tp2-pp2", "four-tp2-dp2", "four-pp2-dp2"], "four-alone"),
     **dict.fromkeys(["four-tp4-sp", "four-tp2-pp2-sp", "four-tp2-dp2-sp-split"], "four-alone"),
     "four-dp4-split": "four-alone-4",
 }
@@ -153,12 +142,10 @@ def test_every_layout_trains_alike(runs: Path, name: str) -> None:
         ("tp3-from-alone", "alone", 1e-4),
         ("pp2-from-tp3", "alone", 1e-4),
         ("alone-from-tp3", "alone", 1e-4),
-        ("dp2-from-alone", "alone", 1e-4),
         ("tp3-split-from-dp2", "alone", 1e-4),
         ("pp2-dp2-from-dp2-split", "alone", 1e-4),
         ("tp3-from-cp2", "alone", 1e-4),
         ("bf16-from-tp3", "bf16-alone", 2e-2),
-        ("four-tp4-from-tp2-pp2", "four-alone", 1e-4),
     ],
 )
 def test_a_run_continues_at_another_layout(
@@ -175,9 +162,8 @@ def test_resume_is_bitwise_on_ranks(runs: Path, name: str) -> None:
     assert all(torch.equal(ours[key], theirs[key]) for key in ours)
 
 
-@pytest.mark.parametrize("name", ["random-tp3", "random-pp2"])
-def test_random_weights_do_not_depend_on_the_layout(runs: Path, name: str) -> None:
-    wanted, found = losses(runs / "random-alone"), losses(runs / name)
+def test_random_weights_do_not_depend_on_the_layout(runs: Path) -> None:
+    wanted, found = losses(runs / "random-alone"), losses(runs / "random-tp3")
     assert found[1] == pytest.approx(wanted[1], abs=1e-6)
     assert found == pytest.approx(wanted, abs=1e-4)
     assert found[1] != pytest.approx(losses(runs / "four-alone")[1], abs=1e-2)
