@@ -33,12 +33,14 @@ import torch
 from torch import Tensor
 
 from megatron_prune.axes import axes_of, split_dim, tensor_shape
+from megatron_prune.grid import VOCAB_DIVISOR
 from megatron_prune.ranks import Ranks
 from megatron_prune.shape import ModelConfig, ModelShape
 from megatron_prune.source import DTYPES, Source
 from megatron_prune.store import open_source
 from megatron_prune.surgery import Target, write_checkpoint
 
+VOCABULARY_STEP = "vocab prune hf -> hf"
 LLAMA2_7B = ModelShape(
     num_layers=32,
     hidden_size=4096,
@@ -159,11 +161,11 @@ def vocabulary_step(
     model: Path, work: Path, shape: ModelShape, tp: int
 ) -> tuple[str, list[object]]:
     """Half of the tokens, by the order in which they were learned."""
-    plan = work / "vocab_plan.json"
-    size = ("--vocab-size-remain", shape.vocab_size // 2 // (128 * tp) * 128 * tp)
+    plan, multiple = work / "vocab_plan.json", VOCAB_DIVISOR * tp
+    size = ("--vocab-size-remain", shape.vocab_size // 2 // multiple * multiple)
     measure("vocab", "plan", "--tokenizer", model, *size, "--save", plan)
     words = ["vocab", "prune", "--load", model, "--save", work / "hf", "--to", "hf", "--plan", plan]
-    return "vocab prune hf -> hf", words
+    return VOCABULARY_STEP, words
 
 
 def run(
@@ -228,10 +230,9 @@ def main() -> None:
         tp = args.tensor_model_parallel_size or (3 if shape.num_query_groups % 8 else 8)
         shape.check_tensor_parallel(tp)
         cold = args.cold or args.synthetic is not None
-        listed = steps(model, work, shape, tp)
-        if any(model.glob("tokenizer*")):
+        listed = [s for s in steps(model, work, shape, tp) if fnmatch(s[0], args.only)]
+        if any(model.glob("tokenizer*")) and fnmatch(VOCABULARY_STEP, args.only):
             listed.append(vocabulary_step(model, work, shape, tp))
-        listed = [step for step in listed if fnmatch(step[0], args.only)]
         run(model, work, listed, args.repeats, cold)
     finally:
         shutil.rmtree(work)
