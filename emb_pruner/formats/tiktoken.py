@@ -21,6 +21,7 @@ from emb_pruner.formats.growing import bpe_parts, forest, never_found
 from emb_pruner.formats.json_writing import check_numbers, dump_document, write_files
 from emb_pruner.formats.ranks import family_of, pruned_ranks, read_ranks
 from emb_pruner.formats.spelling import to_letters
+from emb_pruner.formats.tokenizer_json import FILE
 from emb_pruner.vocab_plan import VocabPlan, check_fits
 from megatron_prune.data.tokenizers import vocabulary_digest
 from megatron_prune.errors import ConfigError
@@ -141,7 +142,7 @@ class Tiktoken:
         config.setdefault("clean_up_tokenization_spaces", False)
         files["tokenizer_config.json"] = (json.dumps(config, indent=2) + "\n").encode()
         files[self.file.name] = pruned_ranks(self.ranks, plan)
-        files["tokenizer.json"] = text.encode()
+        files[FILE] = text.encode()
         return files
 
     @cached_property

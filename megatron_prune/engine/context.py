@@ -19,8 +19,6 @@ from torch.distributed import ProcessGroup
 
 def own_part(group: ProcessGroup, *whole_bS: Tensor) -> tuple[Tensor, ...]:
     """[b, S] -> [b, S / CP], this rank's two chunks of each sequence."""
-    if group.size() == 1:
-        return whole_bS
     parts: dict[int, Tensor] = get_batch_on_this_cp_rank(dict(enumerate(whole_bS)), group)
     return tuple(parts.values())
 

@@ -36,7 +36,6 @@ class Groups:
     pp_rank: int
     dp_rank: int
     data_parallel: int
-    context_parallel: int
     device: torch.device
     tp_group: ProcessGroup
     pp_group: ProcessGroup
@@ -127,7 +126,6 @@ def model_parallel(
             pp_rank=pp_rank,
             dp_rank=parallel_state.get_data_parallel_rank(),
             data_parallel=copies,
-            context_parallel=context_parallel,
             device=device,
             tp_group=parallel_state.get_tensor_model_parallel_group(),
             pp_group=parallel_state.get_pipeline_model_parallel_group(),

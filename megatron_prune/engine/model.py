@@ -162,7 +162,7 @@ def transformer_config(
         pipeline_dtype=dtype,
         tensor_model_parallel_size=grid.tensor_parallel,
         pipeline_model_parallel_size=grid.pipeline_parallel,
-        context_parallel_size=groups.context_parallel,
+        context_parallel_size=groups.cp_group.size(),
         num_layers_in_first_pipeline_stage=grid.first_stage_layers,
         num_layers_in_last_pipeline_stage=grid.last_stage_layers,
         sequence_parallel=options.sequence_parallel and grid.tensor_parallel > 1,
