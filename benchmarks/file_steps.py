@@ -32,11 +32,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_prune.axes import axes_of, split_dim, tensor_shape
-from megatron_prune.grid import VOCAB_DIVISOR
+from megatron_prune.model.axes import axes_of, split_dim, tensor_shape
+from megatron_prune.model.grid import VOCAB_DIVISOR
+from megatron_prune.model.shape import ModelConfig, ModelShape
 from megatron_prune.ranks import Ranks
-from megatron_prune.shape import ModelConfig, ModelShape
-from megatron_prune.source import DTYPES, Source
+from megatron_prune.sources.source import DTYPES, Source
 from megatron_prune.store import open_source
 from megatron_prune.surgery import Target, write_checkpoint
 

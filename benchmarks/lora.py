@@ -30,12 +30,12 @@ def measure(
     import torch
 
     from megatron_prune.engine.groups import model_parallel
-    from megatron_prune.engine.options import TrainOptions
-    from megatron_prune.engine.run_inputs import open_inputs
-    from megatron_prune.engine.signals import StopSignals
-    from megatron_prune.engine.train import Training
-    from megatron_prune.grid import ParallelGrid
-    from megatron_prune.lora import Lora
+    from megatron_prune.engine.train.inputs import open_inputs
+    from megatron_prune.engine.train.loop import Training
+    from megatron_prune.engine.train.options import TrainOptions
+    from megatron_prune.engine.train.signals import StopSignals
+    from megatron_prune.model.grid import ParallelGrid
+    from megatron_prune.model.lora import Lora
 
     seconds: list[tuple[float, float]] = []
     with (

@@ -10,10 +10,10 @@ from __future__ import annotations
 import argparse
 from dataclasses import replace
 
-from megatron_prune.axes import axes_of, count_parameters, names, tensor_shape
-from megatron_prune.budget import flops_per_token, training_memory, weight_bytes
-from megatron_prune.grid import ParallelGrid
-from megatron_prune.shape import ModelConfig, ModelShape
+from megatron_prune.model.axes import axes_of, count_parameters, names, tensor_shape
+from megatron_prune.model.costs import flops_per_token, training_memory, weight_bytes
+from megatron_prune.model.grid import ParallelGrid
+from megatron_prune.model.shape import ModelConfig, ModelShape
 from megatron_prune.store.writer import BLOCK_BYTES
 
 

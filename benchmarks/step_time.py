@@ -73,7 +73,7 @@ def begin_save(run: Any) -> None:
 
 def saves(run: Any, signals: Any, count: int) -> None:
     """Save, train on meanwhile, and tell what training stood still for."""
-    from megatron_prune.engine.saving import Saver
+    from megatron_prune.engine.train.saving import Saver
 
     for is_async in (False, True):
         options = dataclasses.replace(run.options, async_save=is_async)
@@ -94,8 +94,8 @@ def saves(run: Any, signals: Any, count: int) -> None:
 
 def kinds_of_runs(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """What sets the runs apart: options of `train` by the name they are shown under."""
-    from megatron_prune.engine.distill_options import DistillOptions
-    from megatron_prune.engine.options import TrainOptions
+    from megatron_prune.engine.objectives.distill_options import DistillOptions
+    from megatron_prune.engine.train.options import TrainOptions
 
     recipe = folder / "domains.yaml"
     domains = [
@@ -126,7 +126,7 @@ def kinds_of_runs(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 def steps(runs: dict[str, Any], signals: Any, count: int) -> Times:
     """Steps of the runs in turn, and the teacher's forward pass of as many tokens by itself."""
-    from megatron_prune.engine.corpora import Microbatch
+    from megatron_prune.engine.train.corpora import Microbatch
 
     taught = runs["with teacher"]
     tokens = torch.randint(100, (1, taught.options.seq_length), device=taught.groups.device)
@@ -157,10 +157,10 @@ def main() -> None:
     parser.add_argument("--bf16", action="store_true")
     args = parser.parse_args()
     from megatron_prune.engine.groups import model_parallel
-    from megatron_prune.engine.run_inputs import open_inputs
-    from megatron_prune.engine.signals import StopSignals
-    from megatron_prune.engine.train import Training
-    from megatron_prune.grid import ParallelGrid
+    from megatron_prune.engine.train.inputs import open_inputs
+    from megatron_prune.engine.train.loop import Training
+    from megatron_prune.engine.train.signals import StopSignals
+    from megatron_prune.model.grid import ParallelGrid
 
     with (
         tempfile.TemporaryDirectory(prefix="benchmark-") as folder,

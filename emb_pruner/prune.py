@@ -20,11 +20,11 @@ from emb_pruner.config_ids import renumber, renumber_config
 from emb_pruner.formats import Vocabulary
 from emb_pruner.formats.companions import SENTENCEPIECE
 from emb_pruner.vocab_plan import VocabPlan
-from megatron_prune.digest import source_digest
 from megatron_prune.errors import ConfigError, PlanError
-from megatron_prune.plan import Kept, PrunePlan
-from megatron_prune.source import VOCAB_PLAN, Source
-from megatron_prune.store.hf_config import CONFIG
+from megatron_prune.families.config import CONFIG
+from megatron_prune.planning.plan import Kept, PrunePlan
+from megatron_prune.sources.digest import source_digest
+from megatron_prune.sources.source import VOCAB_PLAN, Source
 
 GENERATION_CONFIG = "generation_config.json"
 _TOKENIZER_FILES = (

@@ -11,25 +11,19 @@ smaller denominator of RMSNorm, projections fitted anew) is a source around a `P
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import torch
-from torch import Tensor
-
-from megatron_prune.axes import axes_of, layer_name, split_dim, split_layer
-from megatron_prune.digest import source_digest
 from megatron_prune.errors import PlanError, StorageError
-from megatron_prune.grid import ParallelGrid
-from megatron_prune.plan import PrunePlan, load_plan
+from megatron_prune.model.grid import ParallelGrid
+from megatron_prune.planning.plan import PrunePlan, load_plan
 from megatron_prune.ranks import Ranks
-from megatron_prune.repair import Repair
-from megatron_prune.source import CARD, COMMANDS, Source
+from megatron_prune.sources.replaced import Repair
+from megatron_prune.sources.source import CARD, COMMANDS, Source
 from megatron_prune.store.commit import atomic_directory, write_file, write_manifest
 from megatron_prune.store.hf import DEFAULT_SHARD_BYTES, HuggingFaceWriter
-from megatron_prune.store.hf_config import hf_config
 from megatron_prune.store.mcore_dist import DistWriter
 from megatron_prune.store.mcore_legacy import LegacyWriter
 from megatron_prune.store.megatron import ITERATION
@@ -38,76 +32,6 @@ from megatron_prune.store.model_card import CardFacts, base_model_of, model_card
 from megatron_prune.store.open import TRACKER
 from megatron_prune.store.passenger import Passenger, commands_of
 from megatron_prune.store.writer import Progress, Writer
-from megatron_prune.tensors import take
-
-
-class PrunedSource(Source):
-    """A model as a plan leaves it: reads through to the source, slice by slice.
-
-    Raises:
-        PlanError: the plan was made for another model.
-    """
-
-    def __init__(self, source: Source, plan: PrunePlan) -> None:
-        check_plan_fits(source, plan)
-        self.path, self.format, self.grid = source.path, source.format, source.grid
-        self.companion_files, self.iteration = source.companion_files, source.iteration
-        self._source, self._plan = source, plan
-        config = replace(source.config, shape=plan.target)
-        layers = None if plan.kept.layers is None else list(plan.kept.layers)
-        self.config = replace(config, hf_config=hf_config(config, layers))
-        self._rows = {axis: plan.source.rows(axis) for axis in "QK"}
-
-    def _source_name(self, name: str) -> tuple[str, int | None]:
-        layer, rest = split_layer(name)
-        if layer is None:
-            return name, None
-        old = self._plan.layers[layer]
-        return layer_name(old, rest), old
-
-    def dtype(self, name: str) -> torch.dtype:
-        return self._source.dtype(self._source_name(name)[0])
-
-    def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
-        source_name, layer = self._source_name(name)
-        axes = axes_of(name)
-        dim = split_dim(axes)
-        kept = {a: index for a in axes if (index := self._plan.tensor(a, layer)) is not None}
-        if dim is None or axes[dim] not in kept:
-            return take(self._source.read(source_name, start, stop), axes, kept, self._rows)
-        parts = []
-        index = kept.pop(axes[dim])[start:stop]
-        for part in _spans(index) if axes[dim] == "V" else (index,):
-            low, high = int(part[0]), int(part[-1]) + 1
-            gaps = {} if len(part) == high - low else {axes[dim]: part - low}
-            x = self._source.read(source_name, low, high)
-            parts.append(take(x, axes, {**kept, **gaps}, self._rows))
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-    def close(self) -> None:
-        self._source.close()
-
-
-def _spans(index: Tensor) -> Iterator[Tensor]:
-    """Sorted ids in parts that span at most as many source rows as there are ids: few kept rows in
-    many are then not read as one block, which a format may have to copy."""
-    part = (index - index[0]) // len(index)
-    yield from index.split(torch.unique_consecutive(part, return_counts=True)[1].tolist())
-
-
-def check_plan_fits(source: Source, plan: PrunePlan) -> None:
-    """Refuse a plan made for another model, before any weight is read whole."""
-    if plan.source != source.config.shape:
-        raise PlanError(
-            f"{source.path}: is {source.config.shape.as_dict()}, the plan was made for "
-            f"{plan.source.as_dict()}; make a plan for this model"
-        )
-    found = source_digest(source)
-    if plan.source_digest != found:
-        raise PlanError(
-            f"{source.path}: same shape, other weights: its digest is {found[:12]}..., the plan "
-            f"was made for {plan.source_digest[:12]}...; make a plan for this model"
-        )
 
 
 @dataclass(frozen=True, kw_only=True)

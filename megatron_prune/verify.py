@@ -13,11 +13,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_prune.axes import axes_of, layer_name, names, split_layer, tensor_shape
 from megatron_prune.errors import DamagedError
-from megatron_prune.plan import PrunePlan, load_plan
-from megatron_prune.repair import Replaced, digest, load_repair
-from megatron_prune.source import DTYPE_NAMES, Source
+from megatron_prune.model.axes import axes_of, layer_name, names, split_layer, tensor_shape
+from megatron_prune.planning.plan import PrunePlan, load_plan
+from megatron_prune.sources.replaced import Replaced, digest, load_repair
+from megatron_prune.sources.source import DTYPE_NAMES, Source
 from megatron_prune.store.commit import MANIFEST, check_manifest
 
 _BLOCK_ROWS = 4096

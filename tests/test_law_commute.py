@@ -13,12 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from megatron_prune.axes import axes_of, names, split_dim
-from megatron_prune.digest import source_digest
-from megatron_prune.plan import Kept, PrunePlan
+from megatron_prune.families.names import hf_name
+from megatron_prune.model.axes import axes_of, names, split_dim
+from megatron_prune.planning.plan import Kept, PrunePlan
+from megatron_prune.sources.digest import source_digest
+from megatron_prune.sources.pruned import PrunedSource
 from megatron_prune.store import open_source
-from megatron_prune.store.names import hf_name
-from megatron_prune.surgery import PrunedSource
 from tests.pico import assert_same, directory_bytes, ok, slice_by_plan, tensors
 
 Models, Shards, Plans = Callable[[str], Path], Callable[..., Path], Callable[[str], Path]

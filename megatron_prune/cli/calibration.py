@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_prune.cli import options
-from megatron_prune.grid import ParallelGrid
-from megatron_prune.source import Source
+from megatron_prune.model.grid import ParallelGrid
+from megatron_prune.sources.source import Source
 
 if TYPE_CHECKING:
     from torch import Tensor

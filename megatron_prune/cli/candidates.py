@@ -7,12 +7,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from megatron_prune.axes import count_parameters
-from megatron_prune.budget import DTYPE_BYTES, kv_cache_bytes_per_token, sizes_of
 from megatron_prune.cli import options
-from megatron_prune.latency import LatencyModel
-from megatron_prune.search import Budget, Candidate
-from megatron_prune.shape import ModelConfig, ModelShape
+from megatron_prune.model.axes import count_parameters
+from megatron_prune.model.costs import DTYPE_BYTES, kv_cache_bytes_per_token, sizes_of
+from megatron_prune.model.shape import ModelConfig, ModelShape
+from megatron_prune.planning.latency import LatencyModel
+from megatron_prune.planning.search import Budget, Candidate
 
 
 def _sizes(shape: ModelShape) -> dict[str, int]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from megatron_prune.cli.options import positive
 
 if TYPE_CHECKING:
-    from megatron_prune.engine.distill_options import DistillOptions
+    from megatron_prune.engine.objectives.distill_options import DistillOptions
 
 
 def add_distill(parser: argparse.ArgumentParser) -> None:
@@ -67,7 +67,7 @@ def distill_from(args: argparse.Namespace) -> DistillOptions | None:
     Raises:
         ConfigError: a flag that needs ``--teacher``, or a layer map that is none.
     """
-    from megatron_prune.engine.distill_options import DistillOptions, parse_layers
+    from megatron_prune.engine.objectives.distill_options import DistillOptions, parse_layers
     from megatron_prune.errors import ConfigError
 
     if args.teacher is None:

@@ -8,8 +8,8 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from megatron_prune.cli.options import add_layout
-from megatron_prune.grid import ParallelGrid
-from megatron_prune.store.names import FAMILIES
+from megatron_prune.families.names import FAMILIES
+from megatron_prune.model.grid import ParallelGrid
 
 if TYPE_CHECKING:
     from megatron_prune.engine.groups import Groups

@@ -71,8 +71,8 @@ def _prompt(args: argparse.Namespace) -> str:
 
 
 def run(args: argparse.Namespace) -> None:
+    from megatron_prune.engine.forward.sampling import Sampling
     from megatron_prune.engine.groups import data_parallel_size, world_size
-    from megatron_prune.engine.sampling import Sampling
     from megatron_prune.evaluate.generation import GenerationOptions, generate, open_for_generation
 
     grid = options.grid_from(args)

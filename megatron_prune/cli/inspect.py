@@ -10,12 +10,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-from megatron_prune.axes import count_parameters, names
 from megatron_prune.cli.options import opened, shape_table, show
-from megatron_prune.grid import VOCAB_DIVISOR
-from megatron_prune.lora import Lora
-from megatron_prune.source import DTYPE_NAMES, Source
-from megatron_prune.store.names import FAMILIES
+from megatron_prune.families.names import FAMILIES
+from megatron_prune.model.axes import count_parameters, names
+from megatron_prune.model.grid import VOCAB_DIVISOR
+from megatron_prune.model.lora import Lora
+from megatron_prune.sources.source import DTYPE_NAMES, Source
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from megatron_prune.cli import options
-from megatron_prune.plan import PrunePlan
-from megatron_prune.search import shape_words
-from megatron_prune.source import Source
+from megatron_prune.planning.plan import PrunePlan
+from megatron_prune.planning.search import shape_words
+from megatron_prune.sources.source import Source
 
 Losses = Callable[[Sequence[PrunePlan], str], list[float]]
 """(plans, what to call them) -> the loss of each; the first is the source's."""
@@ -21,11 +21,11 @@ def judging(args: argparse.Namespace, source: Source) -> Iterator[Losses | None]
     if args.evaluate_data is None:
         yield None
         return
+    from megatron_prune.engine.forward.model import ModelOptions, check_model
     from megatron_prune.engine.groups import model_parallel
-    from megatron_prune.engine.model import ModelOptions, check_model
     from megatron_prune.evaluate.candidates import CandidateRepair, Judge
     from megatron_prune.evaluate.text import EvaluationOptions
-    from megatron_prune.grid import ParallelGrid
+    from megatron_prune.model.grid import ParallelGrid
 
     seq_length = args.evaluate_seq_length or 1024
     check_model(source.config, ModelOptions(seq_length=seq_length), 1)

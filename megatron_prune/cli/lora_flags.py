@@ -6,7 +6,7 @@ import argparse
 
 from megatron_prune.cli.options import positive
 from megatron_prune.errors import ConfigError
-from megatron_prune.lora import TARGETS, Lora, parse_targets
+from megatron_prune.model.lora import TARGETS, Lora, parse_targets
 
 
 def add_lora(parser: argparse.ArgumentParser) -> None:

@@ -13,13 +13,13 @@ from tqdm import tqdm
 
 from megatron_prune import __version__
 from megatron_prune.errors import ConfigError, StorageError
-from megatron_prune.grid import ParallelGrid
+from megatron_prune.families.names import FAMILIES
+from megatron_prune.model.grid import ParallelGrid
+from megatron_prune.model.shape import ModelShape
 from megatron_prune.ranks import Ranks, is_first_rank
-from megatron_prune.shape import ModelShape
-from megatron_prune.source import DTYPES, CastSource, Source
+from megatron_prune.sources.source import DTYPES, CastSource, Source
 from megatron_prune.store import open_source
 from megatron_prune.store.commit import check_target
-from megatron_prune.store.names import FAMILIES
 from megatron_prune.surgery import Target
 
 FORMATS = ("torch_dist", "torch")

@@ -30,9 +30,6 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from megatron_prune.allocation import COMPARISONS, Nonuniform
-from megatron_prune.axes import count_parameters
-from megatron_prune.budget import weight_bytes
 from megatron_prune.cli import options
 from megatron_prune.cli.plan_search import (
     add_search_arguments,
@@ -43,19 +40,22 @@ from megatron_prune.cli.plan_search import (
 )
 from megatron_prune.cli.rounds import add_round_arguments, check_rounds, plan_in_rounds
 from megatron_prune.criteria import CRITERIA
-from megatron_prune.digest import source_digest
 from megatron_prune.errors import ConfigError, PlanError
-from megatron_prune.margins import decisions, rounding_text
-from megatron_prune.plan import PRUNE_TYPES, PrunePlan
-from megatron_prune.planning import Targets, make_plan, parse_layers
+from megatron_prune.families.block_configs import FFN_MULTIPLE, says_ffn_mult
+from megatron_prune.families.config import check_family
+from megatron_prune.families.names import FAMILIES
+from megatron_prune.model.axes import count_parameters
+from megatron_prune.model.costs import weight_bytes
+from megatron_prune.model.shape import ModelConfig
+from megatron_prune.planning.allocation import COMPARISONS, Nonuniform
+from megatron_prune.planning.choose import Targets, make_plan, parse_layers
+from megatron_prune.planning.margins import decisions, rounding_text
+from megatron_prune.planning.plan import PRUNE_TYPES, PrunePlan
+from megatron_prune.planning.scores import Scores, load_scores
 from megatron_prune.ranks import is_first_rank
-from megatron_prune.scores import Scores, load_scores
-from megatron_prune.shape import ModelConfig
-from megatron_prune.source import Source
-from megatron_prune.store.block_configs import FFN_MULTIPLE, says_ffn_mult
+from megatron_prune.sources.digest import source_digest
+from megatron_prune.sources.source import Source
 from megatron_prune.store.commit import replace_file
-from megatron_prune.store.hf_config import check_family
-from megatron_prune.store.names import FAMILIES
 
 _REMAIN = ("hidden_size", "num_attention_heads", "ffn_hidden_size", "num_query_groups")
 

@@ -12,13 +12,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from megatron_prune.budget import (
-    DTYPE_BYTES,
-    flops_at,
-    parameters_at,
-    serving_bytes,
-    sizes_of,
-)
 from megatron_prune.cli import options
 from megatron_prune.cli.candidates import candidates_json, show_candidates
 from megatron_prune.cli.judging import Losses, judging
@@ -29,12 +22,21 @@ from megatron_prune.cli.quantities import (
     parse_weights,
 )
 from megatron_prune.errors import ConfigError, PlanError
-from megatron_prune.latency import LatencyModel, fit_latency, load_latency_table
-from megatron_prune.plan import PrunePlan
-from megatron_prune.planning import Targets
-from megatron_prune.score_mass import AXES, ScoreMass, measure_scores, scored_axes
-from megatron_prune.scores import Criterion
-from megatron_prune.search import (
+from megatron_prune.families.names import FAMILIES
+from megatron_prune.model.costs import (
+    DTYPE_BYTES,
+    flops_at,
+    parameters_at,
+    serving_bytes,
+    sizes_of,
+)
+from megatron_prune.model.shape import ModelConfig, ModelShape
+from megatron_prune.planning.choose import Targets
+from megatron_prune.planning.latency import LatencyModel, fit_latency, load_latency_table
+from megatron_prune.planning.plan import PrunePlan
+from megatron_prune.planning.score_mass import AXES, ScoreMass, measure_scores, scored_axes
+from megatron_prune.planning.scores import Criterion
+from megatron_prune.planning.search import (
     Budget,
     Candidate,
     SearchSpace,
@@ -43,10 +45,8 @@ from megatron_prune.search import (
     search_front,
     search_space,
 )
-from megatron_prune.shape import ModelConfig, ModelShape
-from megatron_prune.source import Source
+from megatron_prune.sources.source import Source
 from megatron_prune.store.commit import replace_file
-from megatron_prune.store.names import FAMILIES
 
 _TARGETS = ("target_params", "target_memory", "target_latency")
 _FRONT_LIMITS = 24  # points of the picture: from the smallest legal shape to the source

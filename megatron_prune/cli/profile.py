@@ -16,7 +16,7 @@ from pathlib import Path
 
 from megatron_prune.cli import options
 from megatron_prune.cli.engine_flags import add_engine, dtype_of, process_groups
-from megatron_prune.latency import LatencyTable, fit_latency
+from megatron_prune.planning.latency import LatencyTable, fit_latency
 from megatron_prune.store.commit import replace_file
 
 
@@ -45,8 +45,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     options.check_output_file(args.save, overwrite=args.overwrite, inputs=(args.load,))
     from megatron_prune.engine.failures import on_first_rank
+    from megatron_prune.engine.forward.model import ModelOptions, check_model
     from megatron_prune.engine.groups import data_parallel_size, world_size
-    from megatron_prune.engine.model import ModelOptions, check_model
     from megatron_prune.engine.profile import measure_table
 
     grid = options.grid_from(args)

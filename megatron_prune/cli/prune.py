@@ -42,9 +42,10 @@ from megatron_prune.cli.vocabulary import (
 )
 from megatron_prune.cli.writing import write
 from megatron_prune.errors import ConfigError
-from megatron_prune.plan import load_plan
-from megatron_prune.source import Source
-from megatron_prune.surgery import PrunedSource, Target, make_writer
+from megatron_prune.planning.plan import load_plan
+from megatron_prune.sources.pruned import PrunedSource
+from megatron_prune.sources.source import Source
+from megatron_prune.surgery import Target, make_writer
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -22,9 +22,11 @@ from megatron_prune.cli.calibration import (
 )
 from megatron_prune.cli.engine_flags import process_groups
 from megatron_prune.errors import ConfigError, PlanError
-from megatron_prune.plan import PrunePlan
+from megatron_prune.planning.plan import PrunePlan
+from megatron_prune.planning.scores import Scores, load_scores
 from megatron_prune.ranks import Ranks
-from megatron_prune.repair import (
+from megatron_prune.sources.pruned import PrunedSource
+from megatron_prune.sources.replaced import (
     DAMPING,
     READERS_DAMPING,
     STATISTICS,
@@ -35,16 +37,14 @@ from megatron_prune.repair import (
     Replaced,
     Tensors,
 )
-from megatron_prune.scores import Scores, load_scores
-from megatron_prune.source import Source
+from megatron_prune.sources.source import Source
 from megatron_prune.store.commit import scratch_directory
-from megatron_prune.surgery import PrunedSource
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from megatron_prune.engine.forward.model import ModelOptions
     from megatron_prune.engine.groups import Groups
-    from megatron_prune.engine.model import ModelOptions
 
 _FITTED = {
     "least-squares": "projections: relative error of their outputs",
@@ -162,7 +162,7 @@ def repaired(args: argparse.Namespace, source: Source, plan: PrunePlan) -> Itera
     Raises:
         ConfigError: data, tokenizer or options that do not fit; nothing to repair.
     """
-    from megatron_prune.engine.model import ModelOptions, check_model
+    from megatron_prune.engine.forward.model import ModelOptions, check_model
 
     fit, rescales = _to_do(args, plan)
     energy = _energy_of_scores(args, plan) if rescales else None
@@ -246,7 +246,7 @@ def _run(
 ) -> Repair:
     from megatron_prune.data.windows import data_digest
     from megatron_prune.engine.failures import on_first_rank
-    from megatron_prune.engine.layerwise import norm_energy
+    from megatron_prune.engine.observe.layerwise import norm_energy
     from megatron_prune.engine.repair import repair_projections, rescale_norms
 
     observes_norms = rescales and energy is None

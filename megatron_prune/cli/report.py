@@ -16,8 +16,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_prune.cli import options
-from megatron_prune.digest import source_digest
 from megatron_prune.errors import PlanError
+from megatron_prune.families.names import FAMILIES
+from megatron_prune.model.shape import ModelConfig
 from megatron_prune.report.inputs import Inputs, read_inputs, split_name
 from megatron_prune.report.page import (
     beside_files,
@@ -27,9 +28,8 @@ from megatron_prune.report.page import (
     write_beside,
 )
 from megatron_prune.report.sections import report_sections
-from megatron_prune.shape import ModelConfig
+from megatron_prune.sources.digest import source_digest
 from megatron_prune.store.commit import replace_file
-from megatron_prune.store.names import FAMILIES
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

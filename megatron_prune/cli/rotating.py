@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
-from megatron_prune.axes import count_parameters
 from megatron_prune.cli import options
 from megatron_prune.cli.calibration import (
     add_calibration_arguments,
@@ -21,11 +20,12 @@ from megatron_prune.cli.calibration import (
     longest_window,
 )
 from megatron_prune.cli.engine_flags import process_groups
-from megatron_prune.digest import source_digest
 from megatron_prune.errors import ConfigError
+from megatron_prune.model.axes import count_parameters
 from megatron_prune.ranks import Ranks
-from megatron_prune.rotation import RotatedSource, principal_components
-from megatron_prune.source import Source
+from megatron_prune.sources.digest import source_digest
+from megatron_prune.sources.rotated import RotatedSource, principal_components
+from megatron_prune.sources.source import Source
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -89,8 +89,8 @@ def rotated(args: argparse.Namespace, source: Source) -> Iterator[Rotated]:
     import torch.distributed as dist
 
     from megatron_prune.engine.failures import on_first_rank, together
-    from megatron_prune.engine.layerwise import norm_moment
-    from megatron_prune.engine.model import ModelOptions, check_model
+    from megatron_prune.engine.forward.model import ModelOptions, check_model
+    from megatron_prune.engine.observe.layerwise import norm_moment
 
     grid = calibration_grid(None, args, source)
     model = ModelOptions(

@@ -21,14 +21,14 @@ from megatron_prune.cli.score_flags import (
     score_windows,
 )
 from megatron_prune.criteria import SCORED
-from megatron_prune.digest import source_digest
 from megatron_prune.errors import ConfigError, ShapeError
-from megatron_prune.grid import ParallelGrid
-from megatron_prune.margins import decisions, renumbered, rounding_text
-from megatron_prune.plan import Kept, PrunePlan, compose
-from megatron_prune.planning import Targets, make_plan
-from megatron_prune.rounds import remaining_shape, round_targets, targets_after
-from megatron_prune.scores import (
+from megatron_prune.model.grid import ParallelGrid
+from megatron_prune.model.shape import ModelShape
+from megatron_prune.planning.choose import Targets, make_plan
+from megatron_prune.planning.margins import decisions, renumbered, rounding_text
+from megatron_prune.planning.plan import Kept, PrunePlan, compose
+from megatron_prune.planning.rounds import remaining_shape, round_targets, targets_after
+from megatron_prune.planning.scores import (
     AXES,
     AXIS_WORDS,
     Scores,
@@ -37,16 +37,16 @@ from megatron_prune.scores import (
     criteria_named,
     narrowed,
 )
-from megatron_prune.search import shape_words
-from megatron_prune.shape import ModelShape
-from megatron_prune.source import Source
-from megatron_prune.surgery import PrunedSource
+from megatron_prune.planning.search import shape_words
+from megatron_prune.sources.digest import source_digest
+from megatron_prune.sources.pruned import PrunedSource
+from megatron_prune.sources.source import Source
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from megatron_prune.engine.groups import Groups
-    from megatron_prune.engine.score import ScoreOptions
+    from megatron_prune.engine.observe.score import ScoreOptions
 
 
 def add_round_arguments(parser: argparse.ArgumentParser) -> None:
@@ -138,8 +138,8 @@ def plan_in_rounds(args: argparse.Namespace, source: Source, targets: Targets) -
             first weight is read.
     """
     from megatron_prune.engine.failures import on_first_rank
+    from megatron_prune.engine.forward.model import check_model
     from megatron_prune.engine.groups import data_parallel_size, world_size
-    from megatron_prune.engine.model import check_model
 
     balance_for = source.grid.tensor_parallel if args.balance_for is None else args.balance_for
     grid = ParallelGrid(
@@ -237,7 +237,7 @@ def _go_on(
 ) -> PrunePlan:
     """The plan after one more round."""
     from megatron_prune.engine.failures import on_first_rank
-    from megatron_prune.engine.score import score
+    from megatron_prune.engine.observe.score import score
 
     pruned, layers = PrunedSource(source, plan), plan.target.num_layers
     scores = None

@@ -26,13 +26,13 @@ from megatron_prune.cli.score_flags import (
 )
 from megatron_prune.criteria import SCORED
 from megatron_prune.errors import ConfigError, DamagedError
-from megatron_prune.scores import Scores, load_scores, scores_bytes
+from megatron_prune.planning.scores import Scores, load_scores, scores_bytes
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from megatron_prune.engine.score import ScoreOptions
-    from megatron_prune.source import Source
+    from megatron_prune.engine.observe.score import ScoreOptions
+    from megatron_prune.sources.source import Source
 
 
 _REMOVING = tuple(name for name, needs in SCORED.items() if needs.removal)
@@ -70,8 +70,8 @@ def _criteria(text: str) -> tuple[str, ...]:
 
 
 def run(args: argparse.Namespace) -> None:
+    from megatron_prune.engine.forward.model import check_model
     from megatron_prune.engine.groups import data_parallel_size, world_size
-    from megatron_prune.engine.model import check_model
 
     grid, criteria = grid_from(args), _criteria(args.criterion)
     data_parallel_size(grid, world_size())
@@ -92,7 +92,7 @@ def run(args: argparse.Namespace) -> None:
 def _score(args: argparse.Namespace, source: Source, options: ScoreOptions, groups: object) -> None:
     from megatron_prune.engine.failures import on_first_rank
     from megatron_prune.engine.groups import Groups
-    from megatron_prune.engine.score import score
+    from megatron_prune.engine.observe.score import score
     from megatron_prune.store.commit import replace_file
 
     assert isinstance(groups, Groups)
@@ -110,7 +110,7 @@ def _prepare(
     args: argparse.Namespace, source: Source, options: ScoreOptions
 ) -> tuple[Tensor | None, Scores | None]:
     """The calibration windows, and what an earlier run found: of this model and these windows."""
-    from megatron_prune.digest import source_digest
+    from megatron_prune.sources.digest import source_digest
 
     windows = score_windows(args, source, options.model.seq_length)
     if not args.save.exists():
@@ -133,7 +133,7 @@ def _difference(
     known: Scores, digest: str, windows: Tensor | None, options: ScoreOptions
 ) -> str | None:
     """What scores in the file are of and this run's are not; None when they go together."""
-    from megatron_prune.engine.score import data_digest
+    from megatron_prune.engine.observe.score import data_digest
 
     if known.source_digest != digest:
         return "another model"

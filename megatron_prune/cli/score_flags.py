@@ -15,9 +15,9 @@ from megatron_prune.errors import ConfigError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from megatron_prune.engine.score import ScoreOptions
-    from megatron_prune.shape import ModelConfig
-    from megatron_prune.source import Source
+    from megatron_prune.engine.observe.score import ScoreOptions
+    from megatron_prune.model.shape import ModelConfig
+    from megatron_prune.sources.source import Source
 
 _SEQ_LENGTH = 4096
 
@@ -74,8 +74,8 @@ def score_options(
     args: argparse.Namespace, criteria: Sequence[str], config: ModelConfig
 ) -> ScoreOptions:
     """How to score a model, as the flags say."""
-    from megatron_prune.engine.model import ModelOptions
-    from megatron_prune.engine.score import ScoreOptions
+    from megatron_prune.engine.forward.model import ModelOptions
+    from megatron_prune.engine.observe.score import ScoreOptions
 
     return ScoreOptions(
         criteria=tuple(criteria),

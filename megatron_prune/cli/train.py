@@ -242,7 +242,7 @@ def run(args: argparse.Namespace) -> None:
     from dataclasses import fields
 
     from megatron_prune.engine.groups import world_size
-    from megatron_prune.engine.options import TrainOptions, check_options
+    from megatron_prune.engine.train.options import TrainOptions, check_options
 
     given = vars(args) | {
         "dtype": dtype_of(args),
@@ -259,11 +259,11 @@ def run(args: argparse.Namespace) -> None:
         processes = grid.world_size * options.context_parallel_size
     check_options(options, grid, processes)
     if args.dry_run:
-        from megatron_prune.engine.dry_run import describe
+        from megatron_prune.engine.train.dry_run import describe
 
         print(describe(options, grid, processes))
         return
-    from megatron_prune.engine.train import train
+    from megatron_prune.engine.train.loop import train
 
     contexts = options.context_parallel_size
     with process_groups(args, grid, context_parallel=contexts, seed=options.seed) as groups:

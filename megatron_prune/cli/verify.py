@@ -13,11 +13,11 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from megatron_prune.axes import count_parameters
 from megatron_prune.cli import options
-from megatron_prune.plan import load_plan
+from megatron_prune.model.axes import count_parameters
+from megatron_prune.planning.plan import load_plan
 from megatron_prune.ranks import is_first_rank
-from megatron_prune.surgery import check_plan_fits
+from megatron_prune.sources.pruned import check_plan_fits
 from megatron_prune.verify import verify
 
 

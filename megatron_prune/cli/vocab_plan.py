@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_prune.cli.options import check_output_file, positive
 from megatron_prune.errors import ConfigError
-from megatron_prune.grid import VOCAB_DIVISOR
+from megatron_prune.model.grid import VOCAB_DIVISOR
 
 if TYPE_CHECKING:
     from emb_pruner.formats import Vocabulary

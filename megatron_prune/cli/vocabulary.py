@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 
 from megatron_prune.cli import options
 from megatron_prune.errors import ConfigError
-from megatron_prune.grid import VOCAB_DIVISOR, padded_vocab_size
-from megatron_prune.plan import PrunePlan
-from megatron_prune.source import Source
+from megatron_prune.model.grid import VOCAB_DIVISOR, padded_vocab_size
+from megatron_prune.planning.plan import PrunePlan
+from megatron_prune.sources.source import Source
 from megatron_prune.surgery import Target
 
 if TYPE_CHECKING:

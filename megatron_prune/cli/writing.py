@@ -6,13 +6,13 @@ import argparse
 import time
 from contextlib import nullcontext
 
-from megatron_prune.axes import count_parameters
 from megatron_prune.cli import options
-from megatron_prune.plan import PrunePlan
+from megatron_prune.model.axes import count_parameters
+from megatron_prune.model.shape import ModelConfig
+from megatron_prune.planning.plan import PrunePlan
 from megatron_prune.ranks import Ranks, joined_ranks
-from megatron_prune.repair import Repair
-from megatron_prune.shape import ModelConfig
-from megatron_prune.source import CARD, Source
+from megatron_prune.sources.replaced import Repair
+from megatron_prune.sources.source import CARD, Source
 from megatron_prune.store.megatron_args import beyond_stock, stock_flags
 from megatron_prune.store.model_card import is_ours
 from megatron_prune.surgery import Target, make_writer, write_checkpoint

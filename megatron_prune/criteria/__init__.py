@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_prune.criteria.random import random_scores
-from megatron_prune.scores import Criterion
+from megatron_prune.planning.scores import Criterion
 
 __all__ = ["CRITERIA", "SCORED", "Criterion", "Needs", "random_scores"]
 

@@ -14,7 +14,8 @@ from math import prod
 import torch
 from torch import Tensor
 
-from megatron_prune.axes import (
+from megatron_prune.errors import DamagedError
+from megatron_prune.model.axes import (
     axes_of,
     layer_name,
     layer_weights,
@@ -22,9 +23,8 @@ from megatron_prune.axes import (
     split_layer,
     tensor_shape,
 )
-from megatron_prune.errors import DamagedError
-from megatron_prune.shape import ModelConfig, ModelShape
-from megatron_prune.source import Source
+from megatron_prune.model.shape import ModelConfig, ModelShape
+from megatron_prune.sources.source import Source
 
 _ROWS = 1 << 25  # values of a weight that are looked at together: 256 MB in float64
 

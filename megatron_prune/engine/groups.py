@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 from megatron_prune.engine import cpu
 from megatron_prune.errors import ShapeError
-from megatron_prune.grid import ParallelGrid
+from megatron_prune.model.grid import ParallelGrid
 from megatron_prune.ranks import Ranks
 
 if TYPE_CHECKING:

@@ -17,13 +17,13 @@ from typing import Any
 
 import torch
 
+from megatron_prune.engine.forward.model import LanguageModel, ModelOptions, build_model
+from megatron_prune.engine.forward.weights import draw_weights
 from megatron_prune.engine.groups import Groups
-from megatron_prune.engine.model import LanguageModel, ModelOptions, build_model
-from megatron_prune.engine.weights import draw_weights
 from megatron_prune.errors import ShapeError
-from megatron_prune.latency import LatencyTable, LayerTime, OutputTime
-from megatron_prune.search import default_multiple
-from megatron_prune.shape import ModelConfig, ModelShape
+from megatron_prune.model.shape import ModelConfig, ModelShape
+from megatron_prune.planning.latency import LatencyTable, LayerTime, OutputTime
+from megatron_prune.planning.search import default_multiple
 
 _SMALL_VOCAB = 128  # where the output layer is not what is measured
 

@@ -27,16 +27,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_prune.axes import FINAL_NORM, layer_name, names, norm_before
 from megatron_prune.engine.failures import on_first_rank, together
+from megatron_prune.engine.forward.model import ModelOptions
 from megatron_prune.engine.groups import Groups
-from megatron_prune.engine.layerwise import HALVES, MLP, Half, Layer, Stream, normalised
-from megatron_prune.engine.model import ModelOptions
-from megatron_prune.engine.moments import MomentSums
+from megatron_prune.engine.observe.layerwise import HALVES, MLP, Half, Layer, Stream, normalised
+from megatron_prune.engine.observe.moments import MomentSums
 from megatron_prune.errors import DamagedError
-from megatron_prune.least_squares import Affine, Moments, fit, norm_ratio, relative_error
-from megatron_prune.plan import PrunePlan
-from megatron_prune.repair import (
+from megatron_prune.model.axes import FINAL_NORM, layer_name, names, norm_before
+from megatron_prune.model.tensors import expand_rows
+from megatron_prune.planning.plan import PrunePlan
+from megatron_prune.solve.least_squares import Affine, Moments, fit, norm_ratio, relative_error
+from megatron_prune.sources.pruned import PrunedSource
+from megatron_prune.sources.replaced import (
     NORMS,
     Fit,
     Mix,
@@ -48,9 +50,7 @@ from megatron_prune.repair import (
     with_all_channels,
     without_units,
 )
-from megatron_prune.source import Source
-from megatron_prune.surgery import PrunedSource
-from megatron_prune.tensors import expand_rows
+from megatron_prune.sources.source import Source
 
 
 def rescale_norms(

@@ -19,17 +19,17 @@ from torch import Tensor
 
 from megatron_prune import __version__
 from megatron_prune.data.windows import data_digest, model_windows
+from megatron_prune.engine.forward.model import ModelOptions
 from megatron_prune.engine.groups import Groups
-from megatron_prune.engine.layerwise import norm_energy
-from megatron_prune.engine.model import ModelOptions
+from megatron_prune.engine.observe.layerwise import norm_energy
 from megatron_prune.engine.repair import repair_projections, rescale_norms
 from megatron_prune.errors import ConfigError, DamagedError
 from megatron_prune.evaluate.text import EvaluationOptions, evaluate
-from megatron_prune.plan import PrunePlan
-from megatron_prune.repair import Fit, RepairedSource, Replaced, Tensors
-from megatron_prune.source import Source
+from megatron_prune.planning.plan import PrunePlan
+from megatron_prune.sources.pruned import PrunedSource
+from megatron_prune.sources.replaced import Fit, RepairedSource, Replaced, Tensors
+from megatron_prune.sources.source import Source
 from megatron_prune.store.commit import hash_file, replace_file, scratch_directory
-from megatron_prune.surgery import PrunedSource
 
 
 @dataclass(frozen=True, kw_only=True)

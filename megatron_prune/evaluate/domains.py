@@ -13,24 +13,24 @@ from typing import Any
 
 from tqdm import tqdm
 
-from megatron_prune import axes
 from megatron_prune.data.domain_recipe import DomainRecipe, read_recipe
 from megatron_prune.data.domains import weighted_mean
-from megatron_prune.engine.corpora import clean_cache
-from megatron_prune.engine.domains import (
+from megatron_prune.engine.failures import on_first_rank
+from megatron_prune.engine.forward.model import ModelOptions, build_model, check_model
+from megatron_prune.engine.forward.weights import load_weights
+from megatron_prune.engine.groups import Groups
+from megatron_prune.engine.train.corpora import clean_cache
+from megatron_prune.engine.train.domains import (
     Cut,
     build_domains,
     check_domains,
     domain_loss,
     validation_windows,
 )
-from megatron_prune.engine.failures import on_first_rank
-from megatron_prune.engine.groups import Groups
-from megatron_prune.engine.model import ModelOptions, build_model, check_model
-from megatron_prune.engine.weights import load_weights
 from megatron_prune.errors import ConfigError, DamagedError
-from megatron_prune.grid import ParallelGrid
-from megatron_prune.source import Source
+from megatron_prune.model import axes
+from megatron_prune.model.grid import ParallelGrid
+from megatron_prune.sources.source import Source
 from megatron_prune.store import open_source
 
 

@@ -11,16 +11,16 @@ from pathlib import Path
 from tqdm import tqdm
 
 from megatron_prune.data.tokenizers import TextTokenizer, chat_tokenizer, load_tokenizer
-from megatron_prune.engine.decoding import continue_rows
 from megatron_prune.engine.failures import on_first_rank
+from megatron_prune.engine.forward.decoding import continue_rows
+from megatron_prune.engine.forward.model import ModelOptions, build_model, check_model
+from megatron_prune.engine.forward.sampling import Sampling
+from megatron_prune.engine.forward.weights import load_weights
 from megatron_prune.engine.groups import Groups
-from megatron_prune.engine.model import ModelOptions, build_model, check_model
-from megatron_prune.engine.sampling import Sampling
-from megatron_prune.engine.weights import load_weights
 from megatron_prune.errors import ConfigError
-from megatron_prune.grid import ParallelGrid
-from megatron_prune.shape import ModelConfig
-from megatron_prune.source import Source
+from megatron_prune.model.grid import ParallelGrid
+from megatron_prune.model.shape import ModelConfig
+from megatron_prune.sources.source import Source
 from megatron_prune.store import open_source
 
 

@@ -15,10 +15,10 @@ from typing import Any
 import torch.distributed as dist
 from tqdm import tqdm
 
-from megatron_prune.engine.decoding import continue_rows, score_rows
+from megatron_prune.engine.forward.decoding import continue_rows, score_rows
+from megatron_prune.engine.forward.model import LanguageModel
+from megatron_prune.engine.forward.sampling import Sampling
 from megatron_prune.engine.groups import Groups
-from megatron_prune.engine.model import LanguageModel
-from megatron_prune.engine.sampling import Sampling
 from megatron_prune.errors import DistributedError, exit_code
 
 Score = tuple[float, bool]  # log-probability in nats; whether greedy decoding would say the same

@@ -16,17 +16,17 @@ from typing import Any
 
 import torch
 
-from megatron_prune.axes import count_parameters
 from megatron_prune.data.tokenizers import chat_tokenizer, transformers_tokenizer
 from megatron_prune.engine.failures import on_first_rank
+from megatron_prune.engine.forward.model import ModelOptions, build_model, check_model
+from megatron_prune.engine.forward.weights import load_weights
 from megatron_prune.engine.groups import Groups
-from megatron_prune.engine.model import ModelOptions, build_model, check_model
-from megatron_prune.engine.weights import load_weights
 from megatron_prune.errors import ConfigError
 from megatron_prune.evaluate.generation import stop_tokens
 from megatron_prune.evaluate.served import SharedModel
-from megatron_prune.grid import ParallelGrid
-from megatron_prune.source import DTYPES, Source
+from megatron_prune.model.axes import count_parameters
+from megatron_prune.model.grid import ParallelGrid
+from megatron_prune.sources.source import DTYPES, Source
 from megatron_prune.store import open_source
 
 _MERGED = ("results", "groups", "versions", "n-shot", "n-samples", "higher_is_better")

@@ -11,17 +11,17 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from megatron_prune.axes import count_parameters
 from megatron_prune.data.windows import model_windows, scored_bytes
 from megatron_prune.engine.failures import on_first_rank
+from megatron_prune.engine.forward.model import ModelOptions, build_model, check_model
+from megatron_prune.engine.forward.weights import load_weights
+from megatron_prune.engine.forward.windows import window_losses
 from megatron_prune.engine.groups import Groups
-from megatron_prune.engine.model import ModelOptions, build_model, check_model
-from megatron_prune.engine.scoring import window_losses
-from megatron_prune.engine.weights import load_weights
 from megatron_prune.errors import ConfigError, DamagedError
 from megatron_prune.evaluate.perplexity import judge
-from megatron_prune.grid import ParallelGrid
-from megatron_prune.source import Source
+from megatron_prune.model.axes import count_parameters
+from megatron_prune.model.grid import ParallelGrid
+from megatron_prune.sources.source import Source
 from megatron_prune.store import open_source
 
 

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from megatron_prune.errors import PlanError
-from megatron_prune.plan import PrunePlan
-from megatron_prune.planning import keep_in_groups, keep_top
-from megatron_prune.scores import Scores
+from megatron_prune.planning.choose import keep_in_groups, keep_top
+from megatron_prune.planning.plan import PrunePlan
+from megatron_prune.planning.scores import Scores
 
 AXIS_NAMES = {
     "Q": "attention heads",

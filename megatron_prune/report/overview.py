@@ -6,13 +6,13 @@ from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 
-from megatron_prune.axes import count_parameters
-from megatron_prune.budget import weight_bytes
-from megatron_prune.plan import PrunePlan
+from megatron_prune.model.axes import count_parameters
+from megatron_prune.model.costs import weight_bytes
+from megatron_prune.model.shape import ModelConfig, ModelShape
+from megatron_prune.planning.plan import PrunePlan
 from megatron_prune.report.decisions import dropped_layers
 from megatron_prune.report.inputs import Inputs
 from megatron_prune.report.page import Section, Sheet, Table, in_words
-from megatron_prune.shape import ModelConfig, ModelShape
 
 
 def overview_section(inputs: Inputs, config: ModelConfig | None) -> Section:

@@ -15,7 +15,7 @@ from statistics import median
 from typing import Any
 
 from megatron_prune.errors import CheckpointError, ConfigError, DamagedError
-from megatron_prune.source import COMMANDS
+from megatron_prune.sources.source import COMMANDS
 from megatron_prune.store.commit import MANIFEST, hash_file, read_manifest
 from megatron_prune.store.open import iteration_directory
 

@@ -14,7 +14,9 @@ from typing import Any
 
 from torch import Tensor
 
-from megatron_prune.plan import PrunePlan
+from megatron_prune.model.shape import ModelConfig, ModelShape
+from megatron_prune.planning.plan import PrunePlan
+from megatron_prune.planning.scores import Scores
 from megatron_prune.report.charts import overlap_matrix
 from megatron_prune.report.decisions import (
     AXIS_NAMES,
@@ -44,8 +46,6 @@ from megatron_prune.report.unit_pictures import (
     unit_map,
     wide_map,
 )
-from megatron_prune.scores import Scores
-from megatron_prune.shape import ModelConfig, ModelShape
 
 _READING = {
     "Q": "Heads compete inside their query group; thick lines part the groups.",

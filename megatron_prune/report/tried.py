@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from functools import partial
 
-from megatron_prune.plan import PrunePlan
+from megatron_prune.planning.plan import PrunePlan
 from megatron_prune.report.charts import pareto
 from megatron_prune.report.inputs import SIZES, Candidate, Inputs, Search
 from megatron_prune.report.page import Section, Sheet, Table, in_words, slug

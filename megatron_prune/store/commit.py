@@ -28,7 +28,7 @@ from typing import Any
 from megatron_prune import __version__
 from megatron_prune.errors import ConfigError, DamagedError, StorageError
 from megatron_prune.ranks import Ranks
-from megatron_prune.source import CARD
+from megatron_prune.sources.source import CARD
 
 MANIFEST = "manifest.json"
 WRITER = "megatron_prune"  # how our manifests are told from other files of that name

@@ -19,13 +19,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from megatron_prune.axes import axes_of, names, split_dim, split_layer, tensor_shape
 from megatron_prune.errors import CheckpointError, DamagedError
-from megatron_prune.shape import ModelConfig
-from megatron_prune.source import Source
-from megatron_prune.store import qwen1
+from megatron_prune.families import qwen1
+from megatron_prune.families.names import HF_IGNORED_SUFFIXES, hf_name
+from megatron_prune.model.axes import axes_of, names, split_dim, split_layer, tensor_shape
+from megatron_prune.model.shape import ModelConfig
+from megatron_prune.sources.source import Source
 from megatron_prune.store.commit import HashedFile, write_file
-from megatron_prune.store.names import HF_IGNORED_SUFFIXES, hf_name
 from megatron_prune.store.untrusted import load_untrusted
 from megatron_prune.store.writer import Progress, Writer, Written, ahead, row_blocks
 

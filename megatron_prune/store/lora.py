@@ -17,10 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_prune.axes import LAYER_PREFIX, axes_of, split_dim, split_layer
 from megatron_prune.errors import ConfigError, DamagedError
-from megatron_prune.grid import ParallelGrid
-from megatron_prune.lora import (
+from megatron_prune.families.names import megatron_name
+from megatron_prune.model.axes import LAYER_PREFIX, axes_of, split_dim, split_layer
+from megatron_prune.model.grid import ParallelGrid
+from megatron_prune.model.lora import (
     PARTS,
     A,
     B,
@@ -32,11 +33,10 @@ from megatron_prune.lora import (
     merged,
     parse_targets,
 )
-from megatron_prune.shape import ModelConfig
+from megatron_prune.model.shape import ModelConfig
+from megatron_prune.model.tensors import unfuse_qkv
 from megatron_prune.store.dist_index import Index
 from megatron_prune.store.mcore_dist import DistSource
-from megatron_prune.store.names import megatron_name
-from megatron_prune.tensors import unfuse_qkv
 
 LORA = "lora"  # our key in common.pt
 _BLOCK_ROWS = 512

@@ -35,7 +35,9 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from megatron_prune.axes import (
+from megatron_prune.errors import CheckpointError, DamagedError
+from megatron_prune.families.names import LINEARS, TE_ATTENTION, in_layer, megatron_name
+from megatron_prune.model.axes import (
     EMBEDDING,
     LAYER_PREFIX,
     axes_of,
@@ -44,10 +46,9 @@ from megatron_prune.axes import (
     split_layer,
     tensor_shape,
 )
-from megatron_prune.errors import CheckpointError, DamagedError
-from megatron_prune.grid import ParallelGrid
-from megatron_prune.shape import ModelConfig
-from megatron_prune.source import Piece, Source, assemble
+from megatron_prune.model.grid import ParallelGrid
+from megatron_prune.model.shape import ModelConfig
+from megatron_prune.sources.source import Piece, Source, assemble
 from megatron_prune.store.chunk import read_header
 from megatron_prune.store.commit import HashedFile, write_file
 from megatron_prune.store.dist_index import INDEX, Chunk, Index, read_index
@@ -61,7 +62,6 @@ from megatron_prune.store.megatron import (
     qkv_piece,
     stored_layer,
 )
-from megatron_prune.store.names import LINEARS, TE_ATTENTION, in_layer, megatron_name
 from megatron_prune.store.writer import Progress, Writer, Written, ahead
 
 __all__ = ["COMMON", "FORMAT", "INDEX", "DistSource", "DistWriter", "read_index"]

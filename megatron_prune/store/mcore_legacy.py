@@ -21,7 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_prune.axes import (
+from megatron_prune.errors import CheckpointError, DamagedError, StorageError
+from megatron_prune.families.names import LINEARS, TE_ATTENTION, TE_NORMS, in_layer, megatron_name
+from megatron_prune.model.axes import (
     EMBEDDING,
     OUTPUT,
     axes_of,
@@ -30,10 +32,9 @@ from megatron_prune.axes import (
     split_layer,
     tensor_shape,
 )
-from megatron_prune.errors import CheckpointError, DamagedError, StorageError
-from megatron_prune.grid import ParallelGrid, part_range
-from megatron_prune.shape import ModelConfig
-from megatron_prune.source import Piece, Source, assemble
+from megatron_prune.model.grid import ParallelGrid, part_range
+from megatron_prune.model.shape import ModelConfig
+from megatron_prune.sources.source import Piece, Source, assemble
 from megatron_prune.store.chunk import record_places
 from megatron_prune.store.commit import HashedFile
 from megatron_prune.store.megatron import (
@@ -45,7 +46,6 @@ from megatron_prune.store.megatron import (
     qkv_piece,
     stored_layer,
 )
-from megatron_prune.store.names import LINEARS, TE_ATTENTION, TE_NORMS, in_layer, megatron_name
 from megatron_prune.store.untrusted import load_untrusted
 from megatron_prune.store.writer import Progress, Writer, Written, ahead
 

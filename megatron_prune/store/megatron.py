@@ -17,14 +17,21 @@ from math import prod
 import torch
 from torch import Tensor
 
-from megatron_prune.axes import EMBEDDING, FINAL_NORM, OUTPUT, layer_name, layer_weights, split_dim
 from megatron_prune.errors import DamagedError
-from megatron_prune.grid import ParallelGrid, padded_vocab_size, part_range
-from megatron_prune.shape import ModelConfig
-from megatron_prune.source import Piece, Source
-from megatron_prune.store.names import megatron_name
+from megatron_prune.families.names import megatron_name
+from megatron_prune.model.axes import (
+    EMBEDDING,
+    FINAL_NORM,
+    OUTPUT,
+    layer_name,
+    layer_weights,
+    split_dim,
+)
+from megatron_prune.model.grid import ParallelGrid, padded_vocab_size, part_range
+from megatron_prune.model.shape import ModelConfig
+from megatron_prune.model.tensors import fuse_qkv, unfuse_qkv
+from megatron_prune.sources.source import Piece, Source
 from megatron_prune.store.writer import BLOCK_BYTES
-from megatron_prune.tensors import fuse_qkv, unfuse_qkv
 
 Read = Callable[[str, int, "int | None"], Tensor]
 """Indices ``[start, stop)`` of a canonical tensor's split axis, as `Source.read` gives them."""

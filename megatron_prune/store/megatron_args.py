@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from megatron_prune.errors import CheckpointError, PruneError
-from megatron_prune.grid import ParallelGrid, padded_vocab_size
-from megatron_prune.shape import ModelConfig, ModelShape
-from megatron_prune.store.names import FAMILIES
+from megatron_prune.families.names import FAMILIES
+from megatron_prune.model.grid import ParallelGrid, padded_vocab_size
+from megatron_prune.model.shape import ModelConfig, ModelShape
 
 
 def megatron_args(config: ModelConfig, grid: ParallelGrid, **more: Any) -> Namespace:

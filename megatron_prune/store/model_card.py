@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from megatron_prune.axes import count_parameters
 from megatron_prune.errors import ConfigError
-from megatron_prune.plan import PrunePlan
-from megatron_prune.shape import ModelConfig
-from megatron_prune.source import Source
+from megatron_prune.model.axes import count_parameters
+from megatron_prune.model.shape import ModelConfig
+from megatron_prune.planning.plan import PrunePlan
+from megatron_prune.sources.source import Source
 
 if TYPE_CHECKING:
     from huggingface_hub import ModelCardData

@@ -14,13 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_prune.axes import count_parameters
-from megatron_prune.grid import ParallelGrid
-from megatron_prune.shape import ModelConfig
-from megatron_prune.source import COMMANDS, REPAIR, Source
-from megatron_prune.store.block_configs import CODE, code
+from megatron_prune.families.block_configs import CODE, code
+from megatron_prune.families.config import CONFIG, hf_config
+from megatron_prune.model.axes import count_parameters
+from megatron_prune.model.grid import ParallelGrid
+from megatron_prune.model.shape import ModelConfig
+from megatron_prune.sources.source import COMMANDS, REPAIR, Source
 from megatron_prune.store.commit import write_file
-from megatron_prune.store.hf_config import CONFIG, hf_config
 
 COMPANIONS, PLAN = "hf", "plan.json"
 
@@ -59,7 +59,7 @@ class Passenger:
         config: of the model as it will be written.
         files: of the model's Hugging Face directory, by name; config.json apart.
         plan: the plan the model was pruned with, None when it was not.
-        repair: the record of its repair (`megatron_prune.repair`), None when there was none.
+        repair: the record of its repair (`megatron_prune.sources.replaced`), None when there was none.
     """
 
     config: ModelConfig

@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_prune.digest import source_digest
-from megatron_prune.scores import Scores, score_shape, scores_bytes
+from megatron_prune.planning.scores import Scores, score_shape, scores_bytes
+from megatron_prune.sources.digest import source_digest
 from megatron_prune.store import open_source
 from tests.cli.test_prune import write_value
 from tests.engine.on_ranks import Job, launch

@@ -94,7 +94,7 @@ def test_the_record_travels_and_verify_accepts_every_form(
 
 def test_training_carries_the_record_along(repaired: Path) -> None:
     """A checkpoint in training is written from its passenger alone."""
-    from megatron_prune.source import CastSource
+    from megatron_prune.sources.source import CastSource
     from megatron_prune.store import open_source
     from megatron_prune.store.passenger import Passenger
 
@@ -152,8 +152,8 @@ def test_norm_energies_may_come_from_scores(
     models: Models, plans: Plans, text: Path, repaired: Path, tmp_path: Path
 ) -> None:
     """By hand: ones give the ratio 1, a channel with all the energy its share."""
-    from megatron_prune.plan import load_plan
-    from megatron_prune.scores import Scores, scores_bytes
+    from megatron_prune.planning.plan import load_plan
+    from megatron_prune.planning.scores import Scores, scores_bytes
 
     plan = load_plan(plans("gqa"))
     energy = torch.ones(9, 48)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_prune.plan import load_plan
+from megatron_prune.planning.plan import load_plan
 from tests.pico import TEXT, ok, refused
 
 Models, Shards = Callable[[str], Path], Callable[..., Path]

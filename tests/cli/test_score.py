@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_prune.errors import StorageError
-from megatron_prune.scores import load_scores, scores_bytes
+from megatron_prune.planning.scores import load_scores, scores_bytes
 from tests.pico import TEXT, ok, refused, write_tokenizer
 
 Models = Callable[[str], Path]
@@ -166,7 +166,7 @@ def test_more_criteria_of_the_same_model_and_data_are_added(
 def test_a_finished_criterion_is_saved_before_the_next_fails(
     models: Models, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from megatron_prune.engine import score
+    from megatron_prune.engine.observe import score
 
     def fails(*_: object, **__: object) -> None:
         raise StorageError("the disk is gone")

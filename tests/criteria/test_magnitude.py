@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_prune.axes import count_parameters
 from megatron_prune.criteria import observed
+from megatron_prune.model.axes import count_parameters
 from megatron_prune.store import open_source
 from tests.criteria.loops import KINDS, Scored, assert_scores, unit_sums
 

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from emb_pruner.prune import vocabulary_axis
 from emb_pruner.vocab_plan import VocabPlan
-from megatron_prune.axes import EMBEDDING, OUTPUT
-from megatron_prune.source import Source
+from megatron_prune.model.axes import EMBEDDING, OUTPUT
+from megatron_prune.sources.pruned import PrunedSource
+from megatron_prune.sources.source import Source
 from megatron_prune.store import open_source
-from megatron_prune.surgery import PrunedSource
 from tests import launch
 from tests.emb_pruner.models import (
     END,

@@ -54,9 +54,9 @@ def errors(
     block_bytes: int | None = None,
 ) -> dict[str, float]:
     """Largest differences from float64 plain torch: of the loss, its parts, the gradient."""
-    from megatron_prune.engine import divergence as engine
     from megatron_prune.engine.groups import model_parallel
-    from megatron_prune.grid import ParallelGrid
+    from megatron_prune.engine.objectives import divergence as engine
+    from megatron_prune.model.grid import ParallelGrid
 
     if block_bytes is not None:
         engine._BLOCK_BYTES["cpu"] = block_bytes

@@ -49,7 +49,7 @@ def _run_and_kill(words: list[str], save: Path, rng: random.Random, ranks: int) 
 
 def kill_many(words: list[str], save: Path, times: int, ranks: int = 1) -> list[dict[str, object]]:
     """What lay there after each kill, and how the ranks ended."""
-    import megatron_prune.engine.train  # noqa: F401 (imported once, for all runs)
+    import megatron_prune.engine.train.loop  # noqa: F401 (imported once, for all runs)
 
     rng, seen = random.Random(4), []
     for _ in range(times):
@@ -64,7 +64,7 @@ def kill_many(words: list[str], save: Path, times: int, ranks: int = 1) -> list[
 
 def start_many(words: list[str], save: Path, starts: int) -> dict[str, object]:
     """Start one command many times at once, stop what still runs; who won, and all exit codes."""
-    import megatron_prune.engine.train  # noqa: F401 (imported once, for all runs)
+    import megatron_prune.engine.train.loop  # noqa: F401 (imported once, for all runs)
 
     children = []
     for _ in range(starts):

@@ -148,7 +148,7 @@ def start(
 
 
 def _grid(layout: dict[str, int]) -> Any:
-    from megatron_prune.grid import ParallelGrid
+    from megatron_prune.model.grid import ParallelGrid
 
     return ParallelGrid(**layout)
 
@@ -170,9 +170,9 @@ def _forward(model: Any, ids: Tensor, groups: Any) -> list[Tensor]:
 
 def logits(load: str, ids: str, layout: dict[str, int], **options: Any) -> Tensor | None:
     """Logits over the padded vocabulary, whole; None on ranks without them."""
+    from megatron_prune.engine.forward.model import ModelOptions, build_model
+    from megatron_prune.engine.forward.weights import load_weights
     from megatron_prune.engine.groups import model_parallel
-    from megatron_prune.engine.model import ModelOptions, build_model
-    from megatron_prune.engine.weights import load_weights
     from megatron_prune.store import open_source
 
     tokens = torch.load(ids)
@@ -196,14 +196,16 @@ def gradients(
 
     ``wanted`` is a Hugging Face directory with transformers' gradients in place of the weights.
     """
-    from megatron_prune import axes
-    from megatron_prune.engine import run_inputs, train, weights
-    from megatron_prune.engine.corpora import Microbatch
+    from megatron_prune.engine.forward import weights
+    from megatron_prune.engine.forward.loss import real_columns
+    from megatron_prune.engine.forward.model import build_model
     from megatron_prune.engine.groups import model_parallel
-    from megatron_prune.engine.loss import real_columns
-    from megatron_prune.engine.model import build_model
-    from megatron_prune.engine.optimizer import build_optimizer, wrap_model
-    from megatron_prune.engine.options import TrainOptions
+    from megatron_prune.engine.train import inputs as run_inputs
+    from megatron_prune.engine.train import loop as train
+    from megatron_prune.engine.train.corpora import Microbatch
+    from megatron_prune.engine.train.optimizer import build_optimizer, wrap_model
+    from megatron_prune.engine.train.options import TrainOptions
+    from megatron_prune.model import axes
     from megatron_prune.store import open_source
 
     tokens = torch.load(ids)
@@ -258,7 +260,7 @@ def divergence(**given: Any) -> dict[str, float]:
 
 def poisoned(words: list[str], at: dict[str, str], rank: int = 0) -> int:
     """``command`` with iteration -> what goes wrong in it, on one rank: see `poison`."""
-    from megatron_prune.engine import train
+    from megatron_prune.engine.train import loop as train
 
     original = train.Training._run
     if int(os.environ["RANK"]) == rank:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_prune import axes
+from megatron_prune.model import axes
 from megatron_prune.store import open_source
 
 SHORT = [

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_prune.engine import dist_writer
-from megatron_prune.engine.train import Training
+from megatron_prune.engine.train import dist_writer
+from megatron_prune.engine.train.loop import Training
 from tests.engine.on_ranks import Job, launch, poison
 from tests.engine.runs import losses, told, words
 from tests.pico import directory_bytes, ok, refused

@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_prune.digest import source_digest
-from megatron_prune.plan import Kept, PrunePlan
+from megatron_prune.planning.plan import Kept, PrunePlan
+from megatron_prune.sources.digest import source_digest
 from megatron_prune.store import open_source
 from tests.engine.divergences import plain_losses
 from tests.engine.runs import batches, losses, rows, told, weights, words
@@ -117,13 +117,13 @@ def test_a_student_of_itself_has_nothing_to_learn(train: Train, reference: Path)
 def test_the_teacher_is_left_as_it_is(
     tmp_path: Path, reference: Path, teacher: Path, corpus: Path
 ) -> None:
-    from megatron_prune.engine.distill_options import DistillOptions
     from megatron_prune.engine.groups import model_parallel
-    from megatron_prune.engine.options import TrainOptions
-    from megatron_prune.engine.run_inputs import open_inputs
-    from megatron_prune.engine.signals import StopSignals
-    from megatron_prune.engine.train import Training
-    from megatron_prune.grid import ParallelGrid
+    from megatron_prune.engine.objectives.distill_options import DistillOptions
+    from megatron_prune.engine.train.inputs import open_inputs
+    from megatron_prune.engine.train.loop import Training
+    from megatron_prune.engine.train.options import TrainOptions
+    from megatron_prune.engine.train.signals import StopSignals
+    from megatron_prune.model.grid import ParallelGrid
 
     options = TrainOptions(
         load=reference / "gqa", save=tmp_path / "run", data_path=(str(corpus),), lr=1e-3,

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_prune.engine.checkpoint import training_state
+from megatron_prune.engine.train.checkpoint import training_state
 from tests.engine import domain_runs
 from tests.engine.domain_runs import make_corpora, tables, write_recipe
 from tests.engine.on_ranks import Job, launch, made_once

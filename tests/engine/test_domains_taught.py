@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_prune.engine.checkpoint import training_state
+from megatron_prune.engine.train.checkpoint import training_state
 from tests.engine import domain_runs
 from tests.engine.domain_runs import tables, write_recipe
 from tests.engine.on_ranks import Job, launch, made_once

@@ -6,8 +6,8 @@ import itertools
 import signal
 from pathlib import Path
 
-from megatron_prune import axes
-from megatron_prune.engine.checkpoint import is_complete
+from megatron_prune.engine.train.checkpoint import is_complete
+from megatron_prune.model import axes
 from megatron_prune.store import open_source
 from tests.engine.on_ranks import start
 from tests.engine.runs import told, weights, words

@@ -314,10 +314,10 @@ def test_the_repaired_models_output_is_nearer_to_the_dense_models(
 
 
 def test_the_energies_are_transformers(models: Any, text: Path) -> None:
+    from megatron_prune.engine.forward.model import ModelOptions
     from megatron_prune.engine.groups import model_parallel
-    from megatron_prune.engine.layerwise import norm_energy
-    from megatron_prune.engine.model import ModelOptions
-    from megatron_prune.grid import ParallelGrid
+    from megatron_prune.engine.observe.layerwise import norm_energy
+    from megatron_prune.model.grid import ParallelGrid
     from megatron_prune.store import open_source
 
     ids = hf_windows(models("llama3"), text) % 96

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_prune.rotation import principal_components
+from megatron_prune.sources.rotated import principal_components
 from tests.engine.on_ranks import Job, launch
 from tests.pico import IDS, TEXT, ok, run, tensors
 

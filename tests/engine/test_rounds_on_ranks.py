@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_prune.plan import load_plan
+from megatron_prune.planning.plan import load_plan
 from tests.engine.on_ranks import Job, launch, made_once
 from tests.pico import TEXT, VOCAB, make_model, ok
 

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_prune.planning import Targets, make_plan
-from megatron_prune.scores import Scores, load_scores
+from megatron_prune.planning.choose import Targets, make_plan
+from megatron_prune.planning.scores import Scores, load_scores
 from tests import launch as processes
 from tests.engine.on_ranks import Job, launch, made_once
 from tests.pico import TEXT, VOCAB, make_model, ok
@@ -146,7 +146,7 @@ def test_the_layout_is_recorded(found: Path) -> None:
 
 
 FAIL = """
-from megatron_prune.engine import score
+from megatron_prune.engine.observe import score
 from megatron_prune.store import commit
 def fails(*_, **__):
     raise OSError(5, "Input/output error")

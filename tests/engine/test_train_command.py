@@ -196,10 +196,10 @@ def test_a_ramp_takes_the_samples_it_says(train: Train) -> None:
 
 
 def test_blends_follow_the_weights(tmp_path: Path, reference: Path) -> None:
-    from megatron_prune.engine.corpora import build_datasets, check_corpora
     from megatron_prune.engine.groups import model_parallel
-    from megatron_prune.engine.options import TrainOptions
-    from megatron_prune.grid import ParallelGrid
+    from megatron_prune.engine.train.corpora import build_datasets, check_corpora
+    from megatron_prune.engine.train.options import TrainOptions
+    from megatron_prune.model.grid import ParallelGrid
 
     for name, letter in (("a", "the "), ("b", "dog ")):
         text = json.dumps({"text": letter * 400})
@@ -253,7 +253,7 @@ def test_weights_that_are_no_numbers_are_not_saved(
 def test_gradients_that_are_no_numbers_stop_before_they_are_applied(
     tmp_path: Path, reference: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from megatron_prune.engine import train as engine
+    from megatron_prune.engine.train import loop as engine
 
     original = engine.Training._run
 

@@ -140,7 +140,7 @@ if os.environ["RANK"] == "1":
         return {instead} if len(calls) == {call} else original(self, *given, **more)
     owner.{method} = skip
 """
-TRAIN, RANKS = "megatron_prune.engine.train", "megatron_prune.ranks"
+TRAIN, RANKS = "megatron_prune.engine.train.loop", "megatron_prune.ranks"
 DDP = "megatron.core.distributed"
 SKIPPED = {  # where, what it gives instead, in which of its calls
     "loss": (TRAIN, "Training", "_sum_over_ranks", "list(given)", 8),

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from megatron.core import num_microbatches_calculator as megatron
 
-from megatron_prune.engine.options import TrainOptions
+from megatron_prune.engine.train.options import TrainOptions
 
 
 def _options(full: int, ramp: tuple[int, int, int] | None) -> TrainOptions:

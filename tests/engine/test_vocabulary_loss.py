@@ -8,10 +8,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from megatron_prune.engine import loss as engine
+from megatron_prune.engine.forward import loss as engine
+from megatron_prune.engine.forward.loss import real_columns, token_losses
 from megatron_prune.engine.groups import Groups, model_parallel
-from megatron_prune.engine.loss import real_columns, token_losses
-from megatron_prune.grid import ParallelGrid
+from megatron_prune.model.grid import ParallelGrid
 
 
 @pytest.fixture(scope="module")

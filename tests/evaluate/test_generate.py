@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_prune.engine.sampling import Sampling, choose, filtered_logits
+from megatron_prune.engine.forward.sampling import Sampling, choose, filtered_logits
 from tests.launch import launch
 from tests.pico import make_model, ok, refused
 

@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
-from megatron_prune.plan import PrunePlan
-from megatron_prune.planning import Targets, make_plan
-from megatron_prune.scores import Scores, score_shape, scores_bytes
-from megatron_prune.shape import ModelShape
+from megatron_prune.model.shape import ModelShape
+from megatron_prune.planning.choose import Targets, make_plan
+from megatron_prune.planning.plan import PrunePlan
+from megatron_prune.planning.scores import Scores, score_shape, scores_bytes
 
 SHAPE = ModelShape(
     num_layers=4,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megatron_prune.planning import Targets
+from megatron_prune.planning.choose import Targets
 from megatron_prune.report.decisions import (
     axis_scores,
     chance,

@@ -15,11 +15,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_prune.axes import count_parameters
-from megatron_prune.planning import Targets
+from megatron_prune.model.axes import count_parameters
+from megatron_prune.model.shape import ModelConfig
+from megatron_prune.planning.choose import Targets
 from megatron_prune.report.decisions import kept_mask
 from megatron_prune.report.page import Section, Sheet, Table, page_html, with_unique_names
-from megatron_prune.shape import ModelConfig
 from tests.pico import directory_bytes, ok, refused
 from tests.report.inputs import (
     DIGEST,

@@ -18,9 +18,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_prune.engine.forward.model import ModelOptions, build_model
 from megatron_prune.engine.groups import Groups, model_parallel
-from megatron_prune.engine.model import ModelOptions, build_model
-from megatron_prune.grid import ParallelGrid
+from megatron_prune.model.grid import ParallelGrid
 from megatron_prune.store import open_source
 from megatron_prune.store.megatron_args import megatron_args
 from tests.pico import IDS

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from megatron_prune.errors import CheckpointError
-from megatron_prune.grid import ParallelGrid
-from megatron_prune.shape import ModelConfig, ModelShape
+from megatron_prune.model.grid import ParallelGrid
+from megatron_prune.model.shape import ModelConfig, ModelShape
 from megatron_prune.store.megatron_args import (
     beyond_stock,
     config_from_args,

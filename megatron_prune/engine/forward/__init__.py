@@ -1,0 +1,1 @@
+"""The model on this rank and its forward pass."""

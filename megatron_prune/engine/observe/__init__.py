@@ -1,0 +1,1 @@
+"""What is seen of a running model: statistics, gradients, removals, moments."""

@@ -1,0 +1,262 @@
+"""A model run one layer at a time over calibration text: memory for one layer, whatever its depth.
+
+A single Megatron layer lives on the device; its weights are loaded layer by layer from any
+`Source`, split over the launch's tensor-parallel ranks. The hidden states of all windows wait on
+the host between layers, split over the data-parallel ranks. Attention and MLP run apart, so that
+what enters ``linear_proj`` and ``linear_fc2`` can be seen before the hidden states move on.
+
+Per rank: one layer's parameters / TP, one window's activations, and on the host
+``windows / DP * seq_length * hidden_size`` values.
+
+Shape suffixes: s sequence, b batch (1), D hidden, n this rank's inputs of a projection.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_prune.engine.failures import together
+from megatron_prune.engine.forward.model import ModelOptions, build_model
+from megatron_prune.engine.forward.weights import load_layer
+from megatron_prune.engine.groups import Groups
+from megatron_prune.errors import DamagedError
+from megatron_prune.model.axes import EMBEDDING, FINAL_NORM, layer_name
+from megatron_prune.model.shape import ModelConfig
+from megatron_prune.sources.source import DTYPES, Source
+
+_BLOCK_TOKENS = 8192  # embedding rows read at once
+
+
+@dataclass(frozen=True, kw_only=True)
+class Half:
+    """Attention or MLP of a layer: Megatron's modules, and the projection back into the stream."""
+
+    module: str
+    norm: str
+    projection: str
+    axis: str  # of the projection's inputs
+
+    @property
+    def output(self) -> str:
+        """The projection's canonical name in a layer, without ``.weight``."""
+        return f"{self.module}.{self.projection}"
+
+
+ATTENTION = Half(
+    module="self_attention", norm="input_layernorm", projection="linear_proj", axis="Q"
+)
+MLP = Half(module="mlp", norm="pre_mlp_layernorm", projection="linear_fc2", axis="F")
+HALVES = (ATTENTION, MLP)
+
+
+class Layer:
+    """One transformer layer on this rank's device, empty until `load`."""
+
+    def __init__(self, config: ModelConfig, groups: Groups, options: ModelOptions) -> None:
+        # the embedding is read by `Stream`: a vocabulary of one token keeps the module small
+        alone = replace(config, shape=replace(config.shape, num_layers=1, vocab_size=1))
+        self._model = build_model(alone, groups, options).to(groups.device).eval()
+        decoder: Any = self._model.decoder
+        self._layer: Any = decoder.layers[0]
+        self._groups = groups
+        rotary: Any = self._model.rotary_pos_emb
+        self._rotary = rotary(options.seq_length)
+
+    def load(self, source: Source, layer: int) -> None:
+        """Take over a layer's weights."""
+        load_layer(self._layer, source, layer, self._groups)
+
+    def _projection(self, half: Half) -> Any:
+        return getattr(getattr(self._layer, half.module), half.projection)
+
+    @torch.no_grad()
+    def run(
+        self, half: Half, x_sbD: Tensor, watch: Callable[[Tensor], None] | None = None
+    ) -> Tensor:
+        """What a half adds to the stream, bias and all.
+
+        Args:
+            x_sbD: on the device.
+            watch: is shown the projection's input [s, b, n].
+
+        Returns:
+            [s, b, D]
+        """
+        layer = self._layer
+        # Transformer Engine's spec has the norm inside the linear that follows, and none here
+        normed = (layer.input_layernorm if half is ATTENTION else layer.pre_mlp_layernorm)(x_sbD)
+        hooks = []
+        if watch is not None:
+            show = watch
+            hooks.append(
+                self._projection(half).register_forward_pre_hook(lambda _, args: show(args[0]))
+            )
+        try:
+            if half is ATTENTION:
+                out, bias = layer.self_attention(
+                    normed, attention_mask=None, rotary_pos_emb=self._rotary
+                )
+            else:
+                out, bias = layer.mlp(normed)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        found: Tensor = out if bias is None else out + bias
+        return found
+
+
+class Stream:
+    """The hidden states of this rank's windows, between two halves.
+
+    Args:
+        windows_WS: [W, S] int64, all windows, the same on every rank; data-parallel rank d takes
+            every DP-th from d on.
+    """
+
+    def __init__(self, source: Source, windows_WS: Tensor, groups: Groups, dtype: str) -> None:
+        self._device = groups.device
+        mine = windows_WS[groups.dp_rank :: groups.data_parallel]
+        embedded = together(groups.ranks, lambda: _embed(source, mine, DTYPES[dtype]))
+        self._states = list(embedded)
+
+    def __len__(self) -> int:
+        return len(self._states)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        """Each window's [S, 1, D], on the device."""
+        for at in range(len(self)):
+            yield self[at]
+
+    def __getitem__(self, at: int) -> Tensor:
+        return self._states[at][:, None].to(self._device)
+
+    def add(self, at: int, x_sbD: Tensor, out_sbD: Tensor) -> None:
+        """Move a window on: what it was and what a half adds."""
+        self._states[at] = (x_sbD + out_sbD)[:, 0].to("cpu")
+
+    def advance(self, layer: Layer, half: Half) -> None:
+        """Move all windows through a half."""
+        for at, x in enumerate(self):
+            self.add(at, x, layer.run(half, x))
+
+
+def _embed(source: Source, windows_wS: Tensor, dtype: torch.dtype) -> Tensor:
+    """[w, S] ids -> [w, S, D]; reads the embedding once, in blocks of rows."""
+    shape = source.config.shape
+    out = torch.empty(*windows_wS.shape, shape.hidden_size, dtype=dtype)
+    for start in range(0, shape.vocab_size, _BLOCK_TOKENS):
+        stop = min(start + _BLOCK_TOKENS, shape.vocab_size)
+        here = (windows_wS >= start) & (windows_wS < stop)
+        if bool(here.any()):
+            rows = source.read(EMBEDDING.name, start, stop)
+            out[here] = rows[windows_wS[here] - start].to(dtype)
+    return out
+
+
+def norm_energy(
+    source: Source,
+    windows_WS: Tensor,
+    groups: Groups,
+    options: ModelOptions,
+    progress: Callable[[int], object] = lambda layers: None,
+) -> Tensor:
+    """How each norm's input is spread over the hidden channels.
+
+    ``e_c`` = mean over tokens of ``(x_c / rms(x))^2``. One pass through the model.
+
+    Args:
+        progress: told of each layer done.
+
+    Returns:
+        [2 L + 1, D] float32 on the host, the same on every rank: input and pre-MLP norm of each
+        layer, then the final one. Every row is 1 on average.
+
+    Raises:
+        DamagedError: the hidden states are not finite; names the norm.
+    """
+
+    def squares(x_TD: Tensor) -> Tensor:
+        return x_TD.square().sum(0, dtype=torch.float64)
+
+    rows = list(_norm_means(squares, source, windows_WS, groups, options, progress))
+    return torch.stack(rows).float().cpu()
+
+
+def norm_moment(
+    source: Source,
+    windows_WS: Tensor,
+    groups: Groups,
+    options: ModelOptions,
+    progress: Callable[[int], object] = lambda layers: None,
+) -> Tensor:
+    """Second moment of the normalised residual stream, every norm's input counted alike.
+
+    Mean over norms and tokens of ``x x^T / rms(x)^2``. One pass through the model, and
+    ``D^2 * 24`` bytes on the device.
+
+    Returns:
+        [D, D] float64 on the host, the same on every rank; its trace is D.
+
+    Raises:
+        DamagedError: as `norm_energy`.
+    """
+
+    def products(x_TD: Tensor) -> Tensor:
+        return (x_TD.T @ x_TD).double()
+
+    size = source.config.shape.hidden_size
+    total = torch.zeros(size, size, dtype=torch.float64, device=groups.device)
+    for moment in _norm_means(products, source, windows_WS, groups, options, progress):
+        total += moment
+    return total.cpu() / (2 * source.config.shape.num_layers + 1)
+
+
+def _norm_means(
+    measure: Callable[[Tensor], Tensor],
+    source: Source,
+    windows_WS: Tensor,
+    groups: Groups,
+    options: ModelOptions,
+    progress: Callable[[int], object],
+) -> Iterator[Tensor]:
+    """For each norm in the forward pass's order: its input, normalised, measured, per token.
+
+    Args:
+        measure: [T, D] float32 of one window -> a sum over its tokens, float64.
+    """
+
+    def mean(norm: str) -> Tensor:
+        total = measure(torch.zeros(1, source.config.shape.hidden_size, device=groups.device))
+        for x in stream:  # none where there are more ranks than windows
+            total += measure(normalised(x, epsilon))
+        dist.all_reduce(total, group=groups.dp_group)
+        if not bool(total.isfinite().all()):
+            raise DamagedError(
+                f"{source.path}: the input of {source.stored_name(norm)} is not finite on the "
+                "calibration text; its weights hold values that are not finite, or the precision "
+                "is too narrow for it"
+            )
+        return total / windows_WS.numel()
+
+    epsilon = source.config.norm_epsilon
+    layer = Layer(source.config, groups, options)
+    stream = Stream(source, windows_WS, groups, options.dtype)
+    for number in range(source.config.shape.num_layers):
+        layer.load(source, number)
+        for half in HALVES:
+            yield mean(layer_name(number, f"{half.norm}.weight"))
+            stream.advance(layer, half)
+        progress(1)
+    yield mean(FINAL_NORM.name)
+
+
+def normalised(x_sbD: Tensor, epsilon: float) -> Tensor:
+    """A hidden state as RMSNorm sees it, before its weight: [T, D] float32."""
+    x_TD = x_sbD[:, 0].float()
+    return x_TD * (x_TD.square().mean(-1, keepdim=True) + epsilon).rsqrt()

@@ -1,0 +1,176 @@
+"""Telling how training goes: JSON lines, TensorBoard, a line or a bar on standard error.
+
+``metrics.jsonl`` has one object a logged iteration and one a validation; together with the
+checkpoints it is cut back to the iteration that training continues from, so every iteration stands
+there once, whatever happened in between.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from megatron_prune import __version__
+from megatron_prune.sources.source import COMMANDS
+from megatron_prune.store.commit import replace_file
+
+METRICS = "metrics.jsonl"
+_DISTILLED = ("kl loss", "hidden loss")  # of a run with a teacher
+
+
+def record_command(save: Path, argv: Sequence[str], *, iteration: int, processes: int) -> None:
+    """Add a line to ``commands.jsonl``: what was started, from which iteration on, by how many."""
+    save.mkdir(parents=True, exist_ok=True)
+    row = {"iteration": iteration, "processes": processes, "argv": list(argv)}
+    with open(save / COMMANDS, "a", encoding="utf-8") as file:
+        file.write(json.dumps({**row, "version": __version__}) + "\n")
+
+
+def _rows_until(path: Path, iteration: int) -> list[str]:
+    """The lines up to an iteration; what a kill has cut short is dropped."""
+    kept = []
+    for line in path.read_text(errors="replace").splitlines():
+        try:
+            row = json.loads(line)
+            if row["iteration"] <= iteration:
+                kept.append(line)
+        except (ValueError, KeyError, TypeError):
+            continue
+    return kept
+
+
+class MetricsLog:
+    """The metrics of one run; does something on the rank that ``active`` is true on."""
+
+    def __init__(
+        self, save: Path, tensorboard: Path, *, start: int, train_iters: int, active: bool
+    ) -> None:
+        self.active = active
+        self._train_iters, self._start, self._began = train_iters, start, time.monotonic()
+        self._bar: tqdm[Any] | None = None
+        if not active:
+            return
+        path = save / METRICS
+        if path.exists():
+            rows = _rows_until(path, start)
+            replace_file(path, "".join(row + "\n" for row in rows).encode())
+        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (until `close`)
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._board = SummaryWriter(str(tensorboard), purge_step=start + 1)
+        if sys.stderr.isatty():
+            self._bar = tqdm(total=train_iters, initial=start, unit="step", file=sys.stderr)
+
+    def advance(self) -> None:
+        """One more step is done."""
+        if self._bar is not None:
+            self._bar.update()
+
+    def _write(self, row: dict[str, Any]) -> None:
+        self._file.write(json.dumps(row) + "\n")
+        self._file.flush()
+
+    def training(self, row: dict[str, Any]) -> None:
+        """A logged iteration. Keys: iteration, lm loss, learning-rate, grad-norm, ..."""
+        if not self.active:
+            return
+        self._write(row)
+        iteration, samples = row["iteration"], row["consumed-samples"]
+        for name in (
+            "lm loss",
+            *_DISTILLED,
+            "learning-rate",
+            "grad-norm",
+            "batch-size",
+            "loss-scale",
+        ):
+            if row.get(name) is not None:
+                self._board.add_scalar(name, row[name], iteration)
+                self._board.add_scalar(f"{name} vs samples", row[name], samples)
+        self._board.add_scalar("iteration-time", row["seconds"], iteration)
+        self._board.add_scalar("tokens-per-second", row["tokens-per-second"], iteration)
+        self._tell(row)
+
+    def validation(self, iteration: int, samples: int, loss: float) -> None:
+        """The validation loss after an iteration."""
+        if not self.active:
+            return
+        perplexity = math.exp(min(20.0, loss))  # as Megatron caps it
+        self._write({"iteration": iteration, "validation loss": loss, "validation ppl": perplexity})
+        for name, value in (("lm loss validation", loss), ("lm loss validation ppl", perplexity)):
+            self._board.add_scalar(name, value, iteration)
+            self._board.add_scalar(f"{name} vs samples", value, samples)
+        self.say(f"iteration {iteration}: validation loss {loss:.4f}, ppl {perplexity:.3f}")
+
+    def domains(self, iteration: int, samples: int, table: dict[str, dict[str, float]]) -> None:
+        """What is known of each domain: loss, target, weight, tokens, token share, epochs."""
+        if not self.active:
+            return
+        named = {
+            f"domain {what}/{name}": x for name, row in table.items() for what, x in row.items()
+        }
+        self._write({"iteration": iteration, "consumed-samples": samples, **named})
+        for name, x in named.items():
+            self._board.add_scalar(name, x, iteration)
+        for name, row in table.items():
+            self.say(
+                f"iteration {iteration}: domain {name}: loss {row['loss']:.4f}, "
+                f"weight {row['weight']:.4f}, share so far {row['token share']:.4f}"
+            )
+
+    def _tell(self, row: dict[str, Any]) -> None:
+        done = row["iteration"] - self._start
+        left = (time.monotonic() - self._began) / done * (self._train_iters - row["iteration"])
+        clock = f"{int(left) // 3600}:{int(left) // 60 % 60:02d}:{int(left) % 60:02d}"
+        norm = "-" if row["grad-norm"] is None else f"{row['grad-norm']:.3f}"
+        loss = "-" if row["lm loss"] is None else f"{row['lm loss']:.4f}"
+        if self._bar is not None:
+            self._bar.set_postfix_str(f"loss {loss}, {row['tokens-per-second']:.0f} tokens/s")
+            return
+        self.say(
+            f"iteration {row['iteration']}/{self._train_iters}: lm loss {loss}, "
+            f"learning rate {row['learning-rate']:.3e}, grad norm {norm}, "
+            f"{row['tokens-per-second']:.0f} tokens/s, {clock} left"
+        )
+
+    def say(self, text: str) -> None:
+        """A line on standard error, from one rank."""
+        if self.active:
+            tqdm.write(text, file=sys.stderr)
+
+    def sync(self) -> None:
+        """Flush to disk: a checkpoint must not be newer than its metrics."""
+        if self.active:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        if self.active:
+            self._file.close()
+            self._board.close()
+            if self._bar is not None:
+                self._bar.close()
+
+
+class Lapse:
+    """Time and samples since the last logged iteration, without validation and saving."""
+
+    def __init__(self, consumed: int) -> None:
+        self.restart(consumed)
+
+    def restart(self, consumed: int) -> None:
+        self._since, self._from = time.monotonic(), consumed
+
+    def take(self, consumed: int) -> tuple[float, int]:
+        now = time.monotonic()
+        seconds, samples = max(now - self._since, 1e-9), consumed - self._from
+        self.restart(consumed)
+        return seconds, samples

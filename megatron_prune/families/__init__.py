@@ -1,0 +1,1 @@
+"""Model families: what sets one apart, and its configuration on disk."""

@@ -1,0 +1,147 @@
+"""Low-rank adaptation: which linears have factors, of which shapes, and the weight they make.
+
+Hu et al. 2021, arXiv:2106.09685: W + alpha / rank * B @ A, where W stays as it is. The factors are
+those of Megatron's linears: q, k and v of ``linear_qkv`` share one A, as gate and up of
+``linear_fc1`` do, where peft gives each its own.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megatron_prune.errors import ConfigError
+from megatron_prune.model.axes import tensor_shape
+from megatron_prune.model.shape import ModelShape
+
+A, B = "lora_A", "lora_B"
+# linear -> the canonical weights that lie in it one below the other
+PARTS = {
+    "linear_qkv": tuple(f"self_attention.linear_{part}.weight" for part in "qkv"),
+    "linear_proj": ("self_attention.linear_proj.weight",),
+    "linear_fc1": ("mlp.linear_gate.weight", "mlp.linear_up.weight"),
+    "linear_fc2": ("mlp.linear_fc2.weight",),
+}
+TARGETS = tuple(PARTS)
+_OF_HUGGING_FACE = {"o_proj": "linear_proj", "down_proj": "linear_fc2"}
+_FUSED = {
+    **dict.fromkeys(("q_proj", "k_proj", "v_proj"), "linear_qkv"),
+    **dict.fromkeys(("gate_proj", "up_proj"), "linear_fc1"),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lora:
+    """The factors of a model.
+
+    Attributes:
+        alpha: B @ A counts alpha / rank times.
+        targets: Megatron's linears that have factors, in the order of `TARGETS`.
+        keep_zeros: B @ A is left out where the fixed weight is zero.
+    """
+
+    rank: int
+    alpha: float
+    targets: tuple[str, ...] = TARGETS
+    keep_zeros: bool = False
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / self.rank
+
+    @property
+    def flags(self) -> str:
+        """As ``train`` takes them."""
+        zeros = " --lora-keep-zeros" if self.keep_zeros else ""
+        return (
+            f"--lora-rank {self.rank} --lora-alpha {self.alpha:g} "
+            f"--lora-targets {' '.join(self.targets)}{zeros}"
+        )
+
+
+def is_factor(name: str) -> bool:
+    """Whether a parameter, by whatever name it has in a model or a file, is a factor."""
+    return name.rpartition(".")[2] in (A, B)
+
+
+def linear_shape(target: str, shape: ModelShape) -> tuple[int, int]:
+    """``(out, in)`` of a whole linear."""
+    parts = [tensor_shape(name, shape) for name in PARTS[target]]
+    return sum(rows for rows, _ in parts), parts[0][1]
+
+
+def factor_shapes(target: str, shape: ModelShape, rank: int) -> dict[str, tuple[int, int]]:
+    """The whole factors of one linear: A is [rank, in], B is [out, rank]."""
+    rows, columns = linear_shape(target, shape)
+    return {A: (rank, columns), B: (rows, rank)}
+
+
+def merged(weight_OI: Tensor, a_rI: Tensor, b_Or: Tensor, lora: Lora) -> Tensor:
+    """The weight that the model computes with, added in float32 and rounded once.
+
+    Args:
+        weight_OI: the fixed weight or a part of it, any float dtype; ``a_rI`` and ``b_Or`` have the
+            columns and rows of that part.
+
+    Returns:
+        [O, I] in the dtype of ``weight_OI``.
+    """
+    factors = b_Or.float(), a_rI.float()
+    whole = torch.addmm(weight_OI.float(), *factors, alpha=lora.scale)
+    if lora.keep_zeros:
+        whole.masked_fill_(weight_OI == 0, 0)
+    return whole.to(weight_OI.dtype)
+
+
+def parse_targets(given: Sequence[str]) -> tuple[str, ...]:
+    """Megatron's names of the linears that ``--lora-targets`` names.
+
+    Raises:
+        ConfigError: a name that is none, names only a part of a linear, or comes twice.
+    """
+    found = [_OF_HUGGING_FACE.get(name, name) for name in given]
+    for name in found:
+        if name in _FUSED:
+            raise ConfigError(
+                f"--lora-targets {name}: is a part of {_FUSED[name]}, whose parts share one A; "
+                f"name {_FUSED[name]}"
+            )
+        if name not in PARTS:
+            known = ", ".join((*TARGETS, *_OF_HUGGING_FACE))
+            raise ConfigError(f"--lora-targets {name}: wanted some of {known}")
+    if len(set(found)) < len(found):
+        raise ConfigError(f"--lora-targets {' '.join(given)}: names a linear twice")
+    return tuple(target for target in TARGETS if target in found)
+
+
+def check_lora(lora: Lora) -> None:
+    """Refuse factors that no model can have.
+
+    Raises:
+        ConfigError: with the flag and its value.
+    """
+    if lora.rank < 1:
+        raise ConfigError(f"--lora-rank is {lora.rank}; wanted 1 or more")
+    if not 0 < lora.alpha < math.inf:
+        raise ConfigError(f"--lora-alpha is {lora.alpha:g}; wanted more than 0")
+    if not lora.targets:
+        raise ConfigError(f"--lora-targets is empty; wanted some of {', '.join(TARGETS)}")
+
+
+def check_rank(lora: Lora, shape: ModelShape) -> None:
+    """Refuse a rank that a target cannot have.
+
+    Raises:
+        ConfigError: with the target and its sizes.
+    """
+    for target in lora.targets:
+        rows, columns = linear_shape(target, shape)
+        if lora.rank > min(rows, columns):
+            raise ConfigError(
+                f"--lora-rank {lora.rank}: {target} is {rows} x {columns}, of rank "
+                f"{min(rows, columns)} at most; give less"
+            )

@@ -1,0 +1,1 @@
+"""Decisions: scores, plans, searches for a shape."""

@@ -1,0 +1,1 @@
+"""Every way to see one model as another."""
