@@ -59,7 +59,7 @@ class Passenger:
         config: of the model as it will be written.
         files: of the model's Hugging Face directory, by name; config.json apart.
         plan: the plan the model was pruned with, None when it was not.
-        repair: the record of its repair (`megatron_prune.sources.replaced`), None when there was none.
+        repair: the record of its repair (`sources.replaced`), None when there was none.
     """
 
     config: ModelConfig

@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from tests.planning.test_choose import shape
 from torch import Tensor
 
 from megatron_prune.planning.choose import Targets, make_plan
 from megatron_prune.planning.margins import ROUNDING, Decision, decisions, renumbered, rounding_text
 from megatron_prune.planning.plan import PrunePlan
 from megatron_prune.planning.scores import Terms, combined
+from tests.planning.test_choose import shape
 
 Units = Callable[[str, int, int | None], Tensor]
 

@@ -11,7 +11,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.planning.test_choose import counts, draw, shape
 
 from megatron_prune.criteria.random import random_scores
 from megatron_prune.errors import PlanError
@@ -24,6 +23,7 @@ from megatron_prune.sources.digest import source_digest
 from megatron_prune.sources.pruned import PrunedSource
 from megatron_prune.sources.source import Source
 from megatron_prune.store import open_source
+from tests.planning.test_choose import counts, draw, shape
 
 # ---- sizes ---------------------------------------------------------------------------------------
 

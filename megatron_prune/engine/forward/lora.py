@@ -1,4 +1,4 @@
-"""Low-rank adaptation in Megatron's linears: exact at every layout, see `megatron_prune.model.lora`.
+"""Low-rank adaptation in Megatron's linears: exact at every layout, see `model.lora`.
 
 A linear computes with W + scale * B @ A as one weight, made anew for each forward and each backward
 pass: what is trained is what an export holds, and no second copy of the weights is kept. Gradients
