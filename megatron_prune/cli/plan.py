@@ -42,8 +42,7 @@ from megatron_prune.cli.rounds import add_round_arguments, check_rounds, plan_in
 from megatron_prune.criteria import CRITERIA
 from megatron_prune.errors import ConfigError, PlanError
 from megatron_prune.families.block_configs import FFN_MULTIPLE, says_ffn_mult
-from megatron_prune.families.config import check_family
-from megatron_prune.families.names import FAMILIES
+from megatron_prune.families.config import check_widths
 from megatron_prune.model.axes import count_parameters
 from megatron_prune.model.costs import weight_bytes
 from megatron_prune.model.shape import ModelConfig
@@ -241,7 +240,7 @@ def plan_from(args: argparse.Namespace, source: Source) -> PrunePlan:
     source.config.shape.check_uniform("plan", "prune its source anew")
     nonuniform = nonuniform_from(args)
     if nonuniform is not None:
-        check_family(source.config)
+        check_widths(source.config.family)
         if asks_for_search(args):
             raise ConfigError(
                 "--nonuniform with a budget: a search looks at equal layers; take the FFN size it "
@@ -284,7 +283,7 @@ def warn_not_loadable(config: ModelConfig) -> None:
             "Nemotron-NAS model (DeciLMForCausalLM, --to hf) transformers and vLLM do, with "
             f"trust_remote_code; {also}. See docs/nonuniform.md"
         )
-    elif FAMILIES[config.family].hidden_multiple_of_heads and hidden % heads:
+    elif config.family.hidden_multiple_of_heads and hidden % heads:
         near = " or ".join(
             str(n) for n in (hidden // heads * heads, -(-hidden // heads) * heads) if n
         )

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from megatron_prune.cli import options
 from megatron_prune.errors import PlanError
-from megatron_prune.families.names import FAMILIES
+from megatron_prune.families import FAMILIES
 from megatron_prune.model.shape import ModelConfig
 from megatron_prune.report.inputs import Inputs, read_inputs, split_name
 from megatron_prune.report.page import (

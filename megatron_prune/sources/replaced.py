@@ -22,13 +22,13 @@ from torch import Tensor
 
 from megatron_prune.errors import DamagedError
 from megatron_prune.model.axes import (
-    FINAL_NORM,
     axes_of,
     names,
     norm_before,
     split_dim,
     split_layer,
 )
+from megatron_prune.model.blocks import FINAL_NORM
 from megatron_prune.model.shape import ModelConfig
 from megatron_prune.planning.plan import PrunePlan
 from megatron_prune.sources.source import DTYPES, Source
@@ -39,15 +39,6 @@ STATISTICS = ("sequential", "dense")
 TARGETS = ("own", "dense", "stream")
 DAMPING = {"own": 0.01, "dense": 0.01, "stream": 0.1}  # by target
 READERS_DAMPING = 0.01
-PROJECTIONS = ("self_attention.linear_proj", "mlp.linear_fc2")
-NORMS = ("input_layernorm.weight", "pre_mlp_layernorm.weight")
-_REPLACEABLE = {FINAL_NORM.name, *NORMS, *(f"{p}.weight" for p in PROJECTIONS)}
-_REPLACEABLE |= {f"{p}.bias" for p in PROJECTIONS}
-READERS = (
-    *(f"self_attention.linear_{part}.weight" for part in "qkv"),
-    *(f"mlp.linear_{part}.weight" for part in ("gate", "up")),
-)
-_REPLACEABLE |= {*READERS}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -194,9 +185,10 @@ def load_repair(path: Path, plan: PrunePlan, target: ModelConfig) -> Repair:
         raise DamagedError(f"{path}: not the record of a repair: {error}") from None
     if repair.plan_digest != plan.digest:
         raise DamagedError(f"{path}: is of another plan than the one given")
-    replaceable = {name for name in names(target) if split_layer(name)[1] in _REPLACEABLE}
+    # of a layer what reads or writes the hidden state, and the norms
+    replaceable = {n for n in names(target) if split_layer(n)[0] is not None and "D" in axes_of(n)}
     for name in tensors:
-        if name not in replaceable:
+        if name not in {*replaceable, FINAL_NORM.name}:
             raise DamagedError(f"{path}: claims {name}, which no repair replaces")
     return repair
 

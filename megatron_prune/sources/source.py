@@ -8,8 +8,8 @@ memory map where it can; nothing is held between two reads.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from megatron_prune.errors import DamagedError
 from megatron_prune.model.axes import axes_of, split_dim
+from megatron_prune.model.fusion import Piece
 from megatron_prune.model.grid import ParallelGrid
 from megatron_prune.model.lora import Lora
 from megatron_prune.model.shape import ModelConfig
@@ -115,18 +116,6 @@ class CastSource(Source):
 
     def close(self) -> None:
         self._source.close()
-
-
-@dataclass(frozen=True)
-class Piece:
-    """A stored part of a tensor: indices ``[start, stop)`` of its split axis.
-
-    ``load(a, b)`` gives the indices ``[a, b)`` *within* the piece, as rows of the tensor.
-    """
-
-    start: int
-    stop: int
-    load: Callable[[int, int], Tensor]
 
 
 def assemble(name: str, pieces: Sequence[Piece], start: int, stop: int, where: object) -> Tensor:

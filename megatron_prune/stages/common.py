@@ -10,7 +10,7 @@ from pathlib import Path
 
 from megatron_prune import __version__
 from megatron_prune.errors import ConfigError, StorageError
-from megatron_prune.families.names import FAMILIES
+from megatron_prune.families import FAMILIES
 from megatron_prune.flags import Group, flag
 from megatron_prune.model.grid import ParallelGrid
 from megatron_prune.model.shape import ModelShape

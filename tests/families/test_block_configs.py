@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from megatron_prune.errors import CheckpointError
+from megatron_prune.families import read_config
 from megatron_prune.families.block_configs import block_configs, read_block_configs
-from megatron_prune.families.config import hf_config, read_config
+from megatron_prune.families.config import hf_config
 from megatron_prune.model.shape import ModelShape
 
 SHAPE = ModelShape(
