@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from megatron_prune.errors import CheckpointError, PruneError
 from megatron_prune.families.llama import LLAMA
@@ -18,6 +16,11 @@ from megatron_prune.model.shape import ModelConfig
 
 FAMILIES = {family.name: family for family in (LLAMA, MISTRAL, QWEN2)}
 _ON_DISK = {family.model_type: family for family in (*FAMILIES.values(), QWEN1, NEMOTRON_NAS)}
+
+
+def on_disk(model_type: object) -> Family | None:
+    """The family as a config.json's ``model_type`` names it; None for one that we do not know."""
+    return _ON_DISK.get(model_type) if isinstance(model_type, str) else None
 
 
 def read_config(path: Path) -> ModelConfig:
@@ -41,22 +44,18 @@ def read_config_as(path: Path) -> tuple[ModelConfig, Family]:
         raise CheckpointError(f"{path}: not a model configuration: {error}") from None
     if not isinstance(values, dict):
         raise CheckpointError(f"{path}: not a model configuration")
-    family = _on_disk(values, path)
+    family = on_disk(values.get("model_type"))
+    if family is None:
+        known = ", ".join(_ON_DISK)
+        raise CheckpointError(
+            f"{path}: model_type {values.get('model_type')!r}; wanted one of {known}"
+        )
     try:
         return family.read(values), family
     except PruneError as error:
         raise CheckpointError(f"{path}: {error}") from None
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise CheckpointError(f"{path}: {type(error).__name__}: {error}") from None
-
-
-def _on_disk(values: Mapping[str, Any], path: Path) -> Family:
-    model_type = values.get("model_type")
-    family = _ON_DISK.get(model_type) if isinstance(model_type, str) else None
-    if family is None:
-        known = ", ".join(_ON_DISK)
-        raise CheckpointError(f"{path}: model_type {model_type!r}; wanted one of {known}")
-    return family
 
 
 def family_of_arguments(*, qkv_bias: bool, all_bias: bool, window: bool, qk_norm: bool) -> Family:

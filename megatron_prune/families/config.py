@@ -47,7 +47,7 @@ def interpret(family: Family, values: Mapping[str, Any]) -> ModelConfig:
             ffn_hidden_size=values["intermediate_size"],
             num_attention_heads=heads,
             num_query_groups=get("num_key_value_heads", heads),
-            kv_channels=values.get("head_dim") or values["hidden_size"] // heads,
+            kv_channels=get("head_dim") or values["hidden_size"] // heads,
             vocab_size=values["vocab_size"],
         ),
         tied=bool(values.get("tie_word_embeddings", False)),

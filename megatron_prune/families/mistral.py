@@ -28,6 +28,11 @@ MISTRAL = Family(
     halves=HALVES,
     read=_read,
     fresh=_fresh,
-    defaults={"num_key_value_heads": 8, "sliding_window": 4096},
+    defaults={
+        "num_key_value_heads": 8,
+        "sliding_window": 4096,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    },
     has_windows=True,
 )
