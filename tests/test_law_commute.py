@@ -32,6 +32,7 @@ SOURCES = [
     *[("mha", *layout) for layout in (("torch_dist", 2, 2), ("torch", 6, 1))],
     *[("four", *layout) for layout in (("torch_dist", 4, 1), ("torch", 2, 2))],
     *[("qwen_tied", *layout) for layout in (("torch_dist", 2, 2), ("torch", 4, 1))],
+    *[("qwen3", "torch_dist", 3, 1), ("qwen3_tied", "torch", 2, 2)],
     *[("mqa", "torch", 1, 2), ("bf16", "torch_dist", 3, 1), ("mistral", "torch", 3, 1)],
 ]
 

@@ -17,7 +17,7 @@ CRITERIA = (
     *("magnitude", "activation", "wanda", "flap", "residual-energy"),
     *("taylor", "fisher", "perplexity", "perplexity-greedy"),
 )
-KINDS = ("gqa", "tied", "all_bias", "qwen")
+KINDS = ("gqa", "tied", "all_bias", "qwen", "qwen3")
 
 
 @dataclass(frozen=True)
