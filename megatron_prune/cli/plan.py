@@ -53,7 +53,6 @@ from megatron_prune.planning.margins import decisions, rounding_text
 from megatron_prune.planning.plan import PRUNE_TYPES, PrunePlan
 from megatron_prune.planning.scores import Scores, load_scores
 from megatron_prune.ranks import is_first_rank
-from megatron_prune.sources.digest import source_digest
 from megatron_prune.sources.source import Source
 from megatron_prune.store.commit import replace_file
 
@@ -223,7 +222,7 @@ def scores_from(args: argparse.Namespace, source: Source) -> Scores | None:
         return None
     if args.criterion in CRITERIA:
         raise ConfigError(f"--scores with --criterion {args.criterion}, which needs none; name one")
-    scores, found = load_scores(args.scores), source_digest(source)
+    scores, found = load_scores(args.scores), source.digest
     if scores.source_digest != found:
         raise PlanError(
             f"--scores {args.scores}: of another model ({scores.source_digest[:12]}..., this one "
@@ -257,7 +256,7 @@ def plan_from(args: argparse.Namespace, source: Source) -> PrunePlan:
         seed=args.seed,
         prune_type=args.prune_type,
         balance_for=options.balance_for(args, source),
-        source_digest=source_digest(source),
+        source_digest=source.digest,
         nonuniform=nonuniform,
     )
     if asks_for_search(args):

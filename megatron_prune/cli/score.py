@@ -110,7 +110,6 @@ def _prepare(
     args: argparse.Namespace, source: Source, options: ScoreOptions
 ) -> tuple[Tensor | None, Scores | None]:
     """The calibration windows, and what an earlier run found: of this model and these windows."""
-    from megatron_prune.sources.digest import source_digest
 
     windows = score_windows(args, source, options.model.seq_length)
     if not args.save.exists():
@@ -119,7 +118,7 @@ def _prepare(
         known = load_scores(args.save)
     except DamagedError as error:  # whatever it is, it may be all there is of it
         raise DamagedError(f"--save {error}; remove it, or choose another file") from None
-    other = _difference(known, source_digest(source), windows, options)
+    other = _difference(known, source.digest, windows, options)
     if other is None:
         return windows, known
     if args.overwrite:

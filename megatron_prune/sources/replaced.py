@@ -31,7 +31,7 @@ from megatron_prune.model.axes import (
 )
 from megatron_prune.model.shape import ModelConfig
 from megatron_prune.planning.plan import PrunePlan
-from megatron_prune.sources.source import DTYPES, Source
+from megatron_prune.sources.source import DTYPES, DerivedSource, Source
 from megatron_prune.store.commit import write_file
 
 VERSION = 1
@@ -265,17 +265,12 @@ class Tensors(Mapping[str, Tensor]):
         return len(self._names)
 
 
-class RepairedSource(Source):
+class RepairedSource(DerivedSource):
     """A pruned model with some of its tensors replaced; everything else is read through."""
 
     def __init__(self, source: Source, replaced: Tensors) -> None:
-        self.path, self.format, self.grid = source.path, source.format, source.grid
-        self.companion_files, self.iteration = source.companion_files, source.iteration
-        self.config = source.config
-        self._source, self._replaced = source, replaced
-
-    def dtype(self, name: str) -> torch.dtype:
-        return self._source.dtype(name)
+        super().__init__(source)
+        self._replaced = replaced
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
         if name not in self._replaced:
@@ -287,9 +282,6 @@ class RepairedSource(Source):
         rows = self.config.shape.rows(axes[dim])
         upto = None if stop is None else stop * rows
         return self._replaced.part(name, dim, start * rows, upto)
-
-    def close(self) -> None:
-        self._source.close()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -319,7 +311,7 @@ class Mix:
         return cls(readers_DK=columns / norm_K.float(), norm_K=norm_K)
 
 
-class MixedSource(Source):
+class MixedSource(DerivedSource):
     """A pruned model whose readers of some norms take mixtures of the hidden channels.
 
     Args:
@@ -328,25 +320,17 @@ class MixedSource(Source):
     """
 
     def __init__(self, pruned: Source, wide: Source, mixes: Mapping[str, Mix]) -> None:
-        self.path, self.format, self.grid = pruned.path, pruned.format, pruned.grid
-        self.companion_files, self.iteration = pruned.companion_files, pruned.iteration
-        self.config = pruned.config
-        self._pruned, self._wide, self._mixes = pruned, wide, mixes
-
-    def dtype(self, name: str) -> torch.dtype:
-        return self._pruned.dtype(name)
+        super().__init__(pruned)
+        self._wide, self._mixes = wide, mixes
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
         if name in self._mixes:
             return self._mixes[name].norm_K.cpu()
         norm = norm_before(name)
         if norm is None or norm not in self._mixes:
-            return self._pruned.read(name, start, stop)
+            return self._source.read(name, start, stop)
         readers, x = self._mixes[norm].readers_DK, self._wide.read(name, start, stop)
         return (x.to(readers.device).float() @ readers).to(x.dtype).cpu()
-
-    def close(self) -> None:
-        self._pruned.close()
 
 
 def drops_inputs(plan: PrunePlan) -> bool:

@@ -36,7 +36,6 @@ from megatron_prune.engine.observe.removal import greedy_removal, losses_without
 from megatron_prune.errors import ConfigError, DamagedError
 from megatron_prune.model.axes import count_parameters
 from megatron_prune.planning.scores import Scores
-from megatron_prune.sources.digest import source_digest
 from megatron_prune.sources.source import Source
 
 Saver = Callable[[Scores], object]
@@ -240,7 +239,7 @@ def score(
     windows = torch.zeros(0, 2, dtype=torch.int64) if windows_WS is None else windows_WS
     start = Scores(
         shape=source.config.shape,
-        source_digest=source_digest(source),
+        source_digest=source.digest,
         criteria={} if known is None else known.criteria,
         provenance={
             "data_digest": data_digest(windows),
