@@ -1,6 +1,6 @@
 """A model cut to the tokens of a plan: rows, tokenizer files and the ids in its configuration.
 
-The rows are axis V of a `PrunePlan`, which `surgery.PrunedSource` cuts as it does every other axis,
+The rows are axis V of a `PrunePlan`, which `pruned.PrunedSource` cuts as it does every other axis,
 alone or together with them. Here is what else has to follow: `VocabularySource` puts the pruned
 tokenizer's files and renumbered configurations in the place of the source's, so whatever writes a
 source writes them together.

@@ -1,6 +1,6 @@
 """`plan --rounds N`: score, prune a part, score what is left, until the target is met.
 
-The model is pruned in sight only (`surgery.PrunedSource`): no weight is written. Each round runs
+The model is pruned in sight only (`pruned.PrunedSource`): no weight is written. Each round runs
 the model as far as it is pruned, at the layout that the flags name, alone or under torchrun.
 """
 

@@ -1,6 +1,6 @@
 """A source: any model whose tensors can be read one at a time, by canonical name.
 
-Every store opens as one; a pruned model (`surgery.PrunedSource`) is one too, so converting,
+Every store opens as one; a pruned model (`pruned.PrunedSource`) is one too, so converting,
 pruning, resharding and checking are the same loop over different sources. `read` gives a view of a
 memory map where it can; nothing is held between two reads.
 """
