@@ -17,12 +17,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from megatron_prune.errors import PlanError, StorageError
+from megatron_prune.files import write_file
 from megatron_prune.model.grid import ParallelGrid
 from megatron_prune.planning.plan import PrunePlan, load_plan
 from megatron_prune.ranks import Ranks
 from megatron_prune.sources.repair_record import Repair
 from megatron_prune.sources.source import CARD, COMMANDS, Source
-from megatron_prune.store.commit import atomic_directory, write_file, write_manifest
+from megatron_prune.store.commit import atomic_directory, write_manifest
 from megatron_prune.store.hf import DEFAULT_SHARD_BYTES, HuggingFaceWriter
 from megatron_prune.store.mcore_dist import DistWriter
 from megatron_prune.store.mcore_legacy import LegacyWriter

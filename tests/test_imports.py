@@ -16,7 +16,7 @@ PACKAGE = Path(megatron_prune.__file__).parent
 # file or a folder; `engine` is taken apart, since it is as large as all the rest.
 LAYERS = (
     ("__init__", "errors", "flags"),
-    ("ranks",),
+    ("ranks", "files"),
     ("model", "solve"),
     ("families",),
     ("planning",),
@@ -36,7 +36,7 @@ LAYERS = (
     ("__main__",),
 )
 # Circles that are there still.
-_TO_GO = {("planning", "criteria"), ("sources", "store"), ("engine.objectives", "engine.train")}
+_TO_GO = {("planning", "criteria"), ("engine.objectives", "engine.train")}
 LAYER_OF = {name: number for number, names in enumerate(LAYERS) for name in names}
 
 

@@ -44,6 +44,7 @@ from megatron_prune.errors import ConfigError, PlanError
 from megatron_prune.families.block_configs import FFN_MULTIPLE, says_ffn_mult
 from megatron_prune.families.config import check_family
 from megatron_prune.families.names import FAMILIES
+from megatron_prune.files import replace_file
 from megatron_prune.model.axes import count_parameters
 from megatron_prune.model.costs import weight_bytes
 from megatron_prune.model.shape import ModelConfig
@@ -54,7 +55,6 @@ from megatron_prune.planning.plan import PRUNE_TYPES, PrunePlan
 from megatron_prune.planning.scores import Scores, load_scores
 from megatron_prune.ranks import is_first_rank
 from megatron_prune.sources.source import Source
-from megatron_prune.store.commit import replace_file
 
 _REMAIN = ("hidden_size", "num_attention_heads", "ffn_hidden_size", "num_query_groups")
 

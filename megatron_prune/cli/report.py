@@ -18,6 +18,7 @@ from pathlib import Path
 from megatron_prune.cli import options
 from megatron_prune.errors import PlanError
 from megatron_prune.families.names import FAMILIES
+from megatron_prune.files import replace_file
 from megatron_prune.model.shape import ModelConfig
 from megatron_prune.report.inputs import Inputs, read_inputs, split_name
 from megatron_prune.report.page import (
@@ -28,7 +29,6 @@ from megatron_prune.report.page import (
     write_beside,
 )
 from megatron_prune.report.sections import report_sections
-from megatron_prune.store.commit import replace_file
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

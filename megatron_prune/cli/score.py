@@ -93,7 +93,7 @@ def _score(args: argparse.Namespace, source: Source, options: ScoreOptions, grou
     from megatron_prune.engine.failures import on_first_rank
     from megatron_prune.engine.groups import Groups
     from megatron_prune.engine.observe.score import score
-    from megatron_prune.store.commit import replace_file
+    from megatron_prune.files import replace_file
 
     assert isinstance(groups, Groups)
     windows, known = on_first_rank(groups.ranks, lambda: _prepare(args, source, options))

@@ -21,8 +21,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_prune.data.indexed import HEADER, MAGIC, TYPES, corpus_path, file_sha256
+from megatron_prune.data.indexed import HEADER, MAGIC, TYPES, corpus_path
 from megatron_prune.errors import ConfigError, DamagedError
+from megatron_prune.files import hash_file
 
 SIDECAR_VERSION = 1
 _PIECE = 1 << 18  # sequences of the index checked at a time
@@ -227,7 +228,7 @@ def _check_sidecar(
         )
     for suffix in (".idx", ".bin") if read_all else (".idx",):
         path = corpus_path(prefix, suffix)
-        if file_sha256(path) != sidecar[suffix[1:]]["sha256"]:
+        if hash_file(path).sha256 != sidecar[suffix[1:]]["sha256"]:
             raise DamagedError(
                 f"{path}: its sha256 is not the one in {prefix}.json: changed since it was "
                 f"written; {_AGAIN}"

@@ -11,9 +11,9 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from megatron_prune.files import write_file
 from megatron_prune.model.axes import axes_of, norm_before, split_dim
 from megatron_prune.sources.source import DerivedSource, Source
-from megatron_prune.store.commit import write_file
 
 
 class Tensors(Mapping[str, Tensor]):

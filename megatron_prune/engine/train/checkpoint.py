@@ -30,13 +30,12 @@ from megatron_prune.engine.groups import Groups
 from megatron_prune.engine.train.dist_writer import ShardedWrite
 from megatron_prune.engine.train.options import TrainOptions
 from megatron_prune.errors import ConfigError, DamagedError, StorageError
+from megatron_prune.files import replace_file, try_lock
 from megatron_prune.ranks import Ranks
 from megatron_prune.store.commit import (
     atomic_directory,
     check_manifest,
-    replace_file,
     sweep_beside,
-    try_lock,
     write_manifest,
 )
 from megatron_prune.store.lora import LORA, lora_record
