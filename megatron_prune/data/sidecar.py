@@ -33,7 +33,7 @@ _AGAIN = "copy it again, or run preprocess with --overwrite"
 
 @dataclass(frozen=True, kw_only=True)
 class CorpusFacts:
-    """What a corpus is. The last four are None without a sidecar."""
+    """What a corpus is. The last three are None without a sidecar."""
 
     prefix: str
     documents: int
@@ -41,7 +41,6 @@ class CorpusFacts:
     tokens: int
     dtype: str
     tokenizer_digest: str | None
-    tokenizer_vocab_size: int | None
     eod: int | None
     max_token_id: int | None
 
@@ -101,7 +100,6 @@ def check_corpus(
         tokens=tokens,
         dtype=dtype.name,
         tokenizer_digest=known.get("tokenizer_digest"),
-        tokenizer_vocab_size=known.get("vocab_size"),
         eod=known.get("eod"),
         max_token_id=known.get("max_token_id"),
     )
