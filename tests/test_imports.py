@@ -39,7 +39,7 @@ LAYERS = (
     ("emb_pruner.llama_emb_pruner", "emb_pruner.qwen_emb_pruner", "tools"),
 )
 # Circles that are there still.
-_TO_GO = {("planning", "criteria"), ("engine.objectives", "engine.train")}
+_TO_GO = {("engine.objectives", "engine.train")}
 LAYER_OF = {name: number for number, names in enumerate(LAYERS) for name in names}
 
 
