@@ -26,7 +26,7 @@ from megatron_prune.cli.score_flags import (
 )
 from megatron_prune.criteria import SCORED
 from megatron_prune.errors import ConfigError, DamagedError
-from megatron_prune.planning.scores import Scores, load_scores, scores_bytes
+from megatron_prune.planning.scores import Scores, criteria_in, load_scores, scores_bytes
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -52,14 +52,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--criterion",
         required=True,
         metavar="NAME[,NAME...]",
-        help=f"any of {', '.join(SCORED)}",
+        help=f"any of {', '.join(SCORED)}; or all that an expression names, as plan takes it",
     )
     add_score_arguments(parser)
     add_engine(parser)
 
 
 def _criteria(text: str) -> tuple[str, ...]:
-    found = tuple(dict.fromkeys(word.strip() for word in text.split(",") if word.strip()))
+    found = criteria_in(text)
     unknown = [name for name in found if name not in SCORED]
     if unknown or not found:
         raise ConfigError(
