@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from megatron_prune.data.tokenizers import TRACKER
 from megatron_prune.errors import PlanError, StorageError
 from megatron_prune.files import write_file
 from megatron_prune.model.grid import ParallelGrid
@@ -30,7 +31,6 @@ from megatron_prune.store.mcore_legacy import LegacyWriter
 from megatron_prune.store.megatron import ITERATION
 from megatron_prune.store.megatron_args import check_expressible, megatron_args
 from megatron_prune.store.model_card import CardFacts, base_model_of, model_card
-from megatron_prune.store.open import TRACKER
 from megatron_prune.store.passenger import Passenger, commands_of
 from megatron_prune.store.writer import Progress, Writer
 

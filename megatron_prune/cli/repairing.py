@@ -22,7 +22,7 @@ from megatron_prune.cli.calibration import (
 )
 from megatron_prune.cli.engine_flags import process_groups
 from megatron_prune.errors import ConfigError, PlanError
-from megatron_prune.planning.fit import DAMPING, READERS_DAMPING, STATISTICS, TARGETS, Fit
+from megatron_prune.planning.fit import DAMPING, FIT_TARGETS, READERS_DAMPING, STATISTICS, Fit
 from megatron_prune.planning.plan import PrunePlan
 from megatron_prune.planning.scores import Scores, load_scores
 from megatron_prune.ranks import Ranks
@@ -68,7 +68,7 @@ def add_repair_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--repair-target",
-        choices=TARGETS,
+        choices=FIT_TARGETS,
         help="output to fit: the layer's own with all its parts, the dense model's, or what brings "
         "the hidden state to the dense model's (default: stream for a plan that drops hidden "
         "channels or layers, else own)",

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from megatron_prune.planning.plan import PrunePlan
 
 STATISTICS = ("sequential", "dense")
-TARGETS = ("own", "dense", "stream")
+FIT_TARGETS = ("own", "dense", "stream")
 DAMPING = {"own": 0.01, "dense": 0.01, "stream": 0.1}  # by target
 READERS_DAMPING = 0.01
 
@@ -35,7 +35,7 @@ class Fit:
     statistics: str = "sequential"
 
     def __post_init__(self) -> None:
-        assert self.statistics in STATISTICS and self.target in TARGETS
+        assert self.statistics in STATISTICS and self.target in FIT_TARGETS
         assert self.statistics == "sequential" or (self.target == "own" and not self.readers)
 
     @classmethod

@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from megatron_prune.data.tokenizers import TRACKER
 from megatron_prune.errors import CheckpointError, DamagedError
 from megatron_prune.families.config import CONFIG, read_config
 from megatron_prune.files import Hold, hold
@@ -29,7 +30,6 @@ from megatron_prune.store.megatron_args import config_from_args, warn_unverified
 from megatron_prune.store.passenger import COMPANIONS, PLAN
 from megatron_prune.store.untrusted import load_untrusted
 
-TRACKER = "latest_checkpointed_iteration.txt"
 _NOT_COMPANIONS = (
     ".safetensors",
     ".bin",

@@ -32,7 +32,7 @@ from megatron_prune.model.axes import count_parameters
 from megatron_prune.planning.scores import Scores
 from megatron_prune.sources.source import Source
 
-Saver = Callable[[Scores], object]
+SaveScores = Callable[[Scores], object]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +92,7 @@ class _Run:
         groups: Groups,
         windows_WS: Tensor,
         scores: Scores,
-        save: Saver,
+        save: SaveScores,
     ) -> None:
         self.source, self.options, self.groups = source, options, groups
         self.windows, self.scores, self._save = windows_WS, scores, save
@@ -218,7 +218,7 @@ def score(
     windows_WS: Tensor | None,
     *,
     known: Scores | None,
-    save: Saver,
+    save: SaveScores,
 ) -> Scores:
     """Score a model; the same result on every rank and, within fp32 rounding, at every layout.
 

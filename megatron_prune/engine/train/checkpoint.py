@@ -25,6 +25,7 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from torch.distributed.checkpoint.api import CheckpointException
 
+from megatron_prune.data.tokenizers import TRACKER
 from megatron_prune.engine.failures import is_lost_rank, together
 from megatron_prune.engine.groups import Groups
 from megatron_prune.engine.train.dist_writer import ShardedWrite
@@ -41,7 +42,7 @@ from megatron_prune.store.commit import (
 from megatron_prune.store.lora import LORA, lora_record
 from megatron_prune.store.mcore_dist import COMMON, read_index
 from megatron_prune.store.megatron_args import megatron_args
-from megatron_prune.store.open import TRACKER, read_facts
+from megatron_prune.store.open import read_facts
 from megatron_prune.store.passenger import Passenger
 from megatron_prune.store.untrusted import load_untrusted
 
