@@ -98,6 +98,20 @@ class WeightSquares:
     units: dict[str, Tensor]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Gradients:
+    """Sums over calibration samples and over the weights that a unit owns; float64.
+
+    Attributes:
+        first: axis letter -> of |weight x gradient|, shaped as `WeightSquares.units`.
+        second: the same of (weight x gradient)^2.
+    """
+
+    first: dict[str, Tensor]
+    second: dict[str, Tensor]
+    samples: int
+
+
 class UnitSums:
     """Adds values of weights (squares, or |weight x gradient|) up over the units that own them."""
 
