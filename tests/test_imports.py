@@ -24,7 +24,7 @@ LAYERS = (
     ("criteria",),
     ("store",),
     ("surgery", "verify"),
-    ("engine.cpu", "engine.failures"),
+    ("engine.cpu", "engine.failures", "engine.running"),
     ("engine.groups",),
     ("engine.forward",),
     ("engine.observe", "engine.profile"),

@@ -57,10 +57,9 @@ def dtype_of(args: argparse.Namespace) -> str:
 
 @contextmanager
 def process_groups(args: argparse.Namespace, grid: ParallelGrid, **more: Any) -> Iterator[Groups]:
-    """`model_parallel` as the flags ask, in which a failure is told with its rank's name."""
-    from megatron_prune.engine.failures import named_failures
+    """`model_parallel` as the flags ask."""
     from megatron_prune.engine.groups import model_parallel
 
     timeout = args.distributed_timeout_minutes
-    with named_failures(), model_parallel(grid, timeout_minutes=timeout, **more) as groups:
+    with model_parallel(grid, timeout_minutes=timeout, **more) as groups:
         yield groups

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,7 +10,7 @@ from pathlib import Path
 from megatron_prune import __version__
 from megatron_prune.errors import ConfigError, StorageError
 from megatron_prune.families.names import FAMILIES
-from megatron_prune.flags import Group, flag
+from megatron_prune.flags import Group, flag, positive
 from megatron_prune.model.grid import ParallelGrid
 from megatron_prune.model.shape import ModelShape
 from megatron_prune.ranks import Ranks
@@ -21,18 +20,7 @@ from megatron_prune.store import open_source
 from megatron_prune.store.commit import check_target
 
 FORMATS = ("torch_dist", "torch")
-LAYOUT = Group("layout")
-
-
-def positive(text: str) -> int:
-    """An integer of 1 or more, for a flag."""
-    try:
-        value = int(text)
-    except ValueError:
-        value = 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}: wanted an integer of 1 or more")
-    return value
+LAYOUT = Group("layout", is_last=True)
 
 
 @dataclass(frozen=True, kw_only=True)
