@@ -65,7 +65,14 @@ def _stage(argv: Sequence[str]) -> tuple[str, Sequence[str]]:
 # command -> the module of its stage, its options and its function, where they are in `stages`
 _DOORS = {
     "inspect": ("inspection", "InspectOptions", "inspect"),
+    "convert": ("conversion", "ConvertOptions", "convert"),
+    "score": ("scoring", "ScoreOptions", "score"),
+    "profile": ("profiling", "ProfileOptions", "profile"),
+    "plan": ("planning", "PlanOptions", "plan"),
+    "prune": ("pruning", "PruneOptions", "prune"),
     "reshard": ("resharding", "ReshardOptions", "reshard"),
+    "verify": ("verification", "VerifyOptions", "verify"),
+    "vocab prune": ("vocab_pruning", "VocabPruneOptions", "vocab_prune"),
 }
 
 

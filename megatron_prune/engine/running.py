@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_prune.flags import Group, flag
+from megatron_prune.flags import Group, flag, positive
 
 PROCESSES = Group("processes, precision and layers", is_last=True)
+CALIBRATION = Group("calibration")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,4 +27,27 @@ class Runs:
         default="auto",
         choices=("auto", "local", "transformer_engine"),
         group=PROCESSES,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreRuns:
+    """Of everything that scores: how calibration text is run."""
+
+    micro_batch_size: int = flag(
+        "samples at once", default=1, parse=positive, metavar="N", group=CALIBRATION
+    )
+    removal_samples: int = flag(
+        "samples of perplexity: it runs them once for each layer",
+        default=8,
+        parse=positive,
+        metavar="N",
+        group=CALIBRATION,
+    )
+    removal_layers: int | None = flag(
+        "layers that perplexity-greedy removes (default: a quarter)",
+        default=None,
+        parse=positive,
+        metavar="N",
+        group=CALIBRATION,
     )

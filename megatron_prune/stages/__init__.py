@@ -17,8 +17,22 @@ from typing import Any
 _PLACES = {
     "inspect": "inspection",
     "InspectOptions": "inspection",
+    "convert": "conversion",
+    "ConvertOptions": "conversion",
+    "score": "scoring",
+    "ScoreOptions": "scoring",
+    "profile": "profiling",
+    "ProfileOptions": "profiling",
+    "plan": "planning",
+    "PlanOptions": "planning",
+    "prune": "pruning",
+    "PruneOptions": "pruning",
     "reshard": "resharding",
     "ReshardOptions": "resharding",
+    "verify": "verification",
+    "VerifyOptions": "verification",
+    "vocab_prune": "vocab_pruning",
+    "VocabPruneOptions": "vocab_pruning",
 }
 __all__ = [*_PLACES]
 
