@@ -105,7 +105,7 @@ def given(options: Any, of: Any = None, *, groups: Sequence[Group] = ()) -> tupl
 
 
 def given_flags(options: Any, *groups: Group) -> tuple[str, ...]:
-    """`given` as it is typed: ``--seq-length``, and ``--bf16`` for a ``dtype`` that has switches."""
+    """`given` as it is typed: ``--seq-length``, and ``--bf16`` for a ``dtype`` with switches."""
     told = {one.name: one.metadata[FLAG] for one in fields(options) if FLAG in one.metadata}
     return tuple(
         flag_name(getattr(options, name) if told[name].switches else name)
