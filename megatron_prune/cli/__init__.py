@@ -66,11 +66,22 @@ def _stage(argv: Sequence[str]) -> tuple[str, Sequence[str]]:
 _DOORS = {
     "inspect": ("inspection", "InspectOptions", "inspect"),
     "reshard": ("resharding", "ReshardOptions", "reshard"),
+    "preprocess": ("preprocessing", "PreprocessOptions", "preprocess"),
+    "train": ("training", "TrainOptions", "train"),
+    "evaluate": ("evaluation", "EvaluateOptions", "evaluate"),
+    "generate": ("generation", "GenerateOptions", "generate"),
+    "report": ("reporting", "ReportOptions", "report"),
+    "vocab count": ("vocab_counting", "VocabCountOptions", "vocab_count"),
+    "vocab plan": ("vocab_planning", "VocabPlanOptions", "vocab_plan"),
 }
 
 
-def _run_stage(stage: str, argv: Sequence[str]) -> None:
-    """Parse, do, and print what came of it."""
+def _run_stage(stage: str, argv: Sequence[str], command: Sequence[str]) -> None:
+    """Parse, do, and print what came of it.
+
+    Args:
+        command: what was typed, for stages that record it.
+    """
     module_name, options_name, function_name = _DOORS[stage]
     module = importlib.import_module(f"megatron_prune.stages.{module_name}")
     options_type = getattr(module, options_name)
@@ -85,7 +96,8 @@ def _run_stage(stage: str, argv: Sequence[str]) -> None:
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     args = parser.parse_args(expand_recipe(stage, with_dashes(argv)))
     terminal = Terminal()
-    found = getattr(module, function_name)(options_from(args, options_type), terminal)
+    options = options_from(args, options_type, command=tuple(command))
+    found = getattr(module, function_name)(options, terminal)
     if found is not None:
         terminal.show(str(found))
 
@@ -111,7 +123,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         stage, rest = _stage(argv)
         if stage in _DOORS:
-            _run_stage(stage, rest)
+            _run_stage(stage, rest, argv)
             return 0
         module, args = _stage_arguments(stage, rest)
         args.argv = argv  # for stages that record what was asked of them

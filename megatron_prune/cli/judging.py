@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from megatron_prune.cli import options
+from megatron_prune.cli.terminal import Terminal
 from megatron_prune.planning.plan import PrunePlan
 from megatron_prune.planning.search import shape_words
 from megatron_prune.sources.source import Source
@@ -24,12 +25,12 @@ def judging(args: argparse.Namespace, source: Source) -> Iterator[Losses | None]
     from megatron_prune.engine.forward.model import ModelOptions, check_model
     from megatron_prune.engine.groups import model_parallel
     from megatron_prune.evaluate.candidates import CandidateRepair, Judge
-    from megatron_prune.evaluate.text import EvaluationOptions
+    from megatron_prune.evaluate.options import EvaluateOptions
     from megatron_prune.model.grid import ParallelGrid
 
     seq_length = args.evaluate_seq_length or 1024
     check_model(source.config, ModelOptions(seq_length=seq_length), 1)
-    evaluation = EvaluationOptions(
+    evaluation = EvaluateOptions(
         load=args.load,
         data=args.evaluate_data,
         seq_length=seq_length,
@@ -48,6 +49,7 @@ def judging(args: argparse.Namespace, source: Source) -> Iterator[Losses | None]
             source,
             evaluation,
             groups,
+            bar=lambda: Terminal().bar("", unit="window"),
             repair=repair,
             cache=args.cache,
             scratch=args.save if args.dry_run or args.cache is None else args.cache,

@@ -19,6 +19,20 @@ _PLACES = {
     "InspectOptions": "inspection",
     "reshard": "resharding",
     "ReshardOptions": "resharding",
+    "preprocess": "preprocessing",
+    "PreprocessOptions": "preprocessing",
+    "evaluate": "evaluation",
+    "EvaluateOptions": "evaluation",
+    "generate": "generation",
+    "GenerateOptions": "generation",
+    "report": "reporting",
+    "ReportOptions": "reporting",
+    "train": "training",
+    "TrainOptions": "training",
+    "vocab_count": "vocab_counting",
+    "VocabCountOptions": "vocab_counting",
+    "vocab_plan": "vocab_planning",
+    "VocabPlanOptions": "vocab_planning",
 }
 __all__ = [*_PLACES]
 
