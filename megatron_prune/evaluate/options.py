@@ -23,7 +23,7 @@ _TASKS = Group("benchmark tasks (needs pip install 'megatron_prune[eval]')")
 
 
 @dataclass(frozen=True, kw_only=True)
-class JudgedModel(Engine):
+class LoadedModel(Engine):
     """Which model is run, and how."""
 
     load: Path = flag("checkpoint of any format", metavar="CKPT_OR_HF")
@@ -42,7 +42,7 @@ class JudgedModel(Engine):
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateOptions(JudgedModel):
+class EvaluateOptions(LoadedModel):
     data: Path | None = flag("text, or JSON lines with 'text'", default=None)
     seq_length: int | None = flag(
         "of a window (default: 1024); with --tasks at most (default: all the model takes)",
@@ -146,8 +146,10 @@ _GOES_WITH = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class GenerateOptions(JudgedModel, Sampling):
-    prompt: str | None = flag("the text to continue", default=None, metavar="TEXT")
+class GenerateOptions(Sampling, LoadedModel):
+    prompt: str | None = flag(
+        "the text to continue; or --prompt-file", default=None, metavar="TEXT"
+    )
     prompt_file: Path | None = flag("a file that holds it", default=None, metavar="FILE")
     chat: bool = flag(
         "ask as a user does, with the model's chat template",
