@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_prune.flags import Group, flag, positive
+from megatron_prune.model.grid import Layout
 
 PROCESSES = Group("processes, precision and layers", is_last=True)
 CALIBRATION = Group("calibration")
@@ -27,6 +28,15 @@ class Runs:
         default="auto",
         choices=("auto", "local", "transformer_engine"),
         group=PROCESSES,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Engine(Runs, Layout):
+    """Of a stage that runs a model on the processes that were started."""
+
+    distributed_timeout_minutes: float = flag(
+        "give up on a silent rank after this long", default=10, metavar="M", group=PROCESSES
     )
 
 

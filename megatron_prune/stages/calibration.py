@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 from megatron_prune.engine.running import CALIBRATION
 from megatron_prune.errors import ConfigError
 from megatron_prune.flags import flag, positive
-from megatron_prune.model.grid import ParallelGrid
+from megatron_prune.model.grid import Layout, ParallelGrid
 from megatron_prune.model.shape import ModelConfig
 from megatron_prune.sources.source import Source
-from megatron_prune.stages.common import Layout, Loads
+from megatron_prune.stages.common import Loads
 from megatron_prune.stages.console import Console
 
 if TYPE_CHECKING:

@@ -24,12 +24,12 @@ def judging(options: SearchFlags, source: Source, console: Console) -> Iterator[
     from megatron_prune.engine.forward.model import ModelOptions, check_model
     from megatron_prune.engine.groups import model_parallel
     from megatron_prune.evaluate.candidates import CandidateRepair, Judge
-    from megatron_prune.evaluate.text import EvaluationOptions
+    from megatron_prune.evaluate.options import EvaluateOptions
     from megatron_prune.model.grid import ParallelGrid
 
     seq_length = options.evaluate_seq_length
     check_model(source.config, ModelOptions(seq_length=seq_length), 1)
-    evaluation = EvaluationOptions(
+    evaluation = EvaluateOptions(
         load=options.load,
         data=options.evaluate_data,
         seq_length=seq_length,
@@ -48,6 +48,7 @@ def judging(options: SearchFlags, source: Source, console: Console) -> Iterator[
             source,
             evaluation,
             groups,
+            bar=lambda: console.bar("", unit="window"),
             repair=repair,
             cache=options.cache,
             scratch=options.save if options.dry_run or options.cache is None else options.cache,

@@ -16,11 +16,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_prune.engine.running import Engine
 from megatron_prune.flags import flag, positive
 from megatron_prune.planning.latency import LatencyTable, fit_latency
 from megatron_prune.stages.common import Loads, agree_on_options, check_output_file, opened
 from megatron_prune.stages.console import SILENT, Console
-from megatron_prune.stages.engine import Engine
 from megatron_prune.store.commit import replace_file
 
 
@@ -59,12 +59,7 @@ def profile(options: ProfileOptions, console: Console = SILENT) -> Profiled:
 
     grid = options.grid
     data_parallel_size(grid, world_size())
-    model = ModelOptions(
-        seq_length=options.seq_length,
-        dtype=options.dtype,
-        transformer_impl=options.transformer_impl,
-        sequence_parallel=options.sequence_parallel,
-    )
+    model = ModelOptions.of(options, options.seq_length)
     with opened(options.load, options.family, console) as source:
         config = source.config
     config.shape.check_uniform("profile", "profile its source")

@@ -14,7 +14,7 @@ from megatron_prune.criteria import SCORED
 from megatron_prune.engine.running import CALIBRATION, PROCESSES
 from megatron_prune.errors import ConfigError, ShapeError
 from megatron_prune.flags import Group, flag, given_flags
-from megatron_prune.model.grid import ParallelGrid
+from megatron_prune.model.grid import LAYOUT, ParallelGrid
 from megatron_prune.model.shape import ModelShape
 from megatron_prune.planning.choose import Targets, make_plan
 from megatron_prune.planning.margins import decisions, renumbered, rounding_text
@@ -33,7 +33,7 @@ from megatron_prune.planning.search import shape_words
 from megatron_prune.sources.digest import source_digest
 from megatron_prune.sources.pruned import PrunedSource
 from megatron_prune.sources.source import Source
-from megatron_prune.stages.common import LAYOUT, agree_on_options
+from megatron_prune.stages.common import agree_on_options
 from megatron_prune.stages.console import Console
 from megatron_prune.stages.deciding import PlanFlags
 from megatron_prune.stages.sampling import Scoring

@@ -6,12 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from megatron_prune.engine.running import CALIBRATION, ScoreRuns
+from megatron_prune.engine.running import CALIBRATION, Engine, ScoreRuns
 from megatron_prune.errors import ConfigError
 from megatron_prune.flags import flag, positive
 from megatron_prune.stages.calibration import Calibration, longest_window
 from megatron_prune.stages.console import Console
-from megatron_prune.stages.engine import Engine
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -63,12 +62,7 @@ class Scoring(ScoreRuns, Calibration, Engine):
                 console.say(f"--seq-length {length}: as much as the model takes")
         return ScoreOptions(
             criteria=tuple(criteria),
-            model=ModelOptions(
-                seq_length=length,
-                dtype=self.dtype,
-                transformer_impl=self.transformer_impl,
-                sequence_parallel=self.sequence_parallel,
-            ),
+            model=ModelOptions.of(self, length),
             micro_batch_size=self.micro_batch_size,
             removal_samples=self.removal_samples,
             removal_layers=self.removal_layers,

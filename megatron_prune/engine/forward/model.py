@@ -52,6 +52,15 @@ class ModelOptions(Runs):
     recompute_num_layers: int | None = None
     lora: Lora | None = None
 
+    @classmethod
+    def of(cls, run: Runs, seq_length: int) -> ModelOptions:
+        return cls(
+            seq_length=seq_length,
+            dtype=run.dtype,
+            transformer_impl=run.transformer_impl,
+            sequence_parallel=run.sequence_parallel,
+        )
+
 
 def check_model(config: ModelConfig, options: ModelOptions, tensor_parallel: int) -> None:
     """Refuse what the engine cannot run faithfully, before a weight is read.

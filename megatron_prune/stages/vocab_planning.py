@@ -1,5 +1,8 @@
 """Decide which tokens of a tokenizer stay, and write it down.
 
+  megatron-prune vocab plan --tokenizer llama --counts counts.npz --vocab-size-remain 16384 \\
+      --save vocab_plan.json
+
 Special tokens, single bytes and characters always stay, and with a token everything that it is
 merged from: a piece of text whose tokens all stay encodes as before. Of the others `leaf` (the
 default) takes away, from the outside, the least frequent; `leaf-fertility` those that cost the
@@ -9,15 +12,16 @@ were learned first and needs no --counts.
 
 from __future__ import annotations
 
-import argparse
 import json
-import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_prune.cli.options import check_output_file, positive
 from megatron_prune.errors import ConfigError
+from megatron_prune.flags import flag, flag_name, given, positive
 from megatron_prune.model.grid import VOCAB_DIVISOR
+from megatron_prune.stages.common import check_output_file
+from megatron_prune.stages.console import SILENT, Console
 
 if TYPE_CHECKING:
     from emb_pruner.formats import Vocabulary
@@ -25,133 +29,140 @@ if TYPE_CHECKING:
     from emb_pruner.vocab_plan import VocabPlan
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--tokenizer", type=Path, required=True, metavar="PATH", help="directory or file"
+@dataclass(frozen=True, kw_only=True)
+class VocabPlanOptions:
+    tokenizer: Path = flag("directory or file", metavar="PATH")
+    counts: Path | None = flag("of `vocab count`", default=None, metavar="NPZ")
+    vocab_size_remain: int | None = flag(
+        "tokens to keep, special ones too", default=None, metavar="K", parse=positive
     )
-    parser.add_argument("--counts", type=Path, metavar="NPZ", help="of `vocab count`")
-    parser.add_argument(
-        "--vocab-size-remain", type=positive, metavar="K", help="tokens to keep, special ones too"
-    )
-    parser.add_argument(
-        "--method",
+    method: str | None = flag(
+        "how to choose (default: leaf; without --counts prefix)",
+        default=None,
         choices=("leaf", "leaf-fertility", "closure", "prefix"),
-        help="default: leaf; without --counts prefix",
     )
-    parser.add_argument(
-        "--prior",
-        type=float,
+    prior: float | None = flag(
+        "how much the order of learning counts beside --counts (default: 1, as much)",
+        default=None,
         metavar="SHARE",
-        help="how much the order of learning counts beside --counts (default 1: as much)",
     )
-    parser.add_argument(
-        "--keep-file", type=Path, metavar="TXT", help="tokens that stay in any case, one a line"
+    keep_file: Path | None = flag(
+        "tokens that stay in any case, one a line", default=None, metavar="TXT"
     )
-    parser.add_argument(
-        "--keep-ids",
-        type=Path,
+    keep_ids: Path | None = flag(
+        "keep the ids of a remain_vocab_ids.pt, in place of --vocab-size-remain",
+        default=None,
         metavar="PT",
-        help="keep the ids of a remain_vocab_ids.pt, in place of --vocab-size-remain",
     )
-    parser.add_argument(
-        "--close", action="store_true", help="add what has to stay with --keep-ids, too"
+    close: bool = flag("add what has to stay with --keep-ids, too", default=False)
+    save_ids: Path | None = flag(
+        "the kept ids as a remain_vocab_ids.pt, too", default=None, metavar="PT"
     )
-    parser.add_argument(
-        "--save-ids", type=Path, metavar="PT", help="the kept ids as a remain_vocab_ids.pt, too"
-    )
-    parser.add_argument(
-        "--balance-for",
-        type=positive,
+    balance_for: int = flag(
+        f"K has to be a multiple of {VOCAB_DIVISOR} times this: no padding",
         default=1,
         metavar="TP",
-        help=f"K has to be a multiple of {VOCAB_DIVISOR} times this: no padding (default 1)",
+        parse=positive,
     )
-    parser.add_argument("--any-size", action="store_true", help="take K as it is, pad when sharded")
-    parser.add_argument(
-        "--held-out",
-        type=Path,
-        nargs="+",
-        default=[],
+    any_size: bool = flag("take K as it is, pad when sharded", default=False)
+    held_out: tuple[Path, ...] = flag(
+        "text to judge on, or JSON lines by the name .jsonl (.gz and .zst too)",
+        default=(),
         metavar="FILE",
-        help="text to judge on, or JSON lines by the name .jsonl (.gz and .zst too)",
     )
-    parser.add_argument(
-        "--json-key",
-        default="text",
-        metavar="KEY",
-        help="that holds the text of JSON lines (default: text)",
-    )
-    parser.add_argument("--save", type=Path, required=True, metavar="JSON", help="the plan")
-    parser.add_argument("--overwrite", action="store_true", help="replace a plan that is there")
-    parser.add_argument("--json", action="store_true", help="print the report as JSON")
+    json_key: str = flag("that holds the text of JSON lines", default="text", metavar="KEY")
+    save: Path = flag("the plan", metavar="JSON")
+    overwrite: bool = flag("replace a plan that is there", default=False)
+    json: bool = flag("print the report as JSON", default=False)
 
 
-def run(args: argparse.Namespace) -> None:
+@dataclass(frozen=True, kw_only=True)
+class VocabPlanned:
+    """A plan that was written; ``report`` has plain JSON values."""
+
+    plan: VocabPlan
+    report: dict[str, Any]
+    as_json: bool
+
+    def __str__(self) -> str:
+        return json.dumps(self.report, indent=1) if self.as_json else _table(self.report)
+
+
+def vocab_plan(options: VocabPlanOptions, console: Console = SILENT) -> VocabPlanned:
+    """Decide, judge on ``held_out``, write the plan.
+
+    Raises:
+        ConfigError: options that do not go together, or files that cannot be used.
+        PlanError: tokens that have to stay and would not.
+    """
     from emb_pruner.formats import open_vocabulary
     from emb_pruner.reading import check_texts
     from emb_pruner.remain_ids import write_ids
     from megatron_prune.store.commit import replace_file
 
-    _check_choice(args)
-    given = (args.counts, args.keep_file, args.keep_ids)
-    inputs = [path for path in given if path is not None]
+    _check_choice(options)
+    files = (options.counts, options.keep_file, options.keep_ids)
+    inputs = [path for path in files if path is not None]
     for path in inputs:
         if not path.is_file():
             raise ConfigError(f"{path}: no such file")
-    held_out = check_texts(args.held_out, "--held-out")
-    inputs += args.held_out
-    check_output_file(args.save, overwrite=args.overwrite, inputs=(args.tokenizer, *inputs))
-    if args.save_ids is not None:
+    held_out = check_texts(options.held_out, "--held-out")
+    inputs += [options.tokenizer, *options.held_out]
+    check_output_file(options.save, overwrite=options.overwrite, inputs=inputs)
+    if options.save_ids is not None:
         check_output_file(
-            args.save_ids,
-            overwrite=args.overwrite,
-            inputs=(args.tokenizer, *inputs, args.save),
+            options.save_ids,
+            overwrite=options.overwrite,
+            inputs=[*inputs, options.save],
             flag="--save-ids",
         )
-    vocabulary = open_vocabulary(args.tokenizer)
-    plan = _plan(vocabulary, args)
-    report = _report(vocabulary, plan, held_out, args.json_key)
-    if args.save_ids is not None:
-        write_ids(args.save_ids, plan.kept)
-    replace_file(args.save, plan.to_json().encode())
-    print(json.dumps(report, indent=1) if args.json else _table(report))
-    print(f"wrote {args.save}", file=sys.stderr)
+    vocabulary = open_vocabulary(options.tokenizer)
+    plan = _plan(vocabulary, options)
+    report = _report(vocabulary, plan, held_out, options.json_key)
+    if options.save_ids is not None:
+        write_ids(options.save_ids, plan.kept)
+    replace_file(options.save, plan.to_json().encode())
+    console.say(f"wrote {options.save}")
+    return VocabPlanned(plan=plan, report=report, as_json=options.json)
 
 
-def _check_choice(args: argparse.Namespace) -> None:
-    if args.keep_ids is None:
-        if args.close:
+def _check_choice(options: VocabPlanOptions) -> None:
+    if options.keep_ids is None:
+        if options.close:
             raise ConfigError("--close belongs to --keep-ids; other plans are closed by themselves")
-        if args.vocab_size_remain is None:
+        if options.vocab_size_remain is None:
             raise ConfigError("--vocab-size-remain K is missing: how many tokens to keep")
-        check_size(args.vocab_size_remain, args.balance_for, any_size=args.any_size)
+        _check_size(options.vocab_size_remain, options.balance_for, any_size=options.any_size)
         return
-    for name in ("vocab_size_remain", "counts", "method", "prior", "keep_file"):
-        if getattr(args, name) is not None:
-            raise ConfigError(
-                f"--keep-ids says which tokens stay; leave out --{name.replace('_', '-')}"
-            )
+    for name in given(options):
+        if name in ("vocab_size_remain", "counts", "method", "prior", "keep_file"):
+            raise ConfigError(f"--keep-ids says which tokens stay; leave out {flag_name(name)}")
 
 
-def _plan(vocabulary: Vocabulary, args: argparse.Namespace) -> VocabPlan:
+def _plan(vocabulary: Vocabulary, options: VocabPlanOptions) -> VocabPlan:
     from emb_pruner.planning import make_vocab_plan, plan_of_ids
 
-    if args.keep_ids is None:
+    if options.keep_ids is None:
+        assert options.vocab_size_remain is not None
         return make_vocab_plan(
             vocabulary,
-            args.vocab_size_remain,
-            counts=args.counts,
-            method=args.method,
-            prior=args.prior,
-            keep_file=args.keep_file,
-            balance_for=args.balance_for,
+            options.vocab_size_remain,
+            counts=options.counts,
+            method=options.method,
+            prior=options.prior,
+            keep_file=options.keep_file,
+            balance_for=options.balance_for,
         )
-    plan = plan_of_ids(vocabulary, args.keep_ids, close=args.close, balance_for=args.balance_for)
-    check_size(plan.size, args.balance_for, any_size=args.any_size, what=str(args.keep_ids))
+    plan = plan_of_ids(
+        vocabulary, options.keep_ids, close=options.close, balance_for=options.balance_for
+    )
+    _check_size(
+        plan.size, options.balance_for, any_size=options.any_size, what=str(options.keep_ids)
+    )
     return plan
 
 
-def check_size(
+def _check_size(
     size: int, balance_for: int, *, any_size: bool, what: str = "--vocab-size-remain"
 ) -> None:
     """``what`` asks for that size.
@@ -186,12 +197,12 @@ def _report(
         vocabulary.write(plan, Path(folder))
         pruned = open_vocabulary(vocabulary.written(Path(folder)))
         dead = dead_tokens(vocabulary, pruned, plan)
-        for given in held_out:
-            texts = read_texts(given, cutter, json_key)
+        for one in held_out:
+            texts = read_texts(one, cutter, json_key)
             found = judge(vocabulary, pruned, plan, texts)
             if not found.units:
-                raise ConfigError(f"--held-out {given.path}: no text in it")
-            judged[str(given.path)] = found
+                raise ConfigError(f"--held-out {one.path}: no text in it")
+            judged[str(one.path)] = found
     return {
         "tokenizer": str(vocabulary.path),
         "kind": vocabulary.kind,
