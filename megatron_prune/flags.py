@@ -88,14 +88,26 @@ def positive(text: str) -> int:
     return value
 
 
-def given(options: Any, of: Any = None) -> tuple[str, ...]:
+def given(options: Any, of: Any = None, *, groups: Sequence[Group] = ()) -> tuple[str, ...]:
     """The names of the fields that differ from their default: what was asked for.
 
     Args:
         of: the class whose fields count, where the options inherit from several.
+        groups: those whose fields count; empty for all.
     """
     return tuple(
         one.name
         for one in fields(of or options)
-        if FLAG in one.metadata and getattr(options, one.name) != one.default
+        if FLAG in one.metadata
+        and (not groups or one.metadata[FLAG].group in groups)
+        and getattr(options, one.name) != one.default
+    )
+
+
+def given_flags(options: Any, *groups: Group) -> tuple[str, ...]:
+    """`given` as it is typed: ``--seq-length``, and ``--bf16`` for a ``dtype`` with switches."""
+    told = {one.name: one.metadata[FLAG] for one in fields(options) if FLAG in one.metadata}
+    return tuple(
+        flag_name(getattr(options, name) if told[name].switches else name)
+        for name in given(options, groups=groups)
     )

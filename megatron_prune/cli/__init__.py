@@ -12,10 +12,9 @@ import importlib
 import os
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-from megatron_prune import __version__
-from megatron_prune.cli import vocab
+from megatron_prune import __version__, stages
 from megatron_prune.cli.flags import add_flags, options_from
 from megatron_prune.cli.recipe import expand_recipe, with_dashes
 from megatron_prune.cli.terminal import Terminal
@@ -38,53 +37,56 @@ STAGES = {
     "generate": "continue a prompt, from any checkpoint",
     "report": "scores, plans, training runs and judged models, as one page",
 }
+ACTIONS = {
+    "count": "how often a corpus has each token",
+    "plan": "decide which tokens stay, and write it down",
+    "prune": "cut tokenizer, embedding and output layer as the plan says",
+}
+_VOCAB = """Vocabulary pruning: a smaller tokenizer, and the rows of its tokens, in three steps.
+
+  megatron-prune vocab count --tokenizer llama --input corpus.jsonl --save counts.npz
+  megatron-prune vocab plan --tokenizer llama --counts counts.npz --vocab-size-remain 16384 \\
+      --save vocab_plan.json
+  megatron-prune vocab prune --load llama --plan vocab_plan.json --save llama-16k --to hf
+
+Each step has a --help of its own."""
 
 
-def _parser() -> argparse.ArgumentParser:
+def _chosen(argv: Sequence[str], prog: str, about: str, what: str, of: Mapping[str, str]) -> str:
+    """The first word, which names one of the lines of ``of``."""
+    lines = "\n".join(f"  {name:<11} {text}" for name, text in of.items())
     parser = argparse.ArgumentParser(
-        prog="megatron-prune",
-        description="Prune large language models on their tensor- and pipeline-parallel shards.",
+        prog=prog,
+        description=about,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="stages:\n" + "\n".join(f"  {name:<11} {text}" for name, text in STAGES.items()),
+        epilog=f"{what}s:\n{lines}",
         allow_abbrev=False,
     )
-    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
-    parser.add_argument("stage", choices=STAGES, metavar="STAGE", help="one of those below")
-    return parser
+    if of is STAGES:
+        parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    parser.add_argument(what, choices=of, metavar=what.upper(), help="one of those below")
+    return str(getattr(parser.parse_args(argv[:1]), what))
 
 
 def _stage(argv: Sequence[str]) -> tuple[str, Sequence[str]]:
     """The stage's name, such as ``prune`` or ``vocab prune``, and the arguments after it."""
-    stage = _parser().parse_args(argv[:1]).stage
+    about = "Prune large language models on their tensor- and pipeline-parallel shards."
+    stage = _chosen(argv, "megatron-prune", about, "stage", STAGES)
     if stage != "vocab":
         return stage, argv[1:]
-    action = vocab.parser().parse_args(argv[1:2]).action
+    action = _chosen(argv[1:], "megatron-prune vocab", _VOCAB, "action", ACTIONS)
     return f"{stage} {action}", argv[2:]
 
 
-# command -> the module of its stage, its options and its function, where they are in `stages`
-_DOORS = {
-    "inspect": ("inspection", "InspectOptions", "inspect"),
-    "reshard": ("resharding", "ReshardOptions", "reshard"),
-    "preprocess": ("preprocessing", "PreprocessOptions", "preprocess"),
-    "train": ("training", "TrainOptions", "train"),
-    "evaluate": ("evaluation", "EvaluateOptions", "evaluate"),
-    "generate": ("generation", "GenerateOptions", "generate"),
-    "report": ("reporting", "ReportOptions", "report"),
-    "vocab count": ("vocab_counting", "VocabCountOptions", "vocab_count"),
-    "vocab plan": ("vocab_planning", "VocabPlanOptions", "vocab_plan"),
-}
-
-
-def _run_stage(stage: str, argv: Sequence[str], command: Sequence[str]) -> None:
+def _run(stage: str, argv: Sequence[str], command: Sequence[str]) -> None:
     """Parse, do, and print what came of it.
 
     Args:
         command: what was typed, for stages that record it.
     """
-    module_name, options_name, function_name = _DOORS[stage]
-    module = importlib.import_module(f"megatron_prune.stages.{module_name}")
-    options_type = getattr(module, options_name)
+    name = stage.replace(" ", "_")
+    module = importlib.import_module(f"megatron_prune.stages.{stages.MODULES[name]}")
+    options_type = getattr(module, stages.options_name(name))
     parser = argparse.ArgumentParser(
         prog=f"megatron-prune {stage}",
         description=module.__doc__,
@@ -97,23 +99,9 @@ def _run_stage(stage: str, argv: Sequence[str], command: Sequence[str]) -> None:
     args = parser.parse_args(expand_recipe(stage, with_dashes(argv)))
     terminal = Terminal()
     options = options_from(args, options_type, command=tuple(command))
-    found = getattr(module, function_name)(options, terminal)
+    found = getattr(module, name)(options, terminal)
     if found is not None:
         terminal.show(str(found))
-
-
-def _stage_arguments(stage: str, argv: Sequence[str]) -> tuple[object, argparse.Namespace]:
-    module = importlib.import_module(f"megatron_prune.cli.{stage.replace(' ', '_')}")
-    parser = argparse.ArgumentParser(
-        prog=f"megatron-prune {stage}",
-        description=module.__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    module.add_arguments(parser)
-    parser.add_argument("--config", metavar="RECIPE", help="YAML file of these same flags")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    return module, parser.parse_args(expand_recipe(stage, with_dashes(argv)))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -122,12 +110,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     debug = "--debug" in argv
     try:
         stage, rest = _stage(argv)
-        if stage in _DOORS:
-            _run_stage(stage, rest, argv)
-            return 0
-        module, args = _stage_arguments(stage, rest)
-        args.argv = argv  # for stages that record what was asked of them
-        module.run(args)  # type: ignore[attr-defined]
+        _run(stage, rest, argv)
     except PruneError as error:
         return _tell(error, exit_code(error), debug)
     except BrokenPipeError:  # the reader of our output left, as in `... | head`

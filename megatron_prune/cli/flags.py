@@ -1,8 +1,8 @@
 """Arguments from the fields of an options dataclass, and the dataclass from the arguments.
 
-A ``bool`` is a switch, ``X | None`` may be left out, ``tuple[X, ...]`` takes one or more words and
-``tuple[X, X, X]`` as many as it has types; ``Path``, ``int``, ``float`` and ``str`` make a value of
-one word.
+A ``bool`` is a switch, one that may be None has a ``--no-`` too; ``X | None`` may be left out,
+``tuple[X, ...]`` takes one or more words and ``tuple[X, X, X]`` as many as it has types; ``Path``,
+``int``, ``float`` and ``str`` make a value of one word.
 """
 
 from __future__ import annotations
@@ -58,7 +58,8 @@ def _argument(one: Field[Any], told: Flag, kind: Any) -> dict[str, Any]:
     """The keywords of ``add_argument``."""
     is_required = one.default is MISSING
     if kind is bool:
-        return {"action": "store_true", "help": told.help}
+        action = argparse.BooleanOptionalAction if one.default is None else "store_true"
+        return {"action": action, "help": told.help}
     shown = one.default not in (MISSING, None, ()) and "(default" not in told.help
     keywords: dict[str, Any] = {
         "help": f"{told.help} (default: {_words(one.default)})" if shown else told.help,

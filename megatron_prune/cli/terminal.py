@@ -35,7 +35,7 @@ class Terminal(Console):
                     total=total,
                     desc=what,
                     unit=unit,
-                    unit_scale=unit == "B",
+                    unit_scale=unit in ("B", "it"),
                     disable=not is_first_rank(),
                     mininterval=0.5,
                     leave=stays,

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_prune.flags import Group, flag
+from megatron_prune.flags import Group, flag, positive
 from megatron_prune.model.grid import Layout
 
 PROCESSES = Group("processes, precision and layers", is_last=True)
+CALIBRATION = Group("calibration")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,4 +37,27 @@ class Engine(Runs, Layout):
 
     distributed_timeout_minutes: float = flag(
         "give up on a silent rank after this long", default=10, metavar="M", group=PROCESSES
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreRuns:
+    """Of everything that scores: how calibration text is run."""
+
+    micro_batch_size: int = flag(
+        "samples at once", default=1, parse=positive, metavar="N", group=CALIBRATION
+    )
+    removal_samples: int = flag(
+        "samples of perplexity: it runs them once for each layer",
+        default=8,
+        parse=positive,
+        metavar="N",
+        group=CALIBRATION,
+    )
+    removal_layers: int | None = flag(
+        "layers that perplexity-greedy removes (default: a quarter)",
+        default=None,
+        parse=positive,
+        metavar="N",
+        group=CALIBRATION,
     )

@@ -13,27 +13,33 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-# what is promised -> the module that has it
-_PLACES = {
+# function -> its module, in the order of the walk; its options lie there too
+MODULES = {
     "inspect": "inspection",
-    "InspectOptions": "inspection",
+    "convert": "conversion",
+    "score": "scoring",
+    "profile": "profiling",
+    "plan": "planning",
+    "prune": "pruning",
     "reshard": "resharding",
-    "ReshardOptions": "resharding",
-    "preprocess": "preprocessing",
-    "PreprocessOptions": "preprocessing",
-    "evaluate": "evaluation",
-    "EvaluateOptions": "evaluation",
-    "generate": "generation",
-    "GenerateOptions": "generation",
-    "report": "reporting",
-    "ReportOptions": "reporting",
-    "train": "training",
-    "TrainOptions": "training",
+    "verify": "verification",
     "vocab_count": "vocab_counting",
-    "VocabCountOptions": "vocab_counting",
     "vocab_plan": "vocab_planning",
-    "VocabPlanOptions": "vocab_planning",
+    "vocab_prune": "vocab_pruning",
+    "preprocess": "preprocessing",
+    "train": "training",
+    "evaluate": "evaluation",
+    "generate": "generation",
+    "report": "reporting",
 }
+
+
+def options_name(stage: str) -> str:
+    """``vocab_count`` -> ``VocabCountOptions``."""
+    return "".join(word.title() for word in stage.split("_")) + "Options"
+
+
+_PLACES = MODULES | {options_name(stage): module for stage, module in MODULES.items()}
 __all__ = [*_PLACES]
 
 

@@ -32,7 +32,8 @@ class Console:
         """A progress bar: called with the total, it gives what is told of each part done.
 
         Args:
-            unit: ``B`` for bytes, else the word for one.
+            unit: ``B`` for bytes, ``it`` for values, both counted in thousands; else the word for
+                one.
             stays: on the screen when all is done.
         """
         yield lambda total: lambda done, note="": None

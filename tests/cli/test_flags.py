@@ -12,19 +12,23 @@ from pathlib import Path
 
 import pytest
 
-from megatron_prune.cli import _DOORS, STAGES
+from megatron_prune import stages
+from megatron_prune.cli import ACTIONS, STAGES
 from megatron_prune.cli.flags import add_flags
-from megatron_prune.cli.vocab import ACTIONS
 from megatron_prune.errors import ConfigError
 from tests.pico import directory_bytes, ok, refused, run
 
 Models, Shards, Plans = Callable[[str], Path], Callable[..., Path], Callable[[str], Path]
 
 
-FILE_STAGES = ("convert", "inspect", "plan", "prune", "report", "reshard", "verify", "vocab prune")
+COMMANDS = sorted(name.replace("_", " ") for name in stages.MODULES)
 
 
-@pytest.mark.parametrize("stage", sorted({*STAGES, "vocab prune"} - {"vocab"}))
+def test_every_stage_has_a_command_and_every_command_a_stage() -> None:
+    assert sorted({*STAGES, *(f"vocab {action}" for action in ACTIONS)} - {"vocab"}) == COMMANDS
+
+
+@pytest.mark.parametrize("stage", COMMANDS)
 def test_help_of_every_stage_explains_it(stage: str) -> None:
     text = ok(*stage.split(), "--help").out
     usage, about, *_ = text.split("\n\n")
@@ -33,17 +37,12 @@ def test_help_of_every_stage_explains_it(stage: str) -> None:
     assert "--config RECIPE" in text and "--debug" in text
 
 
-@pytest.mark.parametrize("stage", FILE_STAGES)
+@pytest.mark.parametrize("stage", COMMANDS)
 def test_every_flag_has_a_help_and_every_stage_an_example(stage: str) -> None:
-    parser = argparse.ArgumentParser()
-    if stage in _DOORS:
-        place, options, _ = _DOORS[stage]
-        module = importlib.import_module(f"megatron_prune.stages.{place}")
-        add_flags(parser, getattr(module, options))
-    else:
-        module = importlib.import_module(f"megatron_prune.cli.{stage.replace(' ', '_')}")
-        module.add_arguments(parser)
+    parser, name = argparse.ArgumentParser(), stage.replace(" ", "_")
+    add_flags(parser, getattr(stages, stages.options_name(name)))
     assert [action.option_strings for action in parser._actions if not action.help] == []
+    module = importlib.import_module(f"megatron_prune.stages.{stages.MODULES[name]}")
     assert f"megatron-prune {stage} " in module.__doc__
 
 

@@ -33,6 +33,7 @@ from megatron_prune.engine.groups import Groups
 from megatron_prune.engine.observe.gradients import unit_gradients
 from megatron_prune.engine.observe.hooks import observe
 from megatron_prune.engine.observe.removal import greedy_removal, losses_without
+from megatron_prune.engine.running import ScoreRuns
 from megatron_prune.errors import ConfigError, DamagedError
 from megatron_prune.model.axes import count_parameters
 from megatron_prune.planning.scores import Scores
@@ -44,14 +45,11 @@ Found = dict[str, dict[str, Tensor]]
 
 
 @dataclass(frozen=True, kw_only=True)
-class ScoreOptions:
+class ScoreOptions(ScoreRuns):
     """What is scored and how; see ``megatron-prune score --help``."""
 
     criteria: tuple[str, ...]
     model: ModelOptions
-    micro_batch_size: int = 1
-    removal_samples: int = 8
-    removal_layers: int | None = None
 
     def __post_init__(self) -> None:
         if self.model.dtype == "fp16" and (names := self.needs("backward")):

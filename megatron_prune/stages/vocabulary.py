@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,11 +9,12 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
-from megatron_prune.cli import options
 from megatron_prune.errors import ConfigError
+from megatron_prune.flags import Group, flag
 from megatron_prune.model.grid import VOCAB_DIVISOR, padded_vocab_size
 from megatron_prune.planning.plan import PrunePlan
 from megatron_prune.sources.source import Source
+from megatron_prune.stages.console import Console
 from megatron_prune.surgery import Target
 
 if TYPE_CHECKING:
@@ -29,23 +29,18 @@ class Cut:
     companions: Callable[[Source], Source] = lambda pruned: pruned
 
 
-def add_vocabulary_arguments(parser: argparse.ArgumentParser) -> None:
-    """``--vocab-plan`` and ``--vocab-tokenizer``."""
-    group = parser.add_argument_group("vocabulary, in the same pass")
-    group.add_argument(
-        "--vocab-plan", type=Path, metavar="PLAN", help="of `megatron-prune vocab plan`"
+VOCABULARY = Group("vocabulary, in the same pass")
+
+
+@dataclass(frozen=True, kw_only=True)
+class VocabularyFlags:
+    """Of a stage that prunes the vocabulary on the way."""
+
+    vocab_plan: Path | None = flag(
+        "of `megatron-prune vocab plan`", default=None, metavar="PLAN", group=VOCABULARY
     )
-    add_tokenizer(group, "--vocab-tokenizer")
-
-
-def add_tokenizer(group: argparse._ActionsContainer, *flags: str) -> None:
-    """A flag for the tokenizer that is cut, kept as ``vocab_tokenizer``."""
-    group.add_argument(
-        *flags,
-        dest="vocab_tokenizer",
-        type=Path,
-        metavar="PATH",
-        help="of a source that carries none",
+    vocab_tokenizer: Path | None = flag(
+        "of a source that carries none", default=None, metavar="PATH", group=VOCABULARY
     )
 
 
@@ -123,12 +118,12 @@ def _open_vocabulary(tokenizer: Path | None, source: Source) -> Vocabulary:
     return own
 
 
-def tell_padding(plan: PrunePlan, target: Target) -> None:
+def tell_padding(plan: PrunePlan, target: Target, console: Console) -> None:
     """Say so where the kept tokens do not divide over the target's ranks as Megatron wants them."""
     parts = target.grid.tensor_parallel
     size, padded = plan.target.vocab_size, padded_vocab_size(plan.target.vocab_size, parts)
     if plan.kept.vocab is not None and target.format != "hf" and padded != size:
-        options.say(
+        console.say(
             f"{size} tokens are padded to {padded} rows at TP={parts}; a multiple of "
             f"{VOCAB_DIVISOR * parts} needs no padding"
         )

@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from megatron_prune.cli import options
 from megatron_prune.model.axes import count_parameters
 from megatron_prune.model.costs import DTYPE_BYTES, kv_cache_bytes_per_token, sizes_of
 from megatron_prune.model.shape import ModelConfig, ModelShape
@@ -42,16 +41,16 @@ def _costs(
     return costs
 
 
-def show_candidates(
+def candidates_table(
     config: ModelConfig,
     found: Sequence[Candidate],
     losses: Sequence[float],
     latency: LatencyModel | None,
-) -> None:
+) -> str:
     """The candidates, best first, below the source. ``losses`` is as long, or empty."""
     head = "".join(f"{name:>7}" for name in _sizes(config.shape))
     costs = [*_costs(config, config.shape, latency), "proxy", *(["loss"] if losses else [])]
-    options.show(f"{'':<7}{head}" + "".join(f"{name:>11}" for name in costs))
+    rows = [f"{'':<7}{head}" + "".join(f"{name:>11}" for name in costs)]
     source = Candidate(shape=config.shape, proxy=0.0, costs={})
     for number, candidate in enumerate((source, *found)):
         shape = candidate.shape
@@ -60,7 +59,8 @@ def show_candidates(
         cells.append(f"{candidate.proxy:>11.4f}")
         if losses:
             cells.append(f"{losses[number]:>11.4f}")
-        options.show(f"{number or 'source':<7}" + "".join(cells))
+        rows.append(f"{number or 'source':<7}" + "".join(cells))
+    return "\n".join(rows)
 
 
 def candidates_json(

@@ -6,23 +6,15 @@ the model as far as it is pruned, at the layout that the flags name, alone or un
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from megatron_prune.cli import options
-from megatron_prune.cli.engine_flags import add_engine, process_groups
-from megatron_prune.cli.plan_search import asks_for_search
-from megatron_prune.cli.score_flags import (
-    add_score_arguments,
-    check_data,
-    score_options,
-    score_windows,
-)
 from megatron_prune.criteria import SCORED
+from megatron_prune.engine.running import CALIBRATION, PROCESSES
 from megatron_prune.errors import ConfigError, ShapeError
-from megatron_prune.model.grid import ParallelGrid
+from megatron_prune.flags import Group, flag, given_flags
+from megatron_prune.model.grid import LAYOUT, ParallelGrid
 from megatron_prune.model.shape import ModelShape
 from megatron_prune.planning.choose import Targets, make_plan
 from megatron_prune.planning.margins import decisions, renumbered, rounding_text
@@ -41,6 +33,10 @@ from megatron_prune.planning.search import shape_words
 from megatron_prune.sources.digest import source_digest
 from megatron_prune.sources.pruned import PrunedSource
 from megatron_prune.sources.source import Source
+from megatron_prune.stages.common import agree_on_options
+from megatron_prune.stages.console import Console
+from megatron_prune.stages.deciding import PlanFlags
+from megatron_prune.stages.sampling import Scoring
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -49,67 +45,61 @@ if TYPE_CHECKING:
     from megatron_prune.engine.observe.score import ScoreOptions
 
 
-def add_round_arguments(parser: argparse.ArgumentParser) -> None:
-    """``--rounds`` and all that scoring takes."""
-    group = parser.add_argument_group("pruning in rounds (alone, or under torchrun)")
-    group.add_argument(
-        "--rounds",
-        type=int,
+ROUNDS = Group("pruning in rounds (alone, or under torchrun)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoundFlags(Scoring, PlanFlags):
+    """Of a stage that can prune in rounds."""
+
+    rounds: int | None = flag(
+        "score --data, prune a part, score what is left, N times; in place of --scores",
+        default=None,
         metavar="N",
-        help="score --data, prune a part, score what is left, N times; in place of --scores",
+        group=ROUNDS,
     )
-    add_score_arguments(parser)
-    add_engine(parser, family=False)
 
+    def check_rounds(self, *, searches: bool) -> None:
+        """Refuse flags that do not go together, before the source is opened.
 
-def check_rounds(args: argparse.Namespace, *, has_target: bool) -> None:
-    """Refuse flags that do not go together, before the source is opened.
-
-    Raises:
-        ConfigError, PlanError: see the messages.
-    """
-    if args.rounds is None:
-        _check_unused(args)
-        return
-    if args.rounds < 1:
-        raise ConfigError(f"--rounds {args.rounds}: wanted 1 or more")
-    if asks_for_search(args):
-        raise ConfigError(
-            "--rounds with a budget: choose the shape first, and give --rounds its sizes"
-        )
-    if not has_target:
-        raise ConfigError("--rounds without a target: say what is to remain, see --help")
-    if args.scores is not None:
-        raise ConfigError(
-            f"--rounds with --scores {args.scores}: every round scores for itself; leave one out"
-        )
-    if (args.decoder_first_pipeline_num_layers, args.decoder_last_pipeline_num_layers) != (
-        None,
-        None,
-    ):
-        raise ConfigError(
-            "--rounds with --decoder-first-pipeline-num-layers or --decoder-last-...: the stages "
-            "are laid out anew as layers go; leave them out"
-        )
-    named = criteria_named(args.criterion)
-    names = tuple(dict.fromkeys(name for axis in named.values() for name in axis))
-    unknown = [name for name in names if name not in SCORED]
-    if unknown:
-        raise ConfigError(
-            f"--rounds with --criterion {args.criterion}: {', '.join(unknown)} is no criterion to "
-            f"score again; wanted some of {', '.join(SCORED)}"
-        )
-    check_data(args, names)
-
-
-def _check_unused(args: argparse.Namespace) -> None:
-    parser = argparse.ArgumentParser()
-    add_round_arguments(parser)
-    for name, default in vars(parser.parse_args([])).items():
-        if getattr(args, name) != default:
+        Raises:
+            ConfigError, PlanError: see the messages.
+        """
+        if self.rounds is None:
+            for name in given_flags(self, ROUNDS, CALIBRATION, LAYOUT, PROCESSES):
+                raise ConfigError(f"{name}: belongs to --rounds, which is not given")
+            return
+        if self.rounds < 1:
+            raise ConfigError(f"--rounds {self.rounds}: wanted 1 or more")
+        if self.nonuniform:
             raise ConfigError(
-                f"--{name.replace('_', '-')}: belongs to --rounds, which is not given"
+                "--nonuniform with --rounds: every round scores equal layers; leave one out"
             )
+        if searches:
+            raise ConfigError(
+                "--rounds with a budget: choose the shape first, and give --rounds its sizes"
+            )
+        if not self.asks_for_pruning:
+            raise ConfigError("--rounds without a target: say what is to remain, see --help")
+        if self.scores is not None:
+            raise ConfigError(
+                f"--rounds with --scores {self.scores}: every round scores for itself; leave one "
+                "out"
+            )
+        if self.decoder_first_pipeline_num_layers or self.decoder_last_pipeline_num_layers:
+            raise ConfigError(
+                "--rounds with --decoder-first-pipeline-num-layers or --decoder-last-...: the "
+                "stages are laid out anew as layers go; leave them out"
+            )
+        named = criteria_named(self.criterion)
+        names = tuple(dict.fromkeys(name for axis in named.values() for name in axis))
+        unknown = [name for name in names if name not in SCORED]
+        if unknown:
+            raise ConfigError(
+                f"--rounds with --criterion {self.criterion}: {', '.join(unknown)} is no criterion "
+                f"to score again; wanted some of {', '.join(SCORED)}"
+            )
+        self.check_data(names)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,7 +118,9 @@ class _Round:
     criteria: tuple[str, ...]
 
 
-def plan_in_rounds(args: argparse.Namespace, source: Source, targets: Targets) -> PrunePlan:
+def plan_in_rounds(
+    options: RoundFlags, source: Source, targets: Targets, console: Console
+) -> PrunePlan:
     """The plan of the last round, in the source's numbers; the same on every rank and layout.
 
     Costs, for each round, the scoring of the model as far as it is pruned.
@@ -139,47 +131,45 @@ def plan_in_rounds(args: argparse.Namespace, source: Source, targets: Targets) -
     """
     from megatron_prune.engine.failures import on_first_rank
     from megatron_prune.engine.forward.model import check_model
-    from megatron_prune.engine.groups import data_parallel_size, world_size
+    from megatron_prune.engine.groups import data_parallel_size, model_parallel, world_size
 
-    balance_for = source.grid.tensor_parallel if args.balance_for is None else args.balance_for
-    grid = ParallelGrid(
-        tensor_parallel=args.tensor_model_parallel_size,
-        pipeline_parallel=args.pipeline_model_parallel_size,
-    )
+    assert options.rounds is not None
+    balance_for, grid = options.balance(source), options.grid
     data_parallel_size(grid, world_size())
-    rounds = _rounds(args, source.config.shape, targets, balance_for)
+    rounds = _rounds(options, options.rounds, source.config.shape, targets, balance_for)
     _check_layouts(grid, source.config.shape, rounds)
-    how = score_options(args, (), source.config)
+    how = options.score_options((), source.config, console)
     check_model(source.config, how.model, grid.tensor_parallel)
     plan = PrunePlan(
         source=source.config.shape,
         kept=Kept(),
-        criterion=args.criterion
-        if args.rounds == 1
-        else f"{args.criterion} ({args.rounds} rounds)",
-        seed=args.seed,
-        prune_type=args.prune_type,
-        balance_for=balance_for if args.prune_type == "balance" else 1,
+        criterion=options.criterion
+        if options.rounds == 1
+        else f"{options.criterion} ({options.rounds} rounds)",
+        seed=options.seed,
+        prune_type=options.prune_type,
+        balance_for=balance_for if options.prune_type == "balance" else 1,
         source_digest=source_digest(source),
     )
-    with process_groups(args, grid) as groups:
-        options.agree_on_arguments(groups.ranks, args)
+    timeout = options.distributed_timeout_minutes
+    with model_parallel(grid, timeout_minutes=timeout) as groups:
+        agree_on_options(groups.ranks, options)
         windows = on_first_rank(
-            groups.ranks, lambda: score_windows(args, source, how.model.seq_length)
+            groups.ranks, lambda: options.samples(source, how.model.seq_length, console)
         )
         for one in rounds:
-            options.say(f"round {one.number} of {args.rounds}: to {shape_words(one.shape)}")
-            plan = _go_on(args, source, plan, one, how, windows, groups)
+            console.say(f"round {one.number} of {options.rounds}: to {shape_words(one.shape)}")
+            plan = _go_on(options, source, plan, one, how, windows, groups, console)
     return plan
 
 
 def _rounds(
-    args: argparse.Namespace, shape: ModelShape, targets: Targets, balance_for: int
+    options: RoundFlags, count: int, shape: ModelShape, targets: Targets, balance_for: int
 ) -> list[_Round]:
     """Those that change anything: with few layers to drop and many rounds, some do not."""
-    named, found, before = criteria_named(args.criterion), [], shape
+    named, found, before = criteria_named(options.criterion), [], shape
     all_targets = round_targets(
-        shape, targets, args.rounds, prune_type=args.prune_type, balance_for=balance_for
+        shape, targets, count, prune_type=options.prune_type, balance_for=balance_for
     )
     for number, target in enumerate(all_targets, start=1):
         after = remaining_shape(shape, target)
@@ -187,7 +177,7 @@ def _rounds(
             continue
         decided = "DQKF" if target.drop_layers else AXES  # layers may be named
         axes = "".join(axis for axis in decided if after.size(axis) != before.size(axis))
-        criteria = dict.fromkeys(name for axis in axes for name in _deciding(args, named, axis))
+        criteria = dict.fromkeys(name for axis in axes for name in _deciding(options, named, axis))
         found.append(
             _Round(number=number, target=target, shape=after, axes=axes, criteria=tuple(criteria))
         )
@@ -197,15 +187,13 @@ def _rounds(
     return found
 
 
-def _deciding(
-    args: argparse.Namespace, named: dict[str, tuple[str, ...]], axis: str
-) -> tuple[str, ...]:
+def _deciding(options: RoundFlags, named: dict[str, tuple[str, ...]], axis: str) -> tuple[str, ...]:
     """The criteria of an axis, all of which have to score it."""
     word, enough = AXIS_WORDS[axis], {axis, "Q"} if axis == "K" else {axis}
     able = ", ".join(name for name, needs in SCORED.items() if enough & {*needs.axes})
     if axis not in named:
         raise ConfigError(
-            f"--criterion {args.criterion}: says nothing of {word}; add {word}=NAME ({able})"
+            f"--criterion {options.criterion}: says nothing of {word}; add {word}=NAME ({able})"
         )
     for name in named[axis]:
         if not enough & {*SCORED[name].axes}:
@@ -227,13 +215,14 @@ def _check_layouts(grid: ParallelGrid, shape: ModelShape, rounds: Sequence[_Roun
 
 
 def _go_on(
-    args: argparse.Namespace,
+    options: RoundFlags,
     source: Source,
     plan: PrunePlan,
     one: _Round,
     how: ScoreOptions,
     windows: Tensor | None,
     groups: Groups,
+    console: Console,
 ) -> PrunePlan:
     """The plan after one more round."""
     from megatron_prune.engine.failures import on_first_rank
@@ -251,16 +240,21 @@ def _go_on(
             known=None,
             save=lambda found: None,
         )
-    return on_first_rank(groups.ranks, lambda: _decide(args, plan, one, pruned, scores))
+    return on_first_rank(groups.ranks, lambda: _decide(options, plan, one, pruned, scores, console))
 
 
 def _decide(
-    args: argparse.Namespace, plan: PrunePlan, one: _Round, pruned: Source, scores: Scores | None
+    options: RoundFlags,
+    plan: PrunePlan,
+    one: _Round,
+    pruned: Source,
+    scores: Scores | None,
+    console: Console,
 ) -> PrunePlan:
     """The plan with what this round drops; says which of its decisions are within rounding."""
     terms: Terms = _undecided
     if scores is not None:
-        terms = scores.terms(narrowed(args.criterion, one.axes))
+        terms = scores.terms(narrowed(options.criterion, one.axes))
     step = make_plan(
         pruned.config.shape,
         targets_after(plan, one.target),
@@ -273,7 +267,7 @@ def _decide(
     )
     found = [renumbered(decision, plan) for decision in decisions(step, terms, one.axes)]
     if text := rounding_text(found):
-        options.say(f"warning: round {one.number}: {text}")
+        console.say(f"warning: round {one.number}: {text}")
     return compose(plan, step)
 
 
