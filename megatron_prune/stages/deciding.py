@@ -23,7 +23,6 @@ from megatron_prune.planning.choose import Targets, make_plan, parse_layers
 from megatron_prune.planning.margins import decisions, rounding_text
 from megatron_prune.planning.plan import PRUNE_TYPES, PrunePlan
 from megatron_prune.planning.scores import Criterion, Scores, load_scores
-from megatron_prune.sources.digest import source_digest
 from megatron_prune.sources.source import Source
 from megatron_prune.stages.common import shape_table
 from megatron_prune.stages.console import Console
@@ -192,7 +191,7 @@ def decide(
         seed=options.seed,
         prune_type=options.prune_type,
         balance_for=options.balance(source),
-        source_digest=source_digest(source),
+        source_digest=source.digest,
         nonuniform=options.rules,
     )
     if search is not None:
@@ -255,7 +254,7 @@ def _scores(options: PlanFlags, source: Source) -> Scores | None:
         raise ConfigError(
             f"--scores with --criterion {options.criterion}, which needs none; name one"
         )
-    scores, found = load_scores(options.scores), source_digest(source)
+    scores, found = load_scores(options.scores), source.digest
     if scores.source_digest != found:
         raise PlanError(
             f"--scores {options.scores}: of another model ({scores.source_digest[:12]}..., this "
