@@ -94,7 +94,6 @@ def saves(run: Any, signals: Any, count: int) -> None:
 
 def kinds_of_runs(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """What sets the runs apart: options of `train` by the name they are shown under."""
-    from megatron_prune.engine.objectives.distill_options import DistillOptions
     from megatron_prune.engine.train.options import TrainOptions
 
     recipe = folder / "domains.yaml"
@@ -116,10 +115,14 @@ def kinds_of_runs(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         split="95,5,0",
         dtype="bf16" if args.bf16 else "fp32",
     )
-    taught = DistillOptions(teachers=(args.model,), top_k=args.top_k, temperature=args.temperature)
+    teacher = {
+        "teacher": (args.model,),
+        "distill_top_k": args.top_k,
+        "distill_temperature": args.temperature,
+    }
     return {
         "without": plain,
-        "with teacher": dataclasses.replace(plain, distill=taught),
+        "with teacher": dataclasses.replace(plain, **teacher),
         "on domains": dataclasses.replace(plain, data_path=(), domains=recipe),
     }
 

@@ -26,7 +26,7 @@ LAYERS = (
     ("criteria",),
     ("store",),
     ("surgery", "verify", "emb_pruner"),
-    ("engine.cpu", "engine.failures"),
+    ("engine.cpu", "engine.failures", "engine.running"),
     ("engine.groups",),
     ("engine.forward",),
     ("engine.observe", "engine.profile"),

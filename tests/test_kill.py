@@ -30,8 +30,8 @@ _FORKS = """
 import json, os, sys, traceback
 from transformers import AutoTokenizer
 import emb_pruner.prune
-from megatron_prune.cli import convert, main, prune
-from megatron_prune.stages import resharding
+from megatron_prune.cli import main
+from megatron_prune.stages import conversion, pruning, resharding, vocab_pruning
 for line in sys.stdin:
     child = os.fork()
     if child == 0:
@@ -168,7 +168,8 @@ def test_after_twenty_random_kills_nothing_is_lost_or_mixed_and_the_next_run_jus
 _RACE = """
 import json, os, sys, time
 from pathlib import Path
-from megatron_prune.cli import convert, main
+from megatron_prune.cli import main
+from megatron_prune.stages import conversion
 argv, starts, said = json.loads(sys.argv[1])
 children = []
 for number in range(starts):

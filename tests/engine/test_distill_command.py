@@ -117,7 +117,6 @@ def test_the_teacher_is_left_as_it_is(
     tmp_path: Path, reference: Path, teacher: Path, corpus: Path
 ) -> None:
     from megatron_prune.engine.groups import model_parallel
-    from megatron_prune.engine.objectives.distill_options import DistillOptions
     from megatron_prune.engine.train.inputs import open_inputs
     from megatron_prune.engine.train.loop import Training
     from megatron_prune.engine.train.options import TrainOptions
@@ -127,7 +126,7 @@ def test_the_teacher_is_left_as_it_is(
     options = TrainOptions(
         load=reference / "gqa", save=tmp_path / "run", data_path=(str(corpus),), lr=1e-3,
         micro_batch_size=1, global_batch_size=2, seq_length=32, train_iters=2, eval_iters=0,
-        distill=DistillOptions(teachers=(teacher,)),
+        teacher=(teacher,),
     )  # fmt: skip
     before = directory_bytes(teacher)
     with model_parallel(ParallelGrid()) as groups, StopSignals() as signals:

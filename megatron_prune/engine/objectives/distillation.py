@@ -162,7 +162,7 @@ class Distillation:
         told = {"lm loss": lm, "kl loss": kl}
         if self._hidden is not None:
             mine, told["hidden loss"] = self._hidden.take(mask_bs, counted)
-            mean = mean + self.options.hidden_weight * mine
+            mean = mean + self.options.distill_hidden_weight * mine
         return mean, told
 
     # ---- telling -----------------------------------------------------------------------------
