@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 from dataclasses import dataclass, replace
 
+from megatron_prune.families.llama import LLAMA
 from megatron_prune.model.axes import axes_of, count_parameters, names, tensor_shape
 from megatron_prune.model.costs import flops_at, sizes_of, weight_bytes
 from megatron_prune.model.grid import ParallelGrid, padded_vocab_size
@@ -27,7 +28,7 @@ def llama(layers: int, hidden: int, ffn: int, heads: int, groups: int, vocab: in
         kv_channels=128,
         vocab_size=vocab,
     )
-    return ModelConfig(family="llama", shape=shape, tied=False, dtype="bf16", hf_config={})
+    return ModelConfig(family=LLAMA, shape=shape, tied=False, dtype="bf16", hf_config={})
 
 
 # model -> (itself, what it is pruned to, TP x PP to train the pruned one at)

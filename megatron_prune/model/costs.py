@@ -13,18 +13,19 @@ from typing import Any
 import numpy as np
 
 from megatron_prune.model.axes import count_parameters, layer_weights, outer_weights
-from megatron_prune.model.shape import ModelConfig, ModelShape
+from megatron_prune.model.shape import AXES, ModelConfig, ModelShape
 
 DTYPE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 PREFILL_TOKENS = 8192  # that go through a layer at once: vLLM's usual max_num_batched_tokens
 
 Sizes = Mapping[str, Any]
-"""Axis letter (all of VDQKFL) -> indices along it: integers, or int64 arrays of one length."""
+"""Axis letter -> indices along it: integers, or int64 arrays of one length. An axis that is missing
+has the size that the model has."""
 
 
 def sizes_of(shape: ModelShape) -> dict[str, int]:
     """One shape as `Sizes`."""
-    return {axis: shape.size(axis) for axis in "VDQKFL"}
+    return {axis: shape.size(axis) for axis in AXES}
 
 
 def parameters_at(config: ModelConfig, sizes: Sizes) -> Any:
@@ -35,7 +36,8 @@ def parameters_at(config: ModelConfig, sizes: Sizes) -> Any:
         for axes, number in Counter("".join(sorted(weight.axes)) for weight in weights).items():
             product: Any = number
             for axis in axes:
-                product = product * sizes[axis] * config.shape.rows(axis)
+                size = sizes[axis] if axis in sizes else config.shape.size(axis)
+                product = product * size * config.shape.rows(axis)
             total = total + product
         return total
 
@@ -52,7 +54,8 @@ def serving_bytes(
         weights      parameters
         KV cache     2 L K kv_channels  x  batch_size seq_length
         activations  (2 D + max(3 F, 2 (Q + K) kv_channels))  x  T   one layer at a time: the
-                     residual and its norm; gate, up and product, or q, k, v and what they attend to
+                     residual and its norm; gate, up and product (2 F without a gate), or q, k, v
+                     and what they attend to
         logits       V x batch_size, of each sequence's last token, in fp32
 
     with T = min(batch_size seq_length, PREFILL_TOKENS), as engines cut long prompts. What the
@@ -61,7 +64,9 @@ def serving_bytes(
     """
     tokens, width = batch_size * seq_length, config.shape.kv_channels
     cache = 2 * sizes["L"] * sizes["K"] * width * tokens
-    widest = np.maximum(3 * sizes["F"], 2 * (sizes["Q"] + sizes["K"]) * width)
+    widest = np.maximum(
+        config.family.ffn_matrices * sizes["F"], 2 * (sizes["Q"] + sizes["K"]) * width
+    )
     activations = (2 * sizes["D"] + widest) * min(tokens, PREFILL_TOKENS)
     values = parameters_at(config, sizes) + cache + activations
     return values * DTYPE_BYTES[dtype] + sizes["V"] * batch_size * DTYPE_BYTES["fp32"]
@@ -81,7 +86,8 @@ def flops_at(config: ModelConfig, sizes: Sizes, seq_length: int) -> Any:
     width = config.shape.kv_channels
     projections = sizes["D"] * width * 2 * (sizes["Q"] + sizes["K"])
     attention = sizes["Q"] * width * seq_length  # q.k and p.v, halved
-    per_layer = projections + 3 * sizes["D"] * sizes["F"] + attention
+    ffn = config.family.ffn_matrices * sizes["D"] * sizes["F"]
+    per_layer = projections + ffn + attention
     return 2 * (sizes["L"] * per_layer + sizes["V"] * sizes["D"])
 
 

@@ -19,20 +19,13 @@ import torch
 from torch import Tensor
 
 from megatron_prune.errors import DamagedError
-from megatron_prune.model.axes import FINAL_NORM, names, split_layer
+from megatron_prune.model.axes import axes_of, names, split_layer
+from megatron_prune.model.blocks import FINAL_NORM
 from megatron_prune.model.shape import ModelConfig
 from megatron_prune.planning.plan import PrunePlan
 from megatron_prune.sources.source import DTYPES
 
 VERSION = 1
-NORMS = ("input_layernorm.weight", "pre_mlp_layernorm.weight")
-_PROJECTIONS = ("self_attention.linear_proj", "mlp.linear_fc2")
-_READERS = (
-    *(f"self_attention.linear_{part}.weight" for part in "qkv"),
-    *(f"mlp.linear_{part}.weight" for part in ("gate", "up")),
-)
-_REPLACEABLE = {FINAL_NORM.name, *NORMS, *_READERS}
-_REPLACEABLE |= {f"{p}.{kind}" for p in _PROJECTIONS for kind in ("weight", "bias")}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,9 +101,10 @@ def load_repair(path: Path, plan: PrunePlan, target: ModelConfig) -> Repair:
         raise DamagedError(f"{path}: not the record of a repair: {error}") from None
     if repair.plan_digest != plan.digest:
         raise DamagedError(f"{path}: is of another plan than the one given")
-    replaceable = {name for name in names(target) if split_layer(name)[1] in _REPLACEABLE}
+    # of a layer what reads or writes the hidden state, and the norms
+    replaceable = {n for n in names(target) if split_layer(n)[0] is not None and "D" in axes_of(n)}
     for name in tensors:
-        if name not in replaceable:
+        if name not in {*replaceable, FINAL_NORM.name}:
             raise DamagedError(f"{path}: claims {name}, which no repair replaces")
     return repair
 

@@ -22,7 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_prune.model.axes import EMBEDDING, OUTPUT, axes_of, norm_before
+from megatron_prune.model.axes import axes_of, norm_before
+from megatron_prune.model.blocks import EMBEDDING, OUTPUT
 from megatron_prune.sources.source import DerivedSource, Source
 
 RECORD = "megatron_prune_rotation"
@@ -83,7 +84,7 @@ class RotatedSource(DerivedSource):
         x = self._source.read(self._stored(name), start, stop)
         if "D" not in axes:
             return x
-        if "norm" in name:
+        if axes == "D" and name.endswith("norm.weight"):
             return self._size(x).expand_as(x).to(x.dtype)
         if axes[0] == "D":  # writes into the stream, weight or bias
             return (self._basis.T @ x.float()).to(x.dtype)

@@ -10,8 +10,8 @@ from __future__ import annotations
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Protocol
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from megatron_prune.errors import DamagedError
 from megatron_prune.model.axes import axes_of, names, split_dim, split_layer
+from megatron_prune.model.fusion import Piece
 from megatron_prune.model.grid import ParallelGrid
 from megatron_prune.model.lora import Lora
 from megatron_prune.model.shape import ModelConfig
@@ -171,18 +172,6 @@ class CastSource(DerivedSource):
 
     def dtype(self, name: str) -> torch.dtype:
         return self._dtype
-
-
-@dataclass(frozen=True)
-class Piece:
-    """A stored part of a tensor: indices ``[start, stop)`` of its split axis.
-
-    ``load(a, b)`` gives the indices ``[a, b)`` *within* the piece, as rows of the tensor.
-    """
-
-    start: int
-    stop: int
-    load: Callable[[int, int], Tensor]
 
 
 def assemble(name: str, pieces: Sequence[Piece], start: int, stop: int, where: object) -> Tensor:

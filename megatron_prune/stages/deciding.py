@@ -12,8 +12,7 @@ from typing import Any
 from megatron_prune.criteria import CRITERIA
 from megatron_prune.errors import ConfigError, PlanError
 from megatron_prune.families.block_configs import FFN_MULTIPLE, says_ffn_mult
-from megatron_prune.families.config import check_family
-from megatron_prune.families.names import FAMILIES
+from megatron_prune.families.config import check_widths
 from megatron_prune.flags import Group, flag, given_flags, positive
 from megatron_prune.model.axes import count_parameters
 from megatron_prune.model.costs import weight_bytes
@@ -179,7 +178,7 @@ def decide(
     """
     source.config.shape.check_uniform("plan", "prune its source anew")
     if options.nonuniform:
-        check_family(source.config)
+        check_widths(source.config.family)
     scores, targets = _scores(options, source), options.targets
     name = options.criterion
     criterion = CRITERIA[name] if scores is None else scores.criterion(name)
@@ -227,7 +226,7 @@ def warn_not_loadable(source: ModelConfig, plan: PrunePlan, console: Console) ->
             "Nemotron-NAS model (DeciLMForCausalLM, --to hf) transformers and vLLM do, with "
             f"trust_remote_code; {also}. See docs/nonuniform.md"
         )
-    elif FAMILIES[source.family].hidden_multiple_of_heads and hidden % heads:
+    elif source.family.hidden_multiple_of_heads and hidden % heads:
         near = " or ".join(
             str(n) for n in (hidden // heads * heads, -(-hidden // heads) * heads) if n
         )

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_prune.errors import PlanError
-from megatron_prune.families.names import FAMILIES
+from megatron_prune.families import FAMILIES
 from megatron_prune.files import replace_file
 from megatron_prune.flags import flag
 from megatron_prune.model.shape import ModelConfig

@@ -9,7 +9,6 @@ from __future__ import annotations
 from dataclasses import replace
 
 from megatron_prune.errors import PlanError
-from megatron_prune.families.names import FAMILIES
 from megatron_prune.files import replace_file
 from megatron_prune.model.costs import sizes_of
 from megatron_prune.model.shape import ModelShape
@@ -66,7 +65,7 @@ def search_targets(
         multiple_of=options.multiple_of,
         min_layers=options.min_layers,
         proportions=options.proportions,
-        hidden_multiple_of_heads=FAMILIES[config.family].hidden_multiple_of_heads,
+        hidden_multiple_of_heads=config.family.hidden_multiple_of_heads,
         drop_query_groups=options.drop_query_groups,
         fixed=fixed,
     )

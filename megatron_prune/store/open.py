@@ -18,7 +18,8 @@ from typing import Any
 
 from megatron_prune.data.tokenizers import TRACKER
 from megatron_prune.errors import CheckpointError, DamagedError
-from megatron_prune.families.config import CONFIG, read_config
+from megatron_prune.families import read_config, read_config_as
+from megatron_prune.families.config import CONFIG
 from megatron_prune.files import Hold, hold
 from megatron_prune.model.grid import ParallelGrid
 from megatron_prune.model.shape import ModelConfig
@@ -190,7 +191,7 @@ def _plan_in(directory: Path) -> Path | None:
 def _open_hf(directory: Path) -> Source:
     return hf.HuggingFaceSource(
         directory,
-        read_config(directory / CONFIG),
+        *read_config_as(directory / CONFIG),
         companion_files=companion_files(directory),
         plan_path=_plan_in(directory),
     )

@@ -109,7 +109,7 @@ class Passenger:
             repaired["repair_digest"] = hashlib.sha256(self.repair).hexdigest()
         return {
             "format": format,
-            "family": self.config.family,
+            "family": self.config.family.name,
             "shape": self.config.shape.as_dict(),
             "parameters": count_parameters(self.config),
             "tied": self.config.tied,

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from emb_pruner.prune import vocabulary_axis
 from emb_pruner.vocab_plan import VocabPlan
-from megatron_prune.model.axes import EMBEDDING, OUTPUT
+from megatron_prune.model.blocks import EMBEDDING, OUTPUT
 from megatron_prune.sources.pruned import PrunedSource
 from megatron_prune.sources.source import DerivedSource, Source
 from megatron_prune.store import open_source

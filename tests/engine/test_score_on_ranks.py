@@ -45,6 +45,8 @@ CASES: dict[str, tuple[str, int, tuple[object, ...]]] = {
     "four-tp2-dp2": ("four", 4, TP2),
     "four-tp2-dp2-sp": ("four", 4, (*TP2, *SP)),  # the second copy's last batch is all filling
     "qwen_tied-tp4": ("qwen_tied", 4, TP4),
+    "qwen3_tied-tp2": ("qwen3_tied", 2, TP2),
+    "qwen3_tied-tp2-sp": ("qwen3_tied", 2, (*TP2, *SP)),
     "qwen_tied-tp2-pp2-sp": ("qwen_tied", 4, (*TP2, *PP2, *SP)),
 }
 NUDGED = 1e-5  # of the largest value; the largest difference seen is 1.3e-6

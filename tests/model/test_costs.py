@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_prune.families.config import read_config
+from megatron_prune.families import read_config
 from megatron_prune.model.axes import count_parameters
 from megatron_prune.model.costs import (
     flops_at,

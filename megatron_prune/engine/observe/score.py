@@ -168,7 +168,7 @@ class _Run:
         model = self.model
         with self.bar(len(self.windows), "statistics") as bar:
             seen, losses = observe(
-                model, self.shape, self.windows, self.groups,
+                model, self.source.config, self.windows, self.groups,
                 micro_batch_size=self.options.micro_batch_size, progress=bar.update,
             )  # fmt: skip
         statistics = {
