@@ -16,7 +16,6 @@ from torch import Tensor
 from megatron_prune.families.names import hf_name
 from megatron_prune.model.axes import axes_of, names, split_dim
 from megatron_prune.planning.plan import Kept, PrunePlan
-from megatron_prune.sources.digest import source_digest
 from megatron_prune.sources.pruned import PrunedSource
 from megatron_prune.store import open_source
 from tests.pico import assert_same, directory_bytes, ok, slice_by_plan, tensors
@@ -195,7 +194,7 @@ def test_every_plan_reads_as_the_independent_slicer_slices(
     """Random plans, random ranges of each tensor's split axis."""
     source = open_source(models(kind))
     shape, whole = source.config.shape, tensors(models(kind))
-    digest, file = source_digest(source), tmp_path / "plan.json"
+    digest, file = source.digest, tmp_path / "plan.json"
 
     def subset(data: Any, size: int) -> tuple[int, ...]:
         return tuple(sorted(data.draw(st.sets(st.integers(0, size - 1), min_size=1, max_size=9))))

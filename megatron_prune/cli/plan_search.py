@@ -23,6 +23,7 @@ from megatron_prune.cli.quantities import (
 )
 from megatron_prune.errors import ConfigError, PlanError
 from megatron_prune.families.names import FAMILIES
+from megatron_prune.files import replace_file
 from megatron_prune.model.costs import (
     DTYPE_BYTES,
     flops_at,
@@ -46,7 +47,6 @@ from megatron_prune.planning.search import (
     search_space,
 )
 from megatron_prune.sources.source import Source
-from megatron_prune.store.commit import replace_file
 
 _TARGETS = ("target_params", "target_memory", "target_latency")
 _FRONT_LIMITS = 24  # points of the picture: from the smallest legal shape to the source

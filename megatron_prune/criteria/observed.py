@@ -94,6 +94,20 @@ class WeightSquares:
     units: dict[str, Tensor]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Gradients:
+    """Sums over calibration samples and over the weights that a unit owns; float64.
+
+    Attributes:
+        first: axis letter -> of |weight x gradient|, shaped as `WeightSquares.units`.
+        second: the same of (weight x gradient)^2.
+    """
+
+    first: dict[str, Tensor]
+    second: dict[str, Tensor]
+    samples: int
+
+
 def reader_norm(rest: str, layer: int | None, num_layers: int) -> int | None:
     """The norm whose output a weight reads along its hidden dim, None when it reads none."""
     if layer is None:

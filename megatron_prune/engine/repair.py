@@ -35,21 +35,12 @@ from megatron_prune.engine.observe.moments import MomentSums
 from megatron_prune.errors import DamagedError
 from megatron_prune.model.axes import FINAL_NORM, layer_name, names, norm_before
 from megatron_prune.model.tensors import expand_rows
+from megatron_prune.planning.fit import Fit, with_all_channels, without_units
 from megatron_prune.planning.plan import PrunePlan
 from megatron_prune.solve.least_squares import Affine, Moments, fit, norm_ratio, relative_error
 from megatron_prune.sources.pruned import PrunedSource
-from megatron_prune.sources.replaced import (
-    NORMS,
-    Fit,
-    Mix,
-    MixedSource,
-    RepairedSource,
-    Replaced,
-    Tensors,
-    digests,
-    with_all_channels,
-    without_units,
-)
+from megatron_prune.sources.repair_record import NORMS, Replaced, digests
+from megatron_prune.sources.replaced import Mix, MixedSource, RepairedSource, Tensors
 from megatron_prune.sources.source import Source
 
 

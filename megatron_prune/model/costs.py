@@ -1,4 +1,4 @@
-"""What a model costs: parameters, bytes, FLOPs, training memory. Formulas only.
+"""What a model costs: parameters, bytes, FLOPs. Formulas only.
 
 Counts follow the axis table, so they hold for every shape, pruned or not. The functions that take
 `Sizes` answer for one shape or, with arrays, for a million at once (`search`).
@@ -8,13 +8,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from megatron_prune.model.axes import count_parameters, layer_weights, outer_weights
-from megatron_prune.model.grid import ParallelGrid, padded_vocab_size
 from megatron_prune.model.shape import ModelConfig, ModelShape
 
 DTYPE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
@@ -74,16 +72,12 @@ def weight_bytes(config: ModelConfig) -> int:
     return count_parameters(config) * DTYPE_BYTES[config.dtype]
 
 
-def flops_per_token(config: ModelConfig, seq_length: int) -> int:
-    """Forward multiply-adds x 2 per token: every matrix, and causal attention over half a sequence.
-
-    Training costs three times this (Kaplan et al. 2020, arXiv:2001.08361, eq. 2.2).
-    """
-    return int(flops_at(config, sizes_of(config.shape), seq_length))
-
-
 def flops_at(config: ModelConfig, sizes: Sizes, seq_length: int) -> Any:
-    """`flops_per_token` of ``config`` in other sizes; an array where they are."""
+    """Forward multiply-adds x 2 a token: every matrix, and causal attention over half a sequence.
+
+    Training costs three times this (Kaplan et al. 2020, arXiv:2001.08361, eq. 2.2). An array where
+    the sizes are.
+    """
     width = config.shape.kv_channels
     projections = sizes["D"] * width * 2 * (sizes["Q"] + sizes["K"])
     attention = sizes["Q"] * width * seq_length  # q.k and p.v, halved
@@ -96,33 +90,3 @@ def kv_cache_bytes_per_token(config: ModelConfig) -> int:
     shape = config.shape
     width = shape.num_query_groups * shape.kv_channels
     return 2 * shape.num_layers * width * DTYPE_BYTES[config.dtype]
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainingMemory:
-    """Bytes one rank holds in mixed-precision training with Adam, without activations."""
-
-    parameters: int
-    gradients: int
-    optimizer: int
-
-    @property
-    def total(self) -> int:
-        return self.parameters + self.gradients + self.optimizer
-
-
-def training_memory(
-    config: ModelConfig, grid: ParallelGrid, *, data_parallel: int = 1, distributed: bool = True
-) -> TrainingMemory:
-    """Memory of the heaviest rank: 16-bit weights, fp32 gradients, fp32 master weights and Adam's
-    two moments; the last three split over data-parallel ranks with the distributed optimizer
-    (Rajbhandari et al. 2020, arXiv:1910.02054, stage 1)."""
-    shape = config.shape
-    padded = replace(shape, vocab_size=padded_vocab_size(shape.vocab_size, grid.tensor_parallel))
-    whole = count_parameters(replace(config, shape=padded))
-    outer = padded.vocab_size * shape.hidden_size * (1 if config.tied else 2)
-    layers = max(grid.layers_per_stage(shape.num_layers)) / shape.num_layers
-    edge = outer if grid.pipeline_parallel == 1 else padded.vocab_size * shape.hidden_size
-    mine = int(((whole - outer) * layers + edge) / grid.tensor_parallel)
-    share = data_parallel if distributed else 1
-    return TrainingMemory(parameters=2 * mine, gradients=4 * mine, optimizer=12 * mine // share)

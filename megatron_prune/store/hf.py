@@ -22,10 +22,10 @@ from torch import Tensor
 from megatron_prune.errors import CheckpointError, DamagedError
 from megatron_prune.families import qwen1
 from megatron_prune.families.names import HF_IGNORED_SUFFIXES, hf_name
+from megatron_prune.files import HashedFile, write_file
 from megatron_prune.model.axes import axes_of, names, split_dim, split_layer, tensor_shape
 from megatron_prune.model.shape import ModelConfig
 from megatron_prune.sources.source import Source
-from megatron_prune.store.commit import HashedFile, write_file
 from megatron_prune.store.untrusted import load_untrusted
 from megatron_prune.store.writer import Progress, Writer, Written, ahead, row_blocks
 
@@ -224,7 +224,7 @@ class HuggingFaceWriter(Writer):
     def write(
         self, directory: Path, file: str, pool: ThreadPoolExecutor, progress: Progress
     ) -> Generator[None, None, Written]:
-        out = HashedFile(directory / file, pool)
+        out = HashedFile.create(directory / file, pool)
         out.write(self._header(file))
         names = self._shards[file]
         reads = (read for name in names for read in row_blocks(self._source, name, self._shape))

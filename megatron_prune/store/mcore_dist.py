@@ -37,6 +37,7 @@ from torch.distributed.checkpoint.metadata import (
 
 from megatron_prune.errors import CheckpointError, DamagedError
 from megatron_prune.families.names import LINEARS, TE_ATTENTION, in_layer, megatron_name
+from megatron_prune.files import HashedFile, write_file
 from megatron_prune.model.axes import (
     EMBEDDING,
     LAYER_PREFIX,
@@ -50,7 +51,6 @@ from megatron_prune.model.grid import ParallelGrid
 from megatron_prune.model.shape import ModelConfig
 from megatron_prune.sources.source import Piece, Source, assemble
 from megatron_prune.store.chunk import read_header
-from megatron_prune.store.commit import HashedFile, write_file
 from megatron_prune.store.dist_index import INDEX, Chunk, Index, read_index
 from megatron_prune.store.megatron import (
     ITERATION,
@@ -276,7 +276,7 @@ class DistWriter(Writer):
         self, directory: Path, file: str, pool: ThreadPoolExecutor, progress: Progress
     ) -> Generator[None, None, Written]:
         directory.mkdir(parents=True, exist_ok=True)
-        out = HashedFile(directory / file, pool)
+        out = HashedFile.create(directory / file, pool)
         entries = []
         parts, last = list(self._atoms(*self._ranks[file])), None
         for atom, data in zip(parts, ahead((atom.pull for atom in parts), pool), strict=True):

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from megatron_prune.errors import CheckpointError, DamagedError, StorageError
 from megatron_prune.families.names import LINEARS, TE_ATTENTION, TE_NORMS, in_layer, megatron_name
+from megatron_prune.files import HashedFile
 from megatron_prune.model.axes import (
     EMBEDDING,
     OUTPUT,
@@ -36,7 +37,6 @@ from megatron_prune.model.grid import ParallelGrid, part_range
 from megatron_prune.model.shape import ModelConfig
 from megatron_prune.sources.source import Piece, Source, assemble
 from megatron_prune.store.chunk import record_places
-from megatron_prune.store.commit import HashedFile
 from megatron_prune.store.megatron import (
     ITERATION,
     atoms,
@@ -297,7 +297,7 @@ class LegacyWriter(Writer):
         stored = (key for key, x in model.items() if x is not None)
         begin = {key: place(f"data/{number}")[0] for number, key in enumerate(stored)}
         first = self._grid.stage_layers(self._source.config.shape.num_layers, pp_rank).start
-        out = HashedFile(path, pool)
+        out = HashedFile.create(path, pool)
         parts, last = list(self._atoms(tp_rank, pp_rank)), None
         for atom, data in zip(parts, ahead((atom.pull for atom in parts), pool), strict=True):
             if atom.layer != last:

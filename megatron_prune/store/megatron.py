@@ -47,9 +47,9 @@ class Atom:
         name: stored name without its layer; ``layer`` in the model's numbering or None.
         shape: the atom's own shape.
         dim: the dim along which it lies among its siblings, None for a replicated tensor.
-        local_start, local_size: where it begins in the rank's tensor along ``dim``, and that
-            tensor's size there.
-        global_start, global_size: the same in the whole stored tensor.
+        local_size: of the rank's tensor along ``dim``.
+        global_start, global_size: where it begins in the whole stored tensor along ``dim``, and
+            that tensor's size there.
         pull: reads, cuts and fuses it.
     """
 
@@ -58,7 +58,6 @@ class Atom:
     shape: tuple[int, ...]
     dtype: torch.dtype
     dim: int | None
-    local_start: int = 0
     local_size: int = 0
     global_start: int = 0
     global_size: int = 0
@@ -157,7 +156,7 @@ class _RankAtoms:
         halves, half = (2, int(part == "up")) if part else (1, 0)
         yield Atom(
             name=stored, layer=layer, shape=tuple(sizes), dtype=dtype, dim=dim,
-            local_start=half * local, local_size=halves * local,
+            local_size=halves * local,
             global_start=half * whole + start * rows, global_size=halves * whole,
             pull=lambda: read(name, start, stop),
         )  # fmt: skip
@@ -193,7 +192,7 @@ class _RankAtoms:
             upto = min(at + step, stop)
             yield Atom(
                 name=stored, layer=None, shape=(upto - at, shape.hidden_size), dtype=dtype, dim=0,
-                local_start=at - start, local_size=stop - start,
+                local_size=stop - start,
                 global_start=at, global_size=padded,
                 pull=partial(padded_rows, self.source.read, name, shape.vocab_size, at, upto),
             )  # fmt: skip

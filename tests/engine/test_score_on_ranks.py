@@ -147,7 +147,7 @@ def test_the_layout_is_recorded(found: Path) -> None:
 
 FAIL = """
 from megatron_prune.engine.observe import score
-from megatron_prune.store import commit
+from megatron_prune import files
 def fails(*_, **__):
     raise OSError(5, "Input/output error")
 if os.environ["RANK"] == "{rank}":
@@ -155,9 +155,7 @@ if os.environ["RANK"] == "{rank}":
 """
 
 
-@pytest.mark.parametrize(
-    ("rank", "what"), [(0, "commit.replace_file"), (1, "score.weight_squares")]
-)
+@pytest.mark.parametrize(("rank", "what"), [(0, "files.replace_file"), (1, "score.weight_squares")])
 def test_a_rank_that_fails_ends_all_with_its_name(rank: int, what: str, tmp_path: Path) -> None:
     model = make_model(tmp_path / "m", "gqa")
     stage = ("score", "--load", model, "--criterion", "magnitude", "--seq-length", 24)

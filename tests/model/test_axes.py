@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,8 +10,7 @@ import pytest
 from megatron_prune.families.config import read_config
 from megatron_prune.families.names import hf_name
 from megatron_prune.model.axes import axes_of, count_parameters, names, split_dim, tensor_shape
-from megatron_prune.model.costs import training_memory, weight_bytes
-from megatron_prune.model.grid import ParallelGrid
+from megatron_prune.model.costs import weight_bytes
 from tests import pico
 
 
@@ -35,18 +33,3 @@ def test_tensor_parallelism_splits_rows_of_columns_and_columns_of_rows() -> None
     assert axes_of(layer + "mlp.linear_fc2.weight") == "DF" and split_dim("DF") == 1
     assert axes_of("embedding.word_embeddings.weight") == "VD" and split_dim("VD") == 0
     assert split_dim(axes_of(layer + "mlp.linear_fc2.bias")) is None
-
-
-def test_training_memory_of_all_ranks_holds_every_parameter_once_and_its_padding(
-    models: Callable[[str], Path],
-) -> None:
-    """18 bytes a parameter with Adam in mixed precision; sharded optimizer state over DP."""
-    config = read_config(models("gqa") / "config.json")
-    padded = replace(config, shape=replace(config.shape, vocab_size=384))
-    whole = training_memory(config, ParallelGrid())
-    assert whole.total == 18 * count_parameters(padded)
-    sharded = training_memory(config, ParallelGrid(tensor_parallel=3))
-    assert sharded.total * 3 == pytest.approx(whole.total, abs=100)
-    assert training_memory(config, ParallelGrid(), data_parallel=4).optimizer == (
-        whole.optimizer // 4
-    )
