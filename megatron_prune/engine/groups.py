@@ -52,6 +52,13 @@ class Groups:
     def is_last_stage(self) -> bool:
         return self.pp_rank == self.grid.pipeline_parallel - 1
 
+    def sum_over_ranks(self, *values: float) -> list[float]:
+        """Each value's sum over all ranks, in float64, the same on all of them."""
+        exchanged = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(exchanged)
+        summed: list[float] = exchanged.tolist()
+        return summed
+
 
 def world_size() -> int:
     """Processes torchrun (or Slurm) started; 1 without a launcher."""
