@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-from tests import pico
+from tests import launch, pico
 
 # The same examples on every machine and in every run, and nothing left in the checkout.
 settings.register_profile("repeatable", derandomize=True, deadline=None, database=None)
@@ -29,6 +29,12 @@ def _no_waiting_for_the_disk() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda handle: None)
         yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_process_stays() -> Iterator[None]:
+    yield
+    launch.close()
 
 
 @pytest.fixture(scope="session")

@@ -15,8 +15,9 @@ import torch
 from megatron_prune.engine.train.checkpoint import training_state
 from tests.engine import domain_runs
 from tests.engine.domain_runs import make_corpora, tables, write_recipe
-from tests.engine.on_ranks import Job, launch, made_once
+from tests.engine.on_ranks import Job, launch
 from tests.engine.runs import losses
+from tests.launch import made_once
 
 TP2 = ("--tensor-model-parallel-size", 2)
 TP3 = ("--tensor-model-parallel-size", 3)

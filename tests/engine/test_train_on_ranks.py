@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 import torch
 
-from tests.engine.on_ranks import Job, launch, made_once
+from tests.engine.on_ranks import Job, launch
 from tests.engine.runs import losses, told, weights, words
+from tests.launch import made_once
 
 TP3 = ("--tensor-model-parallel-size", 3)
 PP2 = ("--pipeline-model-parallel-size", 2)

@@ -16,8 +16,8 @@ from pathlib import Path
 import pytest
 
 from tests.engine.conftest import corpus, reference  # noqa: F401 (fixtures)
-from tests.engine.on_ranks import environment
 from tests.engine.runs import told, words
+from tests.launch import environment
 
 REPO = Path(__file__).resolve().parents[2]
 SRUN = """#!/usr/bin/env bash

@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 
-from tests.engine.on_ranks import environment
+from tests.launch import environment
 from tests.pico import directory_bytes
 
 TOKEN = "hf_right"
