@@ -66,6 +66,7 @@ def _run(program: dict[str, str]) -> None:
         runpy.run_module(program["module"], run_name="__main__", alter_sys=True)
     elif "file" in program:
         sys.argv[0] = program["file"]
+        sys.path[0] = os.path.dirname(program["file"])
         runpy.run_path(program["file"], run_name="__main__")
     else:
         sys.argv[0] = "-c"

@@ -36,6 +36,7 @@ SILENT_SECONDS, CPU_SECONDS = 120, 2
 # Read when a module is imported: a forked process is too late for another value.
 READ_AT_IMPORT = ("OMP_NUM_THREADS", "HF_HOME", "HF_HUB_OFFLINE", "HF_ENDPOINT", "PYTHONHASHSEED")
 
+PROGRAM = {"module": "megatron_prune"}
 # Taking a whole interpreter apart takes as long as some stages: these two end without.
 COMMAND = {
     "code": """
@@ -205,6 +206,7 @@ def fork(
     words: Sequence[object],
     said: tuple[Path, Path],
     *,
+    cwd: Path | None = None,
     largest_file: int | None = None,
     **variables: str,
 ) -> Process:
@@ -224,7 +226,7 @@ def fork(
     out, err = map(str, said)
     pid = server.ask(
         program=program, words=[str(word) for word in words], out=out, err=err,
-        environment=environ, cwd=os.getcwd(), largest_file=largest_file,
+        environment=environ, cwd=str(cwd or os.getcwd()), largest_file=largest_file,
     )  # fmt: skip
     return Process(pid, said)
 
@@ -270,21 +272,17 @@ def start(
         said: the file that all ranks write to.
         prelude: code that every rank runs before `installed_script`; None: ``python -m`` runs.
     """
-    program = (
-        {"module": "megatron_prune"}
-        if prelude is None
-        else {"code": f"{prelude}\n{installed_script()}"}
-    )
+    program = PROGRAM if prelude is None else {"code": f"{prelude}\n{installed_script()}"}
     return fork_ranks(program, [words] * ranks, [(said, said)] * ranks, largest_file)
 
 
 def run(
-    program: dict[str, str], *words: object, **variables: str
+    program: dict[str, str], *words: object, cwd: Path | None = None, **variables: str
 ) -> subprocess.CompletedProcess[str]:
     """One process and how it ended, as `subprocess.run` tells it."""
     with tempfile.TemporaryDirectory() as folder:
         said = Path(folder) / "out", Path(folder) / "err"
-        code = fork(program, words, said, **variables).wait()
+        code = fork(program, words, said, cwd=cwd, **variables).wait()
         return subprocess.CompletedProcess(words, code, *(path.read_text() for path in said))
 
 

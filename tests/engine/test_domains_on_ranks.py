@@ -59,7 +59,8 @@ def _jobs(folder: Path, reference: Path, recipe: Path) -> list[Job]:
     model, silent = reference / "gqa", ("--distributed-timeout-minutes", 1)
     jobs = []
     for name, (ranks, flags, start, _) in RUNS.items():
-        load, more = (folder if start in RUNS else reference) / start, (*flags, *silent)
+        load = (folder if start in RUNS else reference) / start
+        more = (*flags, *silent, "--micro-batch-size", 1)
         tokenizer = ("--tokenizer-model", model)
         words = domain_runs.words(load, folder / name, recipe, *more, *tokenizer)
         jobs.append(Job(check="command", world=ranks, given={"words": words}))

@@ -15,10 +15,19 @@ from megatron_prune.store.untrusted import load_untrusted
 from tests.engine import domain_runs, killed
 from tests.engine.domain_runs import write_recipe
 from tests.engine.runs import losses, told, words
-from tests.launch import Process, run, start, until, wait
+from tests.launch import Process, made_once, run, start, until, wait
 from tests.pico import directory_bytes, ok
 
-STEPS = ("--train-iters", 60, "--eval-interval", 20, "--save-interval", 1000)
+STEPS = ("--train-iters", 30, "--save-interval", 1000, "--eval-interval", 10)
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory: pytest.TempPathFactory, reference: Path, corpus: Path) -> Path:
+    """A run of `STEPS` that nothing disturbs."""
+    with made_once(tmp_path_factory, "unbroken") as (folder, fresh):
+        if fresh:
+            ok(*words(reference / "gqa", folder / "run", corpus, *STEPS))
+    return folder / "run"
 
 
 def _wait_for(save: Path, iterations: int, processes: list[Process]) -> None:
@@ -31,23 +40,23 @@ def _wait_for(save: Path, iterations: int, processes: list[Process]) -> None:
     until(is_there, processes)
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1"])
 def test_a_signal_saves_and_the_same_command_continues_to_the_bit(
-    tmp_path: Path, reference: Path, corpus: Path, name: str
+    tmp_path: Path, reference: Path, corpus: Path, unbroken: Path
 ) -> None:
+    """One run, stopped three times, each time by another signal."""
     save = tmp_path / "run"
     command = words(reference / "gqa", save, corpus, *STEPS)
-    (process,) = start(command, 1, tmp_path / "said.txt")
-    _wait_for(save, 4, [process])
-    process.send_signal(getattr(signal, name))
-    assert process.wait() == 75
-    said = (tmp_path / "said.txt").read_text()
-    assert f"stopped by {name} after iteration" in said and "Traceback" not in said
-    (kept,) = save.glob("iter_*")
-    assert len(losses(save)) == int(kept.name[5:]) < 60
+    for number, name in enumerate(("SIGTERM", "SIGINT", "SIGUSR1")):
+        (process,) = start(command, 1, tmp_path / name)
+        _wait_for(save, 2 + 3 * number, [process])
+        process.send_signal(getattr(signal, name))
+        assert process.wait() == 75
+        said = (tmp_path / name).read_text()
+        assert f"stopped by {name} after iteration" in said and "Traceback" not in said
+        kept = max(save.glob("iter_*"))
+        assert max(losses(save)) == int(kept.name[5:]) < 30
     ok(*command)
-    ok(*words(reference / "gqa", tmp_path / "whole", corpus, *STEPS))
-    assert told(save) == told(tmp_path / "whole")
+    assert told(save) == told(unbroken)
 
 
 def test_a_second_signal_ends_the_process_at_once() -> None:
@@ -75,15 +84,14 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_step(
     processes[1].send_signal(signal.SIGTERM)
     assert wait(processes) == [75, 75]
     (kept,) = save.glob("iter_*")
-    assert len(losses(save)) == int(kept.name[5:])
+    assert len(losses(save)) == int(kept.name[5:]) < 30
 
 
 def test_a_lost_rank_ends_the_others_and_the_checkpoint_before_it_loads(
-    tmp_path: Path, reference: Path, corpus: Path
+    tmp_path: Path, reference: Path, corpus: Path, unbroken: Path
 ) -> None:
     save = tmp_path / "run"
-    flags = ("--train-iters", 40, "--save-interval", 3, "--eval-iters", 0)
-    command = words(reference / "gqa", save, corpus, *flags)
+    command = words(reference / "gqa", save, corpus, *STEPS, "--save-interval", 3)
     processes = start(command, 2, tmp_path / "said.txt")
     _wait_for(save, 5, processes)
     processes[1].kill()
@@ -92,8 +100,7 @@ def test_a_lost_rank_ends_the_others_and_the_checkpoint_before_it_loads(
     assert time.monotonic() - since < 15
     assert "rank 0 of 2 lost another rank" in (tmp_path / "said.txt").read_text()
     ok(*command)  # alone, where two had started
-    ok(*words(reference / "gqa", tmp_path / "whole", corpus, *flags))
-    assert losses(save) == pytest.approx(losses(tmp_path / "whole"), abs=1e-4)
+    assert losses(save) == pytest.approx(losses(unbroken), abs=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -104,7 +111,7 @@ def test_a_hung_rank_ends_the_others_within_the_timeout_and_its_checkpoint_loads
 ) -> None:
     """F20: a rank that is stopped and does not answer; timeout + 5 s, exit 5, of both programs."""
     save, seconds = tmp_path / "run", 4
-    flags = ("--train-iters", 40, "--save-interval", 3, "--eval-iters", 0, *more)
+    flags = ("--train-iters", 20, "--save-interval", 3, "--eval-iters", 0, *more)
     waits = ("--distributed-timeout-minutes", seconds / 60)
     command = words(reference / "gqa", save, corpus, *flags, *waits)
     processes = start(command, 2, tmp_path / "said", prelude=prelude)
@@ -122,7 +129,7 @@ def test_a_hung_rank_ends_the_others_within_the_timeout_and_its_checkpoint_loads
     whole = [path.name for path in save.glob("iter_*") if not check_manifest(path)]
     assert whole and len(whole) == len(list(save.glob("iter_*")))
     ok(*words(reference / "gqa", save, corpus, *flags))
-    assert list(losses(save)) == list(range(1, 41)), "not continued from the last checkpoint"
+    assert list(losses(save)) == list(range(1, 21)), "not continued from the last checkpoint"
 
 
 SKIP = """
@@ -148,11 +155,11 @@ SKIPPED = {  # where, what it gives instead, in which of its calls
     "what", ["loss", *(pytest.param(n, marks=pytest.mark.slow) for n in ("gradients", "save"))]
 )
 def test_a_rank_that_skips_an_exchange_ends_all_within_the_timeout(
-    tmp_path: Path, reference: Path, corpus: Path, what: str
+    tmp_path: Path, reference: Path, corpus: Path, unbroken: Path, what: str
 ) -> None:
     """F20: all ranks wait for something else then; timeout + 5 s, exit 5."""
     save, seconds = tmp_path / "run", 4
-    flags = ("--train-iters", 20, "--save-interval", 3, "--eval-iters", 0)
+    flags = (*STEPS, "--save-interval", 3, "--eval-iters", 0)
     waits = ("--distributed-timeout-minutes", seconds / 60)
     names = dict(zip(("module", "name", "method", "instead", "call"), SKIPPED[what]))
     command = words(reference / "gqa", save, corpus, *flags, *waits)
@@ -167,11 +174,10 @@ def test_a_rank_that_skips_an_exchange_ends_all_within_the_timeout(
             process.end()
     said = (tmp_path / "said").read_text()
     assert codes == [5, 5], said
-    assert took < seconds + 5 and len(losses(save)) < 20
+    assert took < seconds + 5 and len(losses(save)) < 30
     assert "Traceback" not in said
     ok(*words(reference / "gqa", save, corpus, *flags))
-    ok(*words(reference / "gqa", tmp_path / "whole", corpus, *flags))
-    assert losses(save) == pytest.approx(losses(tmp_path / "whole"), abs=1e-4)
+    assert losses(save) == pytest.approx(losses(unbroken), abs=1e-4)
 
 
 @pytest.mark.parametrize(("ranks", "flags"), [(1, ()), (2, ()), (2, ("--async-save",))])
