@@ -15,7 +15,7 @@ PACKAGE = Path(megatron_prune.__file__).parent
 # An import goes only to an earlier line; parts of one line never import each other. A part is a
 # file or a folder; `engine` is taken apart, since it is as large as all the rest.
 LAYERS = (
-    ("__init__", "errors"),
+    ("__init__", "errors", "flags"),
     ("ranks",),
     ("model", "solve"),
     ("families",),
@@ -31,6 +31,7 @@ LAYERS = (
     ("engine.repair", "engine.objectives"),
     ("engine.train",),
     ("evaluate", "report"),
+    ("stages",),
     ("cli",),
     ("__main__",),
 )
