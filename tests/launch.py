@@ -276,7 +276,7 @@ def start(
     return fork_ranks(program, [words] * ranks, [(said, said)] * ranks, largest_file)
 
 
-def run(
+def fork_and_wait(
     program: dict[str, str], *words: object, cwd: Path | None = None, **variables: str
 ) -> subprocess.CompletedProcess[str]:
     """One process and how it ended, as `subprocess.run` tells it."""

@@ -67,7 +67,7 @@ def write_jsonl(path: Path, count: int) -> list[str]:
 
 
 def run(*args: object, **more: str) -> subprocess.CompletedProcess[str]:
-    return launch.run(launch.PROGRAM, "preprocess", *args, NLTK_DATA="", **more)
+    return launch.fork_and_wait(launch.PROGRAM, "preprocess", *args, NLTK_DATA="", **more)
 
 
 def files_of(folder: Path) -> dict[str, str]:

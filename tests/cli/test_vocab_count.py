@@ -29,7 +29,7 @@ def text(tmp_path: Path) -> Path:
 
 
 def run(*args: object) -> subprocess.CompletedProcess[str]:
-    return launch.run(launch.PROGRAM, "vocab", "count", *args)
+    return launch.fork_and_wait(launch.PROGRAM, "vocab", "count", *args)
 
 
 def refused(said: str, *args: object) -> None:

@@ -20,8 +20,8 @@ DOORS = Path(__file__).parents[2] / "emb_pruner"
 
 def run(script: str, *args: object, cwd: Path) -> subprocess.CompletedProcess[str]:
     if script == "plan":
-        return launch.run(launch.PROGRAM, "vocab", "plan", *args, cwd=cwd)
-    return launch.run({"file": str(DOORS / script)}, *args, cwd=cwd)
+        return launch.fork_and_wait(launch.PROGRAM, "vocab", "plan", *args, cwd=cwd)
+    return launch.fork_and_wait({"file": str(DOORS / script)}, *args, cwd=cwd)
 
 
 @pytest.fixture(scope="module")

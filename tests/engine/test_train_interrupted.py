@@ -15,7 +15,7 @@ from megatron_prune.store.untrusted import load_untrusted
 from tests.engine import domain_runs, killed
 from tests.engine.domain_runs import write_recipe
 from tests.engine.runs import losses, told, words
-from tests.launch import Process, made_once, run, start, until, wait
+from tests.launch import Process, fork_and_wait, made_once, start, until, wait
 from tests.pico import directory_bytes, ok
 
 STEPS = ("--train-iters", 30, "--save-interval", 1000, "--eval-interval", 10)
@@ -77,7 +77,7 @@ def test_a_second_signal_ends_the_process_at_once() -> None:
         "    os.kill(os.getpid(), signal.SIGTERM)\n"
         "    print('still there')\n"
     )
-    done = run({"code": program})
+    done = fork_and_wait({"code": program})
     assert (done.returncode, done.stdout) == (128 + 15, "SIGTERM\n"), done.stderr
 
 
