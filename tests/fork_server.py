@@ -94,6 +94,7 @@ def _serve(questions: int, answers: int) -> dict[str, Any] | None:
             print(json.dumps(answer), file=answering, flush=True)
     for child in children:  # of a test process that ended without waiting for them
         os.killpg(child, signal.SIGKILL)
+        os.waitpid(child, 0)
     return None
 
 
