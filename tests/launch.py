@@ -32,7 +32,7 @@ from filelock import FileLock
 ROOT = Path(__file__).resolve().parents[1]
 # Processes that have said nothing and spent less than this in so long a time have hung: those that
 # wait for one another look around for less, those that compute get more on the busiest machine.
-SILENT_SECONDS, CPU_SECONDS = 120, 2
+SILENT_SECONDS, CPU_SECONDS = 120, 1
 # Read when a module is imported: a forked process is too late for another value.
 READ_AT_IMPORT = ("OMP_NUM_THREADS", "HF_HOME", "HF_HUB_OFFLINE", "HF_ENDPOINT", "PYTHONHASHSEED")
 

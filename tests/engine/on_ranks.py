@@ -210,7 +210,7 @@ def _work(rank: int, folder: Path) -> None:
     for number, job in enumerate(json.loads((folder / "jobs.json").read_text())):
         # a rank with nothing to do must not wait for the others at a rendezvous that times out
         while not all(path.exists() for path in before):
-            time.sleep(0.01)
+            time.sleep(0.02)
         before = [folder / f"{number}_{other}.pt" for other in range(job["world"])]
         if rank >= job["world"]:
             continue
