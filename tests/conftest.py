@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 
 # Before torch is imported: tests run side by side and start ranks of their own, and more threads
@@ -21,6 +22,12 @@ from tests import launch, pico
 # The same examples on every machine and in every run, and nothing left in the checkout.
 settings.register_profile("repeatable", derandomize=True, deadline=None, database=None)
 settings.load_profile("repeatable")
+
+
+def pytest_collection_finish() -> None:
+    """What is imported stays: a full collection need not look at it (`launch.free_groups`)."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)

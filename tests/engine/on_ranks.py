@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tests.launch import fork_ranks, free_port, wait
+from tests.launch import fork_ranks, free_groups, free_port, wait
 
 HERE = Path(__file__).resolve()
 
@@ -222,6 +222,7 @@ def _work(rank: int, folder: Path) -> None:
             found = CHECKS[job["check"]](**job["given"])
         except Exception:
             found = f"rank {rank}, {job}: {traceback.format_exc()}"
+        free_groups()
         torch.save(found, folder / f"{number}_{rank}.pt.part")
         os.rename(folder / f"{number}_{rank}.pt.part", folder / f"{number}_{rank}.pt")
 
