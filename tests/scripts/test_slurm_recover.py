@@ -104,11 +104,13 @@ def test_errors_are_queued_again_only_when_told_to_and_not_without_end(
     slurm: dict[str, str],
     reference: Path,  # noqa: F811
 ) -> None:
-    """A refusal: 2 on the rank that found it and on the other."""
+    """A refusal: 2 on the rank that found it and on the other; then 2 of the command line alone."""
     command = words(reference / "gqa", tmp_path / "run", tmp_path / "nowhere")
+    typo = [*command, "--train-iters", "nowhere"]  # seen before anything is imported
     for count, retried, code in (("0", "75 5", 2), ("2", "75 2", 0), ("3", "75 2", 2)):
         more = {"REQUEUE_ON": retried, "MAX_RESTARTS": "3", "SLURM_RESTART_COUNT": count}
-        job = _submit({**slurm, **more}, tmp_path / "slurm_script", command)
+        words_of_it = command if count == "0" else typo
+        job = _submit({**slurm, **more}, tmp_path / "slurm_script", words_of_it)
         _, said = job.communicate(timeout=600)
         assert job.returncode == code and "nowhere" in said, said
         assert (tmp_path / "queued").exists() == (code == 0)
