@@ -57,7 +57,7 @@ def test_torchrun_runs_the_package_from_any_directory(
     argv = ["prune", "--load", str(shards("gqa")), "--plan", str(plans("gqa")), *save]
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command = [sys.executable, *torchrun, "-m", "megatron_prune", *argv]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=240)
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     ok("verify", "--load", tmp_path / "p", "--source", models("gqa"), "--plan", plans("gqa"))
     assert done.stdout.count("wrote ") == 1

@@ -1,24 +1,16 @@
 """Checks that run on several ranks: one launch of four processes works through a list of them.
 
-A process costs five seconds to start, a check of a pico model a tenth of one. `launch` starts the
-processes; each takes part in the jobs whose world it belongs to, and leaves what it found in a
-file.
+`launch` starts the processes; each takes part in the jobs whose world it belongs to, and leaves
+what it found in a file.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import random
-import re
-import shutil
-import socket
-import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,8 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tests.launch import fork_ranks, free_groups, free_port, wait
+
 HERE = Path(__file__).resolve()
-TIMEOUT_SECONDS = 500
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,40 +32,6 @@ class Job:
     given: dict[str, Any] = field(default_factory=dict)
 
 
-@contextmanager
-def made_once(factory: Any, name: str) -> Iterator[tuple[Path, bool]]:
-    """A directory that pytest's workers share, and whether this one has to fill it."""
-    from filelock import FileLock
-
-    shared = factory.getbasetemp()
-    shared = shared.parent if shared.name.startswith("popen-") else shared
-    folder = shared / name
-    with FileLock(str(folder) + ".lock"):
-        if fresh := not (folder / "made").exists():
-            shutil.rmtree(folder, ignore_errors=True)  # of a worker that failed to
-            folder.mkdir()
-        yield folder, fresh
-        (folder / "made").touch()
-
-
-def free_port() -> int:
-    """A port that nothing listens on, below those the system gives to outgoing connections."""
-    while True:
-        port = random.SystemRandom().randrange(12_000, 32_000)
-        with socket.socket() as tried:
-            try:
-                tried.bind(("127.0.0.1", port))
-            except OSError:
-                continue
-            return port
-
-
-def environment(**more: str) -> dict[str, str]:
-    """Of a process that finds the package and these tests wherever it starts."""
-    paths = [str(HERE.parents[2]), os.environ.get("PYTHONPATH", "")]
-    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths), **more}
-
-
 def launch(jobs: list[Job], folder: Path, ranks: int = 4) -> list[list[Any]]:
     """Run the jobs; the results of each, one a rank. An error is a string that says so."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -81,21 +40,8 @@ def launch(jobs: list[Job], folder: Path, ranks: int = 4) -> list[list[Any]]:
         for job in jobs
     ]
     (folder / "jobs.json").write_text(json.dumps(listed))
-    with open(folder / "said.txt", "w") as said:
-        processes = [
-            subprocess.Popen(
-                [sys.executable, str(HERE), str(rank), str(folder)],
-                env=environment(), stdout=said, stderr=said, stdin=subprocess.DEVNULL,
-            )
-            for rank in range(ranks)
-        ]  # fmt: skip
-        try:
-            for process in processes:
-                process.wait(TIMEOUT_SECONDS)
-        finally:
-            for process in processes:
-                process.kill()
-                process.wait()
+    words, said = [(rank, folder) for rank in range(ranks)], folder / "said.txt"
+    wait(fork_ranks({"file": str(HERE)}, words, [(said, said)] * ranks))
     return [
         [_result(folder / f"{number}_{rank}.pt", folder) for rank in range(job.world)]
         for number, job in enumerate(jobs)
@@ -106,41 +52,6 @@ def _result(path: Path, folder: Path) -> Any:
     if path.exists():
         return torch.load(path)
     return f"no result {path.name}: {(folder / 'said.txt').read_text()[-2000:]}"
-
-
-def installed_script() -> str:
-    """What the installed ``megatron-prune`` does, by pyproject.toml."""
-    said = (HERE.parents[2] / "pyproject.toml").read_text()
-    found = re.search(r'^megatron-prune = "(\S+):(\w+)"$', said, re.MULTILINE)
-    assert found
-    module, name = found.groups()
-    return f"import sys\nfrom {module} import {name}\nif __name__ == '__main__': sys.exit({name}())"
-
-
-def start(
-    words: list[str], ranks: int, said: Path, *, prelude: str | None = None
-) -> list[subprocess.Popen[bytes]]:
-    """A command as torchrun would start it, to be disturbed while it runs.
-
-    Args:
-        prelude: code that every rank runs before `installed_script`; None: ``python -m`` runs.
-    """
-    port = str(free_port())
-    processes = []
-    program = (
-        ["-m", "megatron_prune"] if prelude is None else ["-c", f"{prelude}\n{installed_script()}"]
-    )
-    with open(said, "ab") as file:
-        for rank in range(ranks):
-            place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
-            processes.append(
-                subprocess.Popen(
-                    [sys.executable, *program, *words],
-                    env=environment(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, **place),
-                    stdout=file, stderr=file, stdin=subprocess.DEVNULL,
-                )
-            )  # fmt: skip
-    return processes
 
 
 # ---- on the ranks --------------------------------------------------------------------------------
@@ -285,7 +196,7 @@ def _work(rank: int, folder: Path) -> None:
     for number, job in enumerate(json.loads((folder / "jobs.json").read_text())):
         # a rank with nothing to do must not wait for the others at a rendezvous that times out
         while not all(path.exists() for path in before):
-            time.sleep(0.005)
+            time.sleep(0.02)
         before = [folder / f"{number}_{other}.pt" for other in range(job["world"])]
         if rank >= job["world"]:
             continue
@@ -297,9 +208,13 @@ def _work(rank: int, folder: Path) -> None:
             found = CHECKS[job["check"]](**job["given"])
         except Exception:
             found = f"rank {rank}, {job}: {traceback.format_exc()}"
+        free_groups()
         torch.save(found, folder / f"{number}_{rank}.pt.part")
         os.rename(folder / f"{number}_{rank}.pt.part", folder / f"{number}_{rank}.pt")
 
 
 if __name__ == "__main__":
     _work(int(sys.argv[1]), Path(sys.argv[2]))
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)  # taking a whole interpreter apart takes as long as some checks

@@ -16,7 +16,8 @@ from megatron_prune.cli.recipe import expand_recipe
 from megatron_prune.errors import ConfigError
 from megatron_prune.evaluate.options import EvaluateOptions
 from megatron_prune.evaluate.tasks import wanted_tasks
-from tests.engine.on_ranks import Job, environment, launch
+from tests.engine.on_ranks import Job, launch
+from tests.launch import environment
 from tests.pico import TEXT, ok, refused
 
 REPOSITORY = Path(__file__).parents[2]
