@@ -17,7 +17,7 @@ COLORS = (
     "#8a8f98", "#a0714f",
 )  # fmt: skip
 _DASHES = ("-", "--", ":", "-.")
-_SMOOTHED_SHARE = 20  # a thick line is the mean over a twentieth of the run
+_SMOOTHED_SHARE = 10  # a thick line is the mean over a tenth of the run
 
 
 def line_style(number: int) -> dict[str, Any]:
