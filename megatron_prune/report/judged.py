@@ -70,11 +70,11 @@ def _known(value: Any) -> int | None:
 def _text_table(judgements: Mapping[str, Mapping[str, Any]]) -> Table:
     counts = [_known(values.get("parameters")) for values in judgements.values()]
     base = next(iter(judgements.values())).get("loss")
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for (label, values), count in zip(judgements.items(), counts):
-        loss = values.get("loss")
-        are_known = isinstance(loss, int | float) and isinstance(base, int | float)
-        rise = _number(loss - base if rows and are_known else None, "+.4f")
+        loss, rise = values.get("loss"), NOTHING
+        if rows and isinstance(loss, int | float) and isinstance(base, int | float):
+            rise = f"{loss - base:+.4f}"
         share = _number(count / counts[0] if count and counts[0] else None, ".1%")
         cells = [_number(values.get(name), form) for name, form in _COLUMNS.items()]
         rows.append((label, cells[0], share, cells[1], rise, *cells[2:], str(values.get("load"))))

@@ -112,7 +112,8 @@ a { color: var(--link); text-decoration: none; } a:hover { text-decoration: unde
 caption { text-align: left; padding-bottom: .3rem; }
 th, td { padding: .22rem .8rem .22rem 0; border-bottom: 1px solid var(--line); text-align: left;
   vertical-align: top; overflow-wrap: anywhere; }
-th { font-weight: 600; overflow-wrap: break-word; min-width: 5rem; }
+th { font-weight: 600; overflow-wrap: break-word; min-width: 4rem; }
+td:last-child:not(.n) { min-width: 11rem; }
 td.n, th.n { text-align: right; white-space: nowrap; } tbody th { font-weight: 400; }
 figure { margin: 1rem 0 1.6rem; } figcaption, summary { font-size: .87rem; max-width: 48rem; }
 figure svg { display: block; max-width: 100%; height: auto; margin-top: .4rem; }
