@@ -30,7 +30,8 @@ _FORKS = """
 import json, os, sys, traceback
 from transformers import AutoTokenizer
 import emb_pruner.prune
-from megatron_prune.cli import convert, main, prune, reshard
+from megatron_prune.cli import convert, main, prune
+from megatron_prune.stages import resharding
 for line in sys.stdin:
     child = os.fork()
     if child == 0:

@@ -16,7 +16,9 @@ from collections.abc import Sequence
 
 from megatron_prune import __version__
 from megatron_prune.cli import vocab
+from megatron_prune.cli.flags import add_flags, options_from
 from megatron_prune.cli.recipe import expand_recipe, with_dashes
+from megatron_prune.cli.terminal import Terminal
 from megatron_prune.errors import PruneError, exit_code
 from megatron_prune.ranks import is_first_rank
 
@@ -60,6 +62,34 @@ def _stage(argv: Sequence[str]) -> tuple[str, Sequence[str]]:
     return f"{stage} {action}", argv[2:]
 
 
+# command -> the module of its stage, its options and its function, where they are in `stages`
+_DOORS = {
+    "inspect": ("inspection", "InspectOptions", "inspect"),
+    "reshard": ("resharding", "ReshardOptions", "reshard"),
+}
+
+
+def _run_stage(stage: str, argv: Sequence[str]) -> None:
+    """Parse, do, and print what came of it."""
+    module_name, options_name, function_name = _DOORS[stage]
+    module = importlib.import_module(f"megatron_prune.stages.{module_name}")
+    options_type = getattr(module, options_name)
+    parser = argparse.ArgumentParser(
+        prog=f"megatron-prune {stage}",
+        description=module.__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add_flags(parser, options_type)
+    parser.add_argument("--config", metavar="RECIPE", help="YAML file of these same flags")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    args = parser.parse_args(expand_recipe(stage, with_dashes(argv)))
+    terminal = Terminal()
+    found = getattr(module, function_name)(options_from(args, options_type), terminal)
+    if found is not None:
+        terminal.show(str(found))
+
+
 def _stage_arguments(stage: str, argv: Sequence[str]) -> tuple[object, argparse.Namespace]:
     module = importlib.import_module(f"megatron_prune.cli.{stage.replace(' ', '_')}")
     parser = argparse.ArgumentParser(
@@ -79,7 +109,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in argv
     try:
-        module, args = _stage_arguments(*_stage(argv))
+        stage, rest = _stage(argv)
+        if stage in _DOORS:
+            _run_stage(stage, rest)
+            return 0
+        module, args = _stage_arguments(stage, rest)
         args.argv = argv  # for stages that record what was asked of them
         module.run(args)  # type: ignore[attr-defined]
     except PruneError as error:

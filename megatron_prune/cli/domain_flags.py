@@ -80,7 +80,7 @@ def run_domains(args: argparse.Namespace) -> None:
         evaluate_domains,
         open_for_domains,
     )
-    from megatron_prune.store.commit import replace_file
+    from megatron_prune.files import replace_file
 
     grid = grid_from(args)
     data_parallel_size(grid, world_size())

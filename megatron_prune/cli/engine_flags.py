@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from megatron_prune.cli.options import add_layout
-from megatron_prune.families.names import FAMILIES
+from megatron_prune.families import FAMILIES
 from megatron_prune.model.grid import ParallelGrid
 
 if TYPE_CHECKING:

@@ -116,7 +116,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _tell(result: dict[str, float | int | str], args: argparse.Namespace, seconds: float) -> None:
-    from megatron_prune.store.commit import replace_file
+    from megatron_prune.files import replace_file
 
     for name in ("loss", "perplexity", "bits_per_byte"):
         print(f"{name:<14} {result[name]:.6f}")

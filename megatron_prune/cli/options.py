@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from megatron_prune import __version__
 from megatron_prune.errors import ConfigError, StorageError
-from megatron_prune.families.names import FAMILIES
+from megatron_prune.families import FAMILIES
 from megatron_prune.model.grid import ParallelGrid
 from megatron_prune.model.shape import ModelShape
 from megatron_prune.ranks import Ranks, is_first_rank

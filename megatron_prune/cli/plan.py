@@ -42,8 +42,8 @@ from megatron_prune.cli.rounds import add_round_arguments, check_rounds, plan_in
 from megatron_prune.criteria import CRITERIA
 from megatron_prune.errors import ConfigError, PlanError
 from megatron_prune.families.block_configs import FFN_MULTIPLE, says_ffn_mult
-from megatron_prune.families.config import check_family
-from megatron_prune.families.names import FAMILIES
+from megatron_prune.families.config import check_widths
+from megatron_prune.files import replace_file
 from megatron_prune.model.axes import count_parameters
 from megatron_prune.model.costs import weight_bytes
 from megatron_prune.model.shape import ModelConfig
@@ -53,9 +53,7 @@ from megatron_prune.planning.margins import decisions, rounding_text
 from megatron_prune.planning.plan import PRUNE_TYPES, PrunePlan
 from megatron_prune.planning.scores import Scores, load_scores
 from megatron_prune.ranks import is_first_rank
-from megatron_prune.sources.digest import source_digest
 from megatron_prune.sources.source import Source
-from megatron_prune.store.commit import replace_file
 
 _REMAIN = ("hidden_size", "num_attention_heads", "ffn_hidden_size", "num_query_groups")
 
@@ -223,7 +221,7 @@ def scores_from(args: argparse.Namespace, source: Source) -> Scores | None:
         return None
     if args.criterion in CRITERIA:
         raise ConfigError(f"--scores with --criterion {args.criterion}, which needs none; name one")
-    scores, found = load_scores(args.scores), source_digest(source)
+    scores, found = load_scores(args.scores), source.digest
     if scores.source_digest != found:
         raise PlanError(
             f"--scores {args.scores}: of another model ({scores.source_digest[:12]}..., this one "
@@ -241,7 +239,7 @@ def plan_from(args: argparse.Namespace, source: Source) -> PrunePlan:
     source.config.shape.check_uniform("plan", "prune its source anew")
     nonuniform = nonuniform_from(args)
     if nonuniform is not None:
-        check_family(source.config)
+        check_widths(source.config.family)
         if asks_for_search(args):
             raise ConfigError(
                 "--nonuniform with a budget: a search looks at equal layers; take the FFN size it "
@@ -257,7 +255,7 @@ def plan_from(args: argparse.Namespace, source: Source) -> PrunePlan:
         seed=args.seed,
         prune_type=args.prune_type,
         balance_for=options.balance_for(args, source),
-        source_digest=source_digest(source),
+        source_digest=source.digest,
         nonuniform=nonuniform,
     )
     if asks_for_search(args):
@@ -284,7 +282,7 @@ def warn_not_loadable(config: ModelConfig) -> None:
             "Nemotron-NAS model (DeciLMForCausalLM, --to hf) transformers and vLLM do, with "
             f"trust_remote_code; {also}. See docs/nonuniform.md"
         )
-    elif FAMILIES[config.family].hidden_multiple_of_heads and hidden % heads:
+    elif config.family.hidden_multiple_of_heads and hidden % heads:
         near = " or ".join(
             str(n) for n in (hidden // heads * heads, -(-hidden // heads) * heads) if n
         )

@@ -22,7 +22,7 @@ from megatron_prune.cli.quantities import (
     parse_weights,
 )
 from megatron_prune.errors import ConfigError, PlanError
-from megatron_prune.families.names import FAMILIES
+from megatron_prune.files import replace_file
 from megatron_prune.model.costs import (
     DTYPE_BYTES,
     flops_at,
@@ -46,7 +46,6 @@ from megatron_prune.planning.search import (
     search_space,
 )
 from megatron_prune.sources.source import Source
-from megatron_prune.store.commit import replace_file
 
 _TARGETS = ("target_params", "target_memory", "target_latency")
 _FRONT_LIMITS = 24  # points of the picture: from the smallest legal shape to the source
@@ -245,7 +244,7 @@ def search_targets(
         multiple_of=args.multiple_of,
         min_layers=args.min_layers,
         proportions=2.0 if args.proportions is None else args.proportions,
-        hidden_multiple_of_heads=FAMILIES[config.family].hidden_multiple_of_heads,
+        hidden_multiple_of_heads=config.family.hidden_multiple_of_heads,
         drop_query_groups=args.drop_query_groups,
         fixed=fixed,
     )

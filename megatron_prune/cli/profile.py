@@ -16,8 +16,8 @@ from pathlib import Path
 
 from megatron_prune.cli import options
 from megatron_prune.cli.engine_flags import add_engine, dtype_of, process_groups
+from megatron_prune.files import replace_file
 from megatron_prune.planning.latency import LatencyTable, fit_latency
-from megatron_prune.store.commit import replace_file
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -22,21 +22,13 @@ from megatron_prune.cli.calibration import (
 )
 from megatron_prune.cli.engine_flags import process_groups
 from megatron_prune.errors import ConfigError, PlanError
+from megatron_prune.planning.fit import DAMPING, FIT_TARGETS, READERS_DAMPING, STATISTICS, Fit
 from megatron_prune.planning.plan import PrunePlan
 from megatron_prune.planning.scores import Scores, load_scores
 from megatron_prune.ranks import Ranks
 from megatron_prune.sources.pruned import PrunedSource
-from megatron_prune.sources.replaced import (
-    DAMPING,
-    READERS_DAMPING,
-    STATISTICS,
-    TARGETS,
-    Fit,
-    Repair,
-    RepairedSource,
-    Replaced,
-    Tensors,
-)
+from megatron_prune.sources.repair_record import Repair, Replaced
+from megatron_prune.sources.replaced import RepairedSource, Tensors
 from megatron_prune.sources.source import Source
 from megatron_prune.store.commit import scratch_directory
 
@@ -76,7 +68,7 @@ def add_repair_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--repair-target",
-        choices=TARGETS,
+        choices=FIT_TARGETS,
         help="output to fit: the layer's own with all its parts, the dense model's, or what brings "
         "the hidden state to the dense model's (default: stream for a plan that drops hidden "
         "channels or layers, else own)",

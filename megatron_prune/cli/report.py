@@ -17,7 +17,8 @@ from pathlib import Path
 
 from megatron_prune.cli import options
 from megatron_prune.errors import PlanError
-from megatron_prune.families.names import FAMILIES
+from megatron_prune.families import FAMILIES
+from megatron_prune.files import replace_file
 from megatron_prune.model.shape import ModelConfig
 from megatron_prune.report.inputs import Inputs, read_inputs, split_name
 from megatron_prune.report.page import (
@@ -28,8 +29,6 @@ from megatron_prune.report.page import (
     write_beside,
 )
 from megatron_prune.report.sections import report_sections
-from megatron_prune.sources.digest import source_digest
-from megatron_prune.store.commit import replace_file
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -69,7 +68,7 @@ def _model(args: argparse.Namespace, inputs: Inputs) -> ModelConfig | None:
     if args.load is None:
         return None
     with options.opened(args.load, args.family) as source:
-        found, wanted = source_digest(source), inputs.source_digest
+        found, wanted = source.digest, inputs.source_digest
         if wanted is not None and found != wanted:
             raise PlanError(
                 f"--load {args.load}: is model {found[:16]}, the inputs are about model "

@@ -26,7 +26,7 @@ from megatron_prune.cli.score_flags import (
 )
 from megatron_prune.criteria import SCORED
 from megatron_prune.errors import ConfigError, DamagedError
-from megatron_prune.planning.scores import Scores, load_scores, scores_bytes
+from megatron_prune.planning.scores import Scores, criteria_in, load_scores, scores_bytes
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -52,14 +52,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--criterion",
         required=True,
         metavar="NAME[,NAME...]",
-        help=f"any of {', '.join(SCORED)}",
+        help=f"any of {', '.join(SCORED)}; or all that an expression names, as plan takes it",
     )
     add_score_arguments(parser)
     add_engine(parser)
 
 
 def _criteria(text: str) -> tuple[str, ...]:
-    found = tuple(dict.fromkeys(word.strip() for word in text.split(",") if word.strip()))
+    found = criteria_in(text)
     unknown = [name for name in found if name not in SCORED]
     if unknown or not found:
         raise ConfigError(
@@ -93,7 +93,7 @@ def _score(args: argparse.Namespace, source: Source, options: ScoreOptions, grou
     from megatron_prune.engine.failures import on_first_rank
     from megatron_prune.engine.groups import Groups
     from megatron_prune.engine.observe.score import score
-    from megatron_prune.store.commit import replace_file
+    from megatron_prune.files import replace_file
 
     assert isinstance(groups, Groups)
     windows, known = on_first_rank(groups.ranks, lambda: _prepare(args, source, options))
@@ -110,7 +110,6 @@ def _prepare(
     args: argparse.Namespace, source: Source, options: ScoreOptions
 ) -> tuple[Tensor | None, Scores | None]:
     """The calibration windows, and what an earlier run found: of this model and these windows."""
-    from megatron_prune.sources.digest import source_digest
 
     windows = score_windows(args, source, options.model.seq_length)
     if not args.save.exists():
@@ -119,7 +118,7 @@ def _prepare(
         known = load_scores(args.save)
     except DamagedError as error:  # whatever it is, it may be all there is of it
         raise DamagedError(f"--save {error}; remove it, or choose another file") from None
-    other = _difference(known, source_digest(source), windows, options)
+    other = _difference(known, source.digest, windows, options)
     if other is None:
         return windows, known
     if args.overwrite:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from megatron_prune.cli import options
 from megatron_prune.cli.calibration import calibration_windows
 from megatron_prune.cli.engine_flags import dtype_of
+from megatron_prune.criteria import SCORED
 from megatron_prune.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -62,7 +63,7 @@ def add_score_arguments(parser: argparse.ArgumentParser) -> None:
 
 def check_data(args: argparse.Namespace, criteria: Sequence[str]) -> None:
     """Refuse criteria that look at text when there is none, before the source is opened."""
-    text = [name for name in criteria if name != "magnitude"]
+    text = [name for name in criteria if SCORED[name].is_observed]
     if text and args.data is None:
         raise ConfigError(f"--data is missing: {', '.join(text)} look at the model at work on text")
     for path in (args.data, args.tokenizer_model):

@@ -92,8 +92,8 @@ def _uses_transformers(backend: str, ckpt_format: str, processes: int) -> bool:
 
 
 def _tell(found: dict[str, Any], save: Path | None) -> None:
+    from megatron_prune.files import replace_file
     from megatron_prune.report.judged import task_scores
-    from megatron_prune.store.commit import replace_file
 
     shots = found["n-shot"]
     for name, (score, error) in task_scores(found).items():

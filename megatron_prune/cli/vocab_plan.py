@@ -90,7 +90,7 @@ def run(args: argparse.Namespace) -> None:
     from emb_pruner.formats import open_vocabulary
     from emb_pruner.reading import check_texts
     from emb_pruner.remain_ids import write_ids
-    from megatron_prune.store.commit import replace_file
+    from megatron_prune.files import replace_file
 
     _check_choice(args)
     given = (args.counts, args.keep_file, args.keep_ids)

@@ -156,7 +156,9 @@ def plan_map(ink: str, *, kept: Mapping[str, Tensor], dropped: Sequence[int]) ->
             axes.tick_params(axis="y", labelsize=5.5)
     every["F"].set_ylabel("")
     step = max(1, -(-heads // 8))
-    every["Q"].set_xticks([n + 0.5 for n in range(0, heads, step)], range(0, heads, step))
+    every["Q"].set_xticks(
+        [n + 0.5 for n in range(0, heads, step)], [str(n) for n in range(0, heads, step)]
+    )
     add_colorbar(figure, mesh, list(every.values()), "share kept", ink)
     return figure
 

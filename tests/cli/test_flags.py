@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_prune.cli import STAGES
+from megatron_prune.cli import _DOORS, STAGES
+from megatron_prune.cli.flags import add_flags
 from megatron_prune.cli.vocab import ACTIONS
 from megatron_prune.errors import ConfigError
 from tests.pico import directory_bytes, ok, refused, run
@@ -35,8 +36,13 @@ def test_help_of_every_stage_explains_it(stage: str) -> None:
 @pytest.mark.parametrize("stage", FILE_STAGES)
 def test_every_flag_has_a_help_and_every_stage_an_example(stage: str) -> None:
     parser = argparse.ArgumentParser()
-    module = importlib.import_module(f"megatron_prune.cli.{stage.replace(' ', '_')}")
-    module.add_arguments(parser)
+    if stage in _DOORS:
+        place, options, _ = _DOORS[stage]
+        module = importlib.import_module(f"megatron_prune.stages.{place}")
+        add_flags(parser, getattr(module, options))
+    else:
+        module = importlib.import_module(f"megatron_prune.cli.{stage.replace(' ', '_')}")
+        module.add_arguments(parser)
     assert [action.option_strings for action in parser._actions if not action.help] == []
     assert f"megatron-prune {stage} " in module.__doc__
 
@@ -181,7 +187,7 @@ def test_debug_shows_where_an_error_comes_from(tmp_path: Path) -> None:
 
 
 def test_errors_of_the_storage_exit_4_and_others_2(monkeypatch: pytest.MonkeyPatch) -> None:
-    from megatron_prune.cli import inspect
+    from megatron_prune.stages import inspection
 
     def broken(error: Exception) -> Callable[..., None]:
         def fail(*_: object) -> None:
@@ -196,7 +202,7 @@ def test_errors_of_the_storage_exit_4_and_others_2(monkeypatch: pytest.MonkeyPat
         (ConfigError("wrong"), 2),
         (KeyboardInterrupt(), 130),
     ):
-        monkeypatch.setattr(inspect, "run", broken(error))
+        monkeypatch.setattr(inspection, "inspect", broken(error))
         assert run("inspect", "x").code == code
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_prune.families.llama import LLAMA
 from megatron_prune.model.axes import count_parameters
 from megatron_prune.model.shape import ModelConfig
 from megatron_prune.planning.choose import Targets
@@ -167,7 +168,7 @@ def test_the_page_shows_digests_provenance_shapes_and_costs(report: Report) -> N
     for name, size in SHAPE.as_dict().items():
         assert shown[name] == [f"{size:,}", f"{plan.target.as_dict()[name]:,}"]
     for tied, what in ((True, "tied"), (False, "of its own")):
-        config = ModelConfig(family="llama", shape=SHAPE, tied=tied, hf_config={})
+        config = ModelConfig(family=LLAMA, shape=SHAPE, tied=tied, hf_config={})
         counts = [count_parameters(replace(config, shape=s)) for s in (SHAPE, plan.target)]
         assert shown[f"parameters, output {what}"] == [f"{n:,}" for n in counts]
         assert shown[f"bytes in bf16, output {what}"] == [f"{2 * n:,}" for n in counts]
@@ -177,8 +178,8 @@ def test_the_page_shows_digests_provenance_shapes_and_costs(report: Report) -> N
 def test_the_result_says_what_the_plan_keeps(
     report: Report, models: Callable[[str], Path], plans: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    assert report.reader.texts["result"] == (
-        "Resultplan.json keeps 3 of 4 layers, 36 of 48 hidden channels, 3 of 6 attention heads, "
+    assert " ".join(report.reader.texts["result"].split()) == (
+        "Result plan.json keeps 3 of 4 layers, 36 of 48 hidden channels, 3 of 6 attention heads, "
         "60 of 96 FFN channels in a layer."
     )
     page, count = tmp_path / "page.html", json.loads(ok("inspect", models("gqa"), "--json").out)

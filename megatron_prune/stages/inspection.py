@@ -5,23 +5,58 @@ megatron-prune inspect runs/llama --json
 
 from __future__ import annotations
 
-import argparse
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_prune.cli.options import opened, shape_table, show
-from megatron_prune.families.names import FAMILIES
+from megatron_prune.families import FAMILIES
+from megatron_prune.flags import flag
 from megatron_prune.model.axes import count_parameters, names
 from megatron_prune.model.grid import VOCAB_DIVISOR
 from megatron_prune.model.lora import Lora
+from megatron_prune.model.shape import ModelShape
 from megatron_prune.sources.source import DTYPE_NAMES, Source
+from megatron_prune.stages.common import opened, shape_table
+from megatron_prune.stages.console import SILENT, Console
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("path", type=Path, metavar="PATH", help="any checkpoint directory")
-    parser.add_argument("--family", choices=FAMILIES, help="of a stock Megatron checkpoint")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
+@dataclass(frozen=True, kw_only=True)
+class InspectOptions:
+    path: Path = flag("any checkpoint directory", metavar="PATH", positional=True)
+    family: str | None = flag(
+        "of a stock Megatron checkpoint", default=None, choices=tuple(FAMILIES)
+    )
+    json: bool = flag("print one JSON object", default=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inspected:
+    """What a checkpoint is; ``facts`` are plain JSON values."""
+
+    shape: ModelShape
+    facts: dict[str, Any]
+    as_json: bool
+
+    def __str__(self) -> str:
+        if self.as_json:
+            return json.dumps(self.facts, indent=2)
+        rows = [
+            f"{name:<30}{value:,}" if type(value) is int else f"{name:<30}{value}"
+            for name, value in self.facts.items()
+            if name != "shape"
+        ]
+        return "\n".join([shape_table(self.shape), *rows])
+
+
+def inspect(options: InspectOptions, console: Console = SILENT) -> Inspected:
+    """The facts of a checkpoint.
+
+    Raises:
+        CheckpointError, DamagedError: see `open_source`.
+    """
+    with opened(options.path, options.family, console) as source:
+        return Inspected(shape=source.config.shape, facts=_facts(source), as_json=options.json)
 
 
 def _factors(lora: Lora) -> dict[str, Any]:
@@ -33,14 +68,14 @@ def _factors(lora: Lora) -> dict[str, Any]:
     }
 
 
-def facts(source: Source) -> dict[str, Any]:
+def _facts(source: Source) -> dict[str, Any]:
     """The object ``--json`` prints."""
     config, grid = source.config, source.grid
     dtypes = sorted({DTYPE_NAMES.get(source.dtype(n), str(source.dtype(n))) for n in names(config)})
     return {
         "path": str(source.path),
         "format": source.format,
-        "family": config.family,
+        "family": config.family.name,
         "shape": config.shape.as_dict(),
         "padded_vocab_size": source.stored_vocab_size,
         # not padded yet: to multiples of this times TP, when it is converted
@@ -54,15 +89,3 @@ def facts(source: Source) -> dict[str, Any]:
         "pruned": source.plan_path is not None,
         **({} if source.lora is None else _factors(source.lora)),
     }
-
-
-def run(args: argparse.Namespace) -> None:
-    with opened(args.path, args.family) as source:
-        found = facts(source)
-        if args.json:
-            show(json.dumps(found, indent=2))
-            return
-        show(shape_table(source.config.shape))
-        for name, value in found.items():
-            if name != "shape":
-                show(f"{name:<30}{value:,}" if type(value) is int else f"{name:<30}{value}")

@@ -1,0 +1,79 @@
+"""Arguments from the fields of an options dataclass, and the dataclass from the arguments.
+
+A ``bool`` is a switch, ``X | None`` may be left out, ``tuple[X, ...]`` takes one or more words and
+``tuple[X, X, X]`` as many as it has types; ``Path``, ``int``, ``float`` and ``str`` make a value of
+one word.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import MISSING, Field, fields
+from types import NoneType, UnionType
+from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from megatron_prune.flags import FLAG, Flag, Group, flag_name
+
+Options = TypeVar("Options")
+
+
+def add_flags(parser: argparse.ArgumentParser, options: type) -> None:
+    """The flags of an options dataclass, each in its group, in the order of the fields."""
+    types = get_type_hints(options)
+    groups: dict[Group, argparse._ArgumentGroup] = {}
+    for one in fields(options):
+        if FLAG not in one.metadata:
+            continue
+        told: Flag = one.metadata[FLAG]
+        place: Any = parser
+        if told.group is not None:
+            if told.group not in groups:
+                groups[told.group] = parser.add_argument_group(told.group.title, told.group.about)
+            place = groups[told.group]
+        name = one.name if told.positional else flag_name(one.name)
+        place.add_argument(name, **_argument(one, told, _without_none(types[one.name])))
+
+
+def _without_none(kind: Any) -> Any:
+    """``X | None`` -> X."""
+    if get_origin(kind) in (Union, UnionType):
+        (kind,) = (one for one in get_args(kind) if one is not NoneType)
+    return kind
+
+
+def _argument(one: Field[Any], told: Flag, kind: Any) -> dict[str, Any]:
+    """The keywords of ``add_argument``."""
+    is_required = one.default is MISSING
+    if kind is bool:
+        return {"action": "store_true", "help": told.help}
+    shown = one.default not in (MISSING, None, ())
+    keywords: dict[str, Any] = {
+        "help": f"{told.help} (default: {_words(one.default)})" if shown else told.help,
+        "metavar": told.metavar,
+        "choices": told.choices,
+        "default": None if is_required else one.default,
+    }
+    if get_origin(kind) is tuple:
+        kind, *more = get_args(kind)
+        keywords["nargs"] = "+" if more == [Ellipsis] else 1 + len(more)
+    keywords["type"] = told.parse or kind
+    if not told.positional:
+        keywords["required"] = is_required
+    return keywords
+
+
+def _words(default: Any) -> str:
+    text = " ".join(map(str, default)) if isinstance(default, tuple) else str(default)
+    return text.replace("%", "%%")
+
+
+def options_from(args: argparse.Namespace, options: type[Options], **more: Any) -> Options:
+    """The options that the arguments ask for; ``more`` has the fields that are not flags."""
+    values = {}
+    for one in fields(options):  # type: ignore[arg-type]
+        if FLAG in one.metadata:
+            value = getattr(args, one.name)
+            values[one.name] = tuple(value) if isinstance(value, list) else value
+        elif one.name in more:
+            values[one.name] = more[one.name]
+    return options(**values)

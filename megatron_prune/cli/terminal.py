@@ -1,0 +1,51 @@
+"""The console of the command line: results on standard output, all else on standard error, from the
+first rank only."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+
+from tqdm import tqdm
+
+from megatron_prune.ranks import is_first_rank
+from megatron_prune.stages.console import Console
+
+
+class Terminal(Console):
+    def say(self, message: str) -> None:
+        if is_first_rank():
+            print(f"megatron-prune: {message}", file=sys.stderr)
+
+    def show(self, text: str) -> None:
+        if is_first_rank():
+            print(text, flush=True)
+
+    @contextmanager
+    def bar(self, what: str, *, unit: str) -> Iterator[Callable[[int], Callable[[int], object]]]:
+        """With rate and time left; ended whatever happens."""
+        with ExitStack() as bars:
+
+            def start(total: int) -> Callable[[int], object]:
+                bar = tqdm(
+                    total=total,
+                    desc=what,
+                    unit=unit,
+                    unit_scale=True,
+                    disable=not is_first_rank(),
+                    mininterval=0.5,
+                )
+                return bars.enter_context(bar).update
+
+            yield start
+
+    @contextmanager
+    def warnings(self) -> Iterator[None]:
+        """Warnings of the block as one line each, when it is over."""
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", UserWarning)
+            yield
+        for warning in caught:
+            self.say(f"warning: {warning.message}")

@@ -1,0 +1,179 @@
+"""Options that several stages share, and what they become."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_prune import __version__
+from megatron_prune.errors import ConfigError, StorageError
+from megatron_prune.families import FAMILIES
+from megatron_prune.flags import Group, flag
+from megatron_prune.model.grid import ParallelGrid
+from megatron_prune.model.shape import ModelShape
+from megatron_prune.ranks import Ranks
+from megatron_prune.sources.source import CastSource, Source
+from megatron_prune.stages.console import Console
+from megatron_prune.store import open_source
+from megatron_prune.store.commit import check_target
+
+FORMATS = ("torch_dist", "torch")
+LAYOUT = Group("layout")
+
+
+def positive(text: str) -> int:
+    """An integer of 1 or more, for a flag."""
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: wanted an integer of 1 or more")
+    return value
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loads:
+    """Of a stage that reads a checkpoint."""
+
+    load: Path = flag("checkpoint; format is detected", metavar="SRC")
+    family: str | None = flag(
+        "of a stock Megatron checkpoint whose arguments do not tell",
+        default=None,
+        choices=tuple(FAMILIES),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Saves:
+    """Of a stage that writes a checkpoint."""
+
+    save: Path = flag("new directory", metavar="DST")
+    overwrite: bool = flag("replace DST once the new one is complete", default=False)
+    dry_run: bool = flag("check and print, write nothing", default=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """Megatron's flags for a tensor- and pipeline-parallel layout."""
+
+    tensor_model_parallel_size: int = flag(
+        "ranks that share each layer", default=1, parse=positive, metavar="N", group=LAYOUT
+    )
+    pipeline_model_parallel_size: int = flag(
+        "stages that share the layers", default=1, parse=positive, metavar="M", group=LAYOUT
+    )
+    decoder_first_pipeline_num_layers: int | None = flag(
+        "of the first stage (default: even)",
+        default=None,
+        parse=positive,
+        metavar="L",
+        group=LAYOUT,
+    )
+    decoder_last_pipeline_num_layers: int | None = flag(
+        "of the last stage (default: even)", default=None, parse=positive, metavar="L", group=LAYOUT
+    )
+
+    @property
+    def grid(self) -> ParallelGrid:
+        return ParallelGrid(
+            tensor_parallel=self.tensor_model_parallel_size,
+            pipeline_parallel=self.pipeline_model_parallel_size,
+            first_stage_layers=self.decoder_first_pipeline_num_layers,
+            last_stage_layers=self.decoder_last_pipeline_num_layers,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LegacyNames:
+    """The layer spec whose names the legacy format uses."""
+
+    transformer_impl: str = flag(
+        "layer spec that a legacy checkpoint names its norms for",
+        default="transformer_engine",
+        choices=("transformer_engine", "local"),
+    )
+
+    @property
+    def te_norms(self) -> bool:
+        return self.transformer_impl == "transformer_engine"
+
+
+@contextmanager
+def opened(path: Path, family: str | None, console: Console) -> Iterator[Source]:
+    """The source at ``path``, closed at the end."""
+    with console.warnings():
+        source = open_source(path, family=family)
+    try:
+        yield source
+    finally:
+        source.close()
+
+
+def cast(source: Source, dtype: str) -> Source:
+    """The source in the dtype of ``--dtype``."""
+    return source if dtype == "keep" else CastSource(source, dtype)
+
+
+def check_save(save: Path, load: Path, *, overwrite: bool) -> None:
+    """Refuse the output, or an output that is the input, before anything is opened."""
+    target, source = save.resolve(), load.resolve()
+    if target == source or source in target.parents or target in source.parents:
+        raise ConfigError(f"--save {save}: is or holds --load {load}; inputs never change")
+    check_target(save, overwrite=overwrite)
+
+
+def check_output_file(
+    path: Path, *, overwrite: bool, inputs: Iterable[Path | None], flag: str = "--save"
+) -> None:
+    """Refuse a file that is to be written, before anything is opened.
+
+    Args:
+        inputs: what the stage reads; None stands for nothing.
+
+    Raises:
+        ConfigError: a directory, there already, or an input or inside of one.
+        StorageError: its place is missing.
+    """
+    if path.is_dir():
+        raise ConfigError(f"{flag} {path}: is a directory; wanted a file")
+    check_not_input(flag, path, inputs)
+    if path.exists() and not overwrite:
+        raise ConfigError(f"{flag} {path}: exists; remove it or use --overwrite")
+    if not path.absolute().parent.is_dir():
+        raise StorageError(f"{flag} {path}: {path.parent} does not exist; make it first")
+
+
+def check_not_input(flag: str, path: Path, inputs: Iterable[Path | None]) -> None:
+    """Refuse an output that is one of the inputs, or inside of one.
+
+    Raises:
+        ConfigError: it is.
+    """
+    for given in inputs:
+        if given is not None and path.resolve().is_relative_to(given.resolve()):
+            raise ConfigError(
+                f"{flag} {path}: is or lies in {given}, one of the inputs; they never change, "
+                "choose another place"
+            )
+
+
+def agree_on_options(ranks: Ranks, options: object) -> None:
+    """Refuse ranks that were started with different arguments, or from different versions."""
+    ranks.agree("the version of megatron_prune", __version__)
+    ranks.agree("the command line", repr(options))
+
+
+def shape_table(source: ModelShape, target: ModelShape | None = None) -> str:
+    """Sizes under Megatron's names, one per line; two columns with a target."""
+    rows, last = [], target or source
+    for name, size in source.as_dict().items():
+        if isinstance(size, int):
+            after = "" if target is None else f"{target.as_dict()[name]:>10}"
+            rows.append(f"{name:<22}{size:>10}{after}")
+    if last.ffn_per_layer is not None:  # ffn_hidden_size is then the widest
+        rows.append(f"{'ffn_per_layer':<22}{' '.join(map(str, last.ffn_per_layer))}")
+    return "\n".join(rows)

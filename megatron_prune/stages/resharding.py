@@ -1,0 +1,53 @@
+"""Change the tensor- and pipeline-parallel layout, or the format, of a Megatron checkpoint.
+
+megatron-prune reshard --load ckpt-tp8 --save ckpt-tp2 --tensor-model-parallel-size 2
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_prune.errors import ConfigError
+from megatron_prune.flags import flag
+from megatron_prune.stages.common import (
+    FORMATS,
+    Layout,
+    LegacyNames,
+    Loads,
+    Saves,
+    check_save,
+    opened,
+)
+from megatron_prune.stages.console import SILENT, Console
+from megatron_prune.stages.writing import Written, write
+from megatron_prune.surgery import Target
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReshardOptions(LegacyNames, Layout, Saves, Loads):
+    ckpt_format: str | None = flag(
+        "Megatron's formats: distributed or legacy (default: the source's)",
+        default=None,
+        choices=FORMATS,
+    )
+
+
+def reshard(options: ReshardOptions, console: Console = SILENT) -> Written:
+    """Write a Megatron checkpoint in another layout or format; see `write`.
+
+    Raises:
+        ConfigError: the source is a Hugging Face directory, or the output holds the input.
+    """
+    check_save(options.save, options.load, overwrite=options.overwrite)
+    with opened(options.load, options.family, console) as source:
+        if source.format == "hf":
+            raise ConfigError(
+                f"--load {options.load}: is a Hugging Face directory; use convert --to megatron"
+            )
+        target = Target(
+            directory=options.save,
+            format=options.ckpt_format or source.format,
+            grid=options.grid,
+            te_norms=options.te_norms,
+        )
+        return write("reshard", options, source, target, console)
