@@ -1,8 +1,8 @@
 """A report as one HTML file that needs nothing else: sections of text, tables and pictures.
 
-Knows nothing of plans or scores: `report.sections` says what is shown, and another kind of report
-is another list of sections. The same inputs give the same bytes: there is no date in the page. A
-policy in its head forbids the browser to load anything.
+This file knows nothing of plans or scores: `report.sections` says what is shown, and another kind
+of report is another list of sections. The same inputs give the same bytes: there is no date in the
+page. A policy in its head forbids the browser to load anything.
 """
 
 from __future__ import annotations

@@ -41,7 +41,7 @@ def unit_map(
     unit: str,
     per_group: int = 1,
 ) -> Figure:
-    """Heat map layer x unit with the kept units outlined; every unit has a cell.
+    """A heat map layer x unit with the kept units outlined; every unit has a cell.
 
     Args:
         scores: [L, n] float; coloured as a share of the layer's largest. None: only what is kept.
