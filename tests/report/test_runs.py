@@ -137,7 +137,9 @@ def test_before_and_after_are_the_numbers_of_evaluate(models, tmp_path: Path) ->
     assert before[2:5] == ["100.0%", f"{wanted['loss']:.4f}", "-"]
     measured = json.loads((tmp_path / "pruned-model.json").read_text())["loss"]
     assert after[4] == f"{measured - wanted['loss']:+.4f}"
-    said = f"dense {wanted['loss']:.3f}, after {measured:.3f} ({measured - wanted['loss']:+.3f})"
+    said = (
+        f"dense.json {wanted['loss']:.3f}, after {measured:.3f} ({measured - wanted['loss']:+.3f})"
+    )
     assert said in reader.texts["result"]
     assert after[2] == f"{facts['parameters'] / wanted['parameters']:.1%}"
     assert float(read_csv(csvs / "judged.csv")[0]["loss"]) == wanted["loss"]
