@@ -1,18 +1,19 @@
 """From JSON lines to token ids, in order, in bounded memory, with any number of processes.
 
 Every line is one JSON object, and the value of each key asked for is a string; blank lines are
-skipped; ``.gz`` and ``.zst`` are read as they are. Refused with the file and the line: what is not
-UTF-8, not JSON, not an object, without the key, not a string, or holds half a surrogate pair. The
-first bad line in the order of the files is the one named, however many workers run.
+skipped; ``.gz`` and ``.zst`` are read as they are. A line is refused, with its file and number,
+when it is not UTF-8, not JSON, not an object, lacks the key, holds no string there, or half a
+surrogate pair. The first bad line in the order of the files is the one named, however many workers
+run.
 
 A document becomes what Megatron-LM's ``preprocess_data.py`` makes of it: the tokenizer's own
 default special tokens on every sequence, EOD on the last one if asked for, sequences without a
 token left out. A text of no tokens is a document of no sequences.
 
-Price: memory is that of the chunks under way, ``2 * workers + 2`` of half a megabyte (or one line,
-if it is longer), and never depends on the size of the corpus. Workers are spawned, not forked: the
-tokenizers hold threads. Each starts in 0.2 to 0.5 s (2.5 s for the few tokenizers that need
-transformers) and ends by itself when the parent is killed.
+The price: memory is that of the chunks under way, ``2 * workers + 2`` of half a megabyte (or one
+line, if it is longer), and never depends on the size of the corpus. Workers are spawned, not
+forked: the tokenizers hold threads. Each starts in 0.2 to 0.5 s (2.5 s for the few tokenizers that
+need transformers) and ends by itself when the parent is killed.
 """
 
 from __future__ import annotations

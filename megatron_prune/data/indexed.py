@@ -1,22 +1,23 @@
 """Megatron's corpus on disk: ``PREFIX.bin`` (token ids end to end) and ``PREFIX.idx`` (where they
 lie).
 
-Byte for byte what ``megatron.core.datasets.indexed_dataset.IndexedDatasetBuilder`` writes (a test
-compares the two), with four differences in how: memory does not grow with the corpus (that builder
-holds every sequence's length and offset as Python objects, about 100 bytes a sequence); hashes are
-taken while writing; ``PREFIX.json``, a sidecar of facts, lies beside; and nothing is seen under the
-final names before all of it is on the disk. Importing megatron.core alone takes 4 seconds.
+The files are byte for byte what ``megatron.core.datasets.indexed_dataset.IndexedDatasetBuilder``
+writes (a test compares the two), with four differences in how: memory does not grow with the corpus
+(that builder holds every sequence's length and offset as Python objects, about 100 bytes a
+sequence); hashes are taken while writing; ``PREFIX.json``, a sidecar of facts, lies beside; and
+nothing is seen under the final names before all of it is on the disk. Importing megatron.core alone
+takes 4 seconds.
 
 The index, little endian: ``MMIDIDX\\0\\0``, version u64 = 1, type u8, sequences u64, documents + 1
 u64; then lengths in tokens int32[sequences], offsets in bytes int64[sequences], and for each
 document the number of its first sequence, int64[documents + 1].
 
-How whole or absent is kept with three files: all are written and fsynced as ``.NAME.tmp`` beside
-the target, the sidecar last; then the old index goes, and bin, json, idx are renamed in that order.
-No index, no corpus: at no instant can a reader pair an old file with a new one. A run that was
-killed between the renames is finished by the next one (``finish_interrupted``); one killed before
-leaves temporary files that the next run takes over. A lock on the temporary .bin keeps two writers
-apart.
+A corpus of three files appears whole or not at all in this way: all are written and fsynced as
+``.NAME.tmp`` beside the target, the sidecar last; then the old index goes, and bin, json, idx are
+renamed in that order. No index, no corpus: at no instant can a reader pair an old file with a new
+one. A run that was killed between the renames is finished by the next one (``finish_interrupted``);
+one killed before leaves temporary files that the next run takes over. A lock on the temporary .bin
+keeps two writers apart.
 """
 
 from __future__ import annotations

@@ -7,8 +7,8 @@ with ``read_all`` every byte of the .bin. A corpus of stock Megatron-LM has no s
 tells which tokenizer made it, and ids out of the vocabulary are only found where the sample meets
 them.
 
-Refused as damaged (exit 3): files that are cut short or do not belong together. Refused as a
-mistake (exit 2): no such corpus, no tokens in it, another tokenizer's ids.
+Files that are cut short or do not belong together are refused as damaged (exit 3). A corpus that is
+not there, that has no tokens or another tokenizer's ids is refused as a mistake (exit 2).
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Load a tokenizer from wherever one lies, as one small object that survives being sent to workers.
 
-Accepted: a Hugging Face directory, a ``tokenizer.json``, a SentencePiece ``*.model``, and one of
-our Megatron checkpoints, which carry the files of their tokenizer in ``iter_XXXXXXX/hf``. Only
-local files are read, and no code of a model's author is run. Refused: anything else, before any
+A tokenizer is a Hugging Face directory, a ``tokenizer.json``, a SentencePiece ``*.model``, or one
+of our Megatron checkpoints, which carry the files of their tokenizer in ``iter_XXXXXXX/hf``. Only
+local files are read, and no code of a model's author is run. Anything else is refused before any
 text is read.
 
 The ids are those of ``AutoTokenizer.from_pretrained(path)(text)``. Where transformers only passes

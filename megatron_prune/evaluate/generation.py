@@ -1,4 +1,4 @@
-"""What a model says to a prompt: checked first, tokenised as the model's own tokenizer does."""
+"""What a model says to a prompt, checked first and tokenised by the model's own tokenizer."""
 
 from __future__ import annotations
 

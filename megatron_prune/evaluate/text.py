@@ -1,4 +1,4 @@
-"""Evaluate a checkpoint on a text: checked first, tokenised once, then the model."""
+"""Evaluate a checkpoint on a text that is checked and tokenised before the model is loaded."""
 
 from __future__ import annotations
 

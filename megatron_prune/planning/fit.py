@@ -49,7 +49,7 @@ class Fit:
         readers_damping: float = READERS_DAMPING,
         statistics: str = "sequential",
     ) -> Fit:
-        """What is not given, as docs/criteria.md found it best: without its hidden channels or
+        """What is not given, as docs/score.md found it best: without its hidden channels or
         layers a model strays, and fitting each layer to itself does not bring it back."""
         strays = plan.kept.hidden is not None or plan.kept.layers is not None
         if target is None:

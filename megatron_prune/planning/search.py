@@ -1,7 +1,7 @@
 """A shape from a budget: every legal shape that fits, ranked by what the scores say it loses.
 
-Arithmetic on sizes and scores; no file, no weight. It decides sizes only: which units go is the
-plan's business (`planning`), made with the same scores afterwards.
+This is arithmetic on sizes and scores; no file and no weight is read. It decides sizes only: which
+units go is the plan's business (`planning`), made with the same scores afterwards.
 
 A shape is legal when
 - hidden and FFN are multiples for tensor cores (`default_multiple`), FFN on every tensor-parallel
