@@ -208,10 +208,8 @@ judge source model "$MODEL"
 needs=convert
 [[ "$calibrates" == 0 ]] || given calibration-data "$CALIBRATION_DATA"
 if [[ "$CRITERION" != random ]]; then
-    # every criterion that the expression names, once
-    names=$(tr ',+' '\n' <<<"$CRITERION" | sed 's/.*=//; s/.*\*//' | sort -u | paste -sd,)
     step score scores.safetensors "convert calibration-data" \
-        on_ranks "$ranks" score --load source --save scores.safetensors --criterion "$names" \
+        on_ranks "$ranks" score --load source --save scores.safetensors --criterion "$CRITERION" \
         "${calibration[@]}" "${precision_flags[@]}" "${layout[@]}"
     needs="convert score" plan_flags+=(--scores scores.safetensors)
 fi

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # A LAUNCHER for Slurm: starts N processes of megatron_prune inside the current allocation.
 #
-#   LAUNCHER="bash $PWD/scripts/slurm_launch.sh"    and then prune_llama.sh, check_model.sh, train.sh
+#   LAUNCHER="bash $PWD/scripts/slurm_launch.sh"    and then prune_llama.sh, recover.sh, train.sh
 #
 #   RANKS_PER_NODE=8     processes on one node
 #

@@ -91,10 +91,10 @@ def test_ranks_with_different_plan_files_all_refuse(
 
 FAIL = """
 if os.environ["RANK"] == "1":
-    from megatron_prune.store import commit
+    from megatron_prune import files
     def write(self, data):
         {what}
-    commit.HashedFile.write = write
+    files.HashedFile.write = write
 """
 
 

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from megatron_prune.errors import ConfigError, DamagedError
+from megatron_prune.families import FAMILIES, on_disk
 
 if TYPE_CHECKING:
     from sentencepiece import SentencePieceProcessor
@@ -339,11 +340,12 @@ def _from_transformers(folder: Path) -> TextTokenizer:
 def _model_type(folder: Path) -> str | None:
     """``model_type`` of a directory's config.json, where it has one.
 
-    Nemotron-NAS is Llama with other sizes, and no type that transformers knows by itself.
+    A type that transformers does not know by itself is that of the family it is read as.
     """
     path = folder / "config.json"
     kind = json.loads(path.read_text()).get("model_type") if path.is_file() else None
-    kind = "llama" if kind == "nemotron-nas" else kind
+    if (family := on_disk(kind)) is not None:
+        return FAMILIES[family.name].model_type
     return kind if isinstance(kind, str) else None
 
 

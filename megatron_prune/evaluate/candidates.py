@@ -26,11 +26,14 @@ from megatron_prune.engine.repair import repair_projections, rescale_norms
 from megatron_prune.errors import ConfigError, DamagedError
 from megatron_prune.evaluate.options import Bar, EvaluateOptions
 from megatron_prune.evaluate.text import evaluate
+from megatron_prune.files import hash_file, replace_file
+from megatron_prune.planning.fit import Fit
 from megatron_prune.planning.plan import PrunePlan
 from megatron_prune.sources.pruned import PrunedSource
-from megatron_prune.sources.replaced import Fit, RepairedSource, Replaced, Tensors
+from megatron_prune.sources.repair_record import Replaced
+from megatron_prune.sources.replaced import RepairedSource, Tensors
 from megatron_prune.sources.source import Source
-from megatron_prune.store.commit import hash_file, replace_file, scratch_directory
+from megatron_prune.store.commit import scratch_directory
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,7 @@ from megatron_prune.engine.forward.sampling import Sampling
 from megatron_prune.engine.running import Engine
 from megatron_prune.engine.train.options import TrainOptions
 from megatron_prune.errors import ConfigError
-from megatron_prune.families.names import FAMILIES
+from megatron_prune.families import FAMILIES
 from megatron_prune.flags import Group, flag, flag_name, given, positive
 
 Bar = Callable[[], AbstractContextManager[Callable[[int], Callable[[int], object]]]]

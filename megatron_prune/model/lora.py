@@ -17,21 +17,27 @@ from torch import Tensor
 from megatron_prune.errors import ConfigError
 from megatron_prune.flags import Group, flag, flag_name, given, positive
 from megatron_prune.model.axes import tensor_shape
+from megatron_prune.model.blocks import HALVES, KNOWN
+from megatron_prune.model.fusion import stored_reader
 from megatron_prune.model.shape import ModelShape
 
 A, B = "lora_A", "lora_B"
 # linear -> the canonical weights that lie in it one below the other
 PARTS = {
-    "linear_qkv": tuple(f"self_attention.linear_{part}.weight" for part in "qkv"),
-    "linear_proj": ("self_attention.linear_proj.weight",),
-    "linear_fc1": ("mlp.linear_gate.weight", "mlp.linear_up.weight"),
-    "linear_fc2": ("mlp.linear_fc2.weight",),
+    linear.rpartition(".")[2]: tuple(f"{part}.weight" for part in parts)
+    for half in HALVES
+    for linear, parts in ((stored_reader(half), half.inputs), (half.output, (half.output,)))
 }
 TARGETS = tuple(PARTS)
-_OF_HUGGING_FACE = {"o_proj": "linear_proj", "down_proj": "linear_fc2"}
+ROW_PARALLEL = tuple(half.projection for half in HALVES)
+# Hugging Face's leaf -> the linear that it is, and the linear that it is a part of
+_LEAVES = {weight.name: weight.hf.split(".")[-2] for weight in KNOWN}
+_OF_HUGGING_FACE = {_LEAVES[PARTS[target][0]]: target for target in ROW_PARALLEL}
 _FUSED = {
-    **dict.fromkeys(("q_proj", "k_proj", "v_proj"), "linear_qkv"),
-    **dict.fromkeys(("gate_proj", "up_proj"), "linear_fc1"),
+    _LEAVES[part]: target
+    for target, parts in PARTS.items()
+    for part in parts
+    if target not in ROW_PARALLEL
 }
 _LORA = Group(
     "low-rank adaptation (LoRA)",

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 
+from megatron_prune.families.llama import LLAMA
 from megatron_prune.model.axes import count_parameters
 from megatron_prune.model.costs import weight_bytes
 from megatron_prune.model.shape import ModelConfig, ModelShape
@@ -92,5 +93,5 @@ def _configs(shape: ModelShape, config: ModelConfig | None) -> dict[str, ModelCo
     """What to add to a row's name -> the model it counts: one that is known, or two guesses."""
     if config is not None:
         return {"": config}
-    own = ModelConfig(family="llama", shape=shape, tied=False, dtype="bf16", hf_config={})
+    own = ModelConfig(family=LLAMA, shape=shape, tied=False, dtype="bf16", hf_config={})
     return {", output tied": replace(own, tied=True), ", output of its own": own}

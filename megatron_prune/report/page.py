@@ -19,8 +19,8 @@ from typing import Any
 
 from megatron_prune import __version__
 from megatron_prune.errors import ConfigError, StorageError
+from megatron_prune.files import replace_file
 from megatron_prune.report.pictures import Picture, as_png, as_svg
-from megatron_prune.store.commit import replace_file
 
 Rows = Iterable[Sequence[object]]
 

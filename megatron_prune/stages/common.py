@@ -9,7 +9,7 @@ from pathlib import Path
 
 from megatron_prune import __version__
 from megatron_prune.errors import ConfigError, StorageError
-from megatron_prune.families.names import FAMILIES
+from megatron_prune.families import FAMILIES
 from megatron_prune.flags import flag, flag_name, given
 from megatron_prune.model.shape import ModelShape
 from megatron_prune.ranks import Ranks

@@ -12,8 +12,7 @@ from typing import Any
 from megatron_prune.criteria import CRITERIA
 from megatron_prune.errors import ConfigError, PlanError
 from megatron_prune.families.block_configs import FFN_MULTIPLE, says_ffn_mult
-from megatron_prune.families.config import check_family
-from megatron_prune.families.names import FAMILIES
+from megatron_prune.families.config import check_widths
 from megatron_prune.flags import Group, flag, given_flags, positive
 from megatron_prune.model.axes import count_parameters
 from megatron_prune.model.costs import weight_bytes
@@ -23,7 +22,6 @@ from megatron_prune.planning.choose import Targets, make_plan, parse_layers
 from megatron_prune.planning.margins import decisions, rounding_text
 from megatron_prune.planning.plan import PRUNE_TYPES, PrunePlan
 from megatron_prune.planning.scores import Criterion, Scores, load_scores
-from megatron_prune.sources.digest import source_digest
 from megatron_prune.sources.source import Source
 from megatron_prune.stages.common import shape_table
 from megatron_prune.stages.console import Console
@@ -180,7 +178,7 @@ def decide(
     """
     source.config.shape.check_uniform("plan", "prune its source anew")
     if options.nonuniform:
-        check_family(source.config)
+        check_widths(source.config.family)
     scores, targets = _scores(options, source), options.targets
     name = options.criterion
     criterion = CRITERIA[name] if scores is None else scores.criterion(name)
@@ -192,7 +190,7 @@ def decide(
         seed=options.seed,
         prune_type=options.prune_type,
         balance_for=options.balance(source),
-        source_digest=source_digest(source),
+        source_digest=source.digest,
         nonuniform=options.rules,
     )
     if search is not None:
@@ -228,7 +226,7 @@ def warn_not_loadable(source: ModelConfig, plan: PrunePlan, console: Console) ->
             "Nemotron-NAS model (DeciLMForCausalLM, --to hf) transformers and vLLM do, with "
             f"trust_remote_code; {also}. See docs/nonuniform.md"
         )
-    elif FAMILIES[source.family].hidden_multiple_of_heads and hidden % heads:
+    elif source.family.hidden_multiple_of_heads and hidden % heads:
         near = " or ".join(
             str(n) for n in (hidden // heads * heads, -(-hidden // heads) * heads) if n
         )
@@ -255,7 +253,7 @@ def _scores(options: PlanFlags, source: Source) -> Scores | None:
         raise ConfigError(
             f"--scores with --criterion {options.criterion}, which needs none; name one"
         )
-    scores, found = load_scores(options.scores), source_digest(source)
+    scores, found = load_scores(options.scores), source.digest
     if scores.source_digest != found:
         raise PlanError(
             f"--scores {options.scores}: of another model ({scores.source_digest[:12]}..., this "

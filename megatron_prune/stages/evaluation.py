@@ -23,9 +23,9 @@ from typing import Any
 
 from megatron_prune.errors import ConfigError
 from megatron_prune.evaluate.options import EvaluateOptions
+from megatron_prune.files import replace_file
 from megatron_prune.stages.common import check_output_file
 from megatron_prune.stages.console import SILENT, Console
-from megatron_prune.store.commit import replace_file
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -27,6 +27,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import partial
 
+from megatron_prune.files import replace_file
 from megatron_prune.model.shape import ModelConfig
 from megatron_prune.planning.plan import PrunePlan
 from megatron_prune.ranks import is_first_rank
@@ -35,7 +36,6 @@ from megatron_prune.stages.console import SILENT, Console
 from megatron_prune.stages.deciding import decide, plan_table, warn_not_loadable
 from megatron_prune.stages.rounds import RoundFlags, plan_in_rounds
 from megatron_prune.stages.searching import SearchFlags, search_targets
-from megatron_prune.store.commit import replace_file
 
 
 @dataclass(frozen=True, kw_only=True)

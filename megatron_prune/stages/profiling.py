@@ -17,11 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_prune.engine.running import Engine
+from megatron_prune.files import replace_file
 from megatron_prune.flags import flag, positive
 from megatron_prune.planning.latency import LatencyTable, fit_latency
 from megatron_prune.stages.common import Loads, agree_on_options, check_output_file, opened
 from megatron_prune.stages.console import SILENT, Console
-from megatron_prune.store.commit import replace_file
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,21 +13,13 @@ import torch
 
 from megatron_prune.errors import ConfigError, PlanError
 from megatron_prune.flags import Group, flag, flag_name, given_flags, positive
+from megatron_prune.planning.fit import DAMPING, FIT_TARGETS, READERS_DAMPING, STATISTICS, Fit
 from megatron_prune.planning.plan import PrunePlan
 from megatron_prune.planning.scores import load_scores
 from megatron_prune.ranks import Ranks
 from megatron_prune.sources.pruned import PrunedSource
-from megatron_prune.sources.replaced import (
-    DAMPING,
-    READERS_DAMPING,
-    STATISTICS,
-    TARGETS,
-    Fit,
-    Repair,
-    RepairedSource,
-    Replaced,
-    Tensors,
-)
+from megatron_prune.sources.repair_record import Repair, Replaced
+from megatron_prune.sources.replaced import RepairedSource, Tensors
 from megatron_prune.sources.source import Source
 from megatron_prune.stages.calibration import CALIBRATION, LayerwiseCalibration
 from megatron_prune.stages.common import agree_on_options
@@ -75,7 +67,7 @@ class RepairFlags(LayerwiseCalibration, PlanFlags):
         "the hidden state to the dense model's (default: stream for a plan that drops hidden "
         "channels or layers, else own)",
         default=None,
-        choices=TARGETS,
+        choices=FIT_TARGETS,
         group=REPAIR,
     )
     repair_readers: bool | None = flag(

@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_prune.errors import PlanError
-from megatron_prune.families.names import FAMILIES
+from megatron_prune.families import FAMILIES
+from megatron_prune.files import replace_file
 from megatron_prune.flags import flag
 from megatron_prune.model.shape import ModelConfig
 from megatron_prune.report.inputs import Inputs, read_inputs, split_name
@@ -28,10 +29,8 @@ from megatron_prune.report.page import (
     write_beside,
 )
 from megatron_prune.report.sections import report_sections
-from megatron_prune.sources.digest import source_digest
 from megatron_prune.stages.common import check_not_input, check_output_file, opened
 from megatron_prune.stages.console import SILENT, Console
-from megatron_prune.store.commit import replace_file
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,7 +116,7 @@ def _model(options: ReportOptions, inputs: Inputs, console: Console) -> ModelCon
     if options.load is None:
         return None
     with opened(options.load, options.family, console) as source:
-        found, wanted = source_digest(source), inputs.source_digest
+        found, wanted = source.digest, inputs.source_digest
         if wanted is not None and found != wanted:
             raise PlanError(
                 f"--load {options.load}: is model {found[:16]}, the inputs are about model "

@@ -12,7 +12,6 @@ from megatron_prune.errors import ConfigError
 from megatron_prune.flags import Group, flag
 from megatron_prune.model.axes import count_parameters
 from megatron_prune.ranks import Ranks
-from megatron_prune.sources.digest import source_digest
 from megatron_prune.sources.rotated import RotatedSource, principal_components
 from megatron_prune.sources.source import Source
 from megatron_prune.stages.calibration import LayerwiseCalibration
@@ -100,7 +99,7 @@ def rotated(options: Rotation, source: Source, console: Console) -> Iterator[Rot
         )
         dist.broadcast(basis, 0)
         record = {
-            "source_digest": source_digest(source),
+            "source_digest": source.digest,
             "data_digest": hashlib.sha256(windows.numpy().tobytes()).hexdigest(),
             "tokens": windows.numel(),
             "dtype": model.dtype,

@@ -1,6 +1,6 @@
 """`plan --rounds N`: score, prune a part, score what is left, until the target is met.
 
-The model is pruned in sight only (`surgery.PrunedSource`): no weight is written. Each round runs
+The model is pruned in sight only (`pruned.PrunedSource`): no weight is written. Each round runs
 the model as far as it is pruned, at the layout that the flags name, alone or under torchrun.
 """
 
@@ -30,7 +30,6 @@ from megatron_prune.planning.scores import (
     narrowed,
 )
 from megatron_prune.planning.search import shape_words
-from megatron_prune.sources.digest import source_digest
 from megatron_prune.sources.pruned import PrunedSource
 from megatron_prune.sources.source import Source
 from megatron_prune.stages.common import agree_on_options
@@ -149,7 +148,7 @@ def plan_in_rounds(
         seed=options.seed,
         prune_type=options.prune_type,
         balance_for=balance_for if options.prune_type == "balance" else 1,
-        source_digest=source_digest(source),
+        source_digest=source.digest,
     )
     timeout = options.distributed_timeout_minutes
     with model_parallel(grid, timeout_minutes=timeout) as groups:
@@ -263,7 +262,7 @@ def _decide(
         seed=plan.seed,
         prune_type=plan.prune_type,
         balance_for=plan.balance_for,
-        source_digest=source_digest(pruned),
+        source_digest=pruned.digest,
     )
     found = [renumbered(decision, plan) for decision in decisions(step, terms, one.axes)]
     if text := rounding_text(found):

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from megatron_prune.criteria import SCORED
 from megatron_prune.engine.running import CALIBRATION, Engine, ScoreRuns
 from megatron_prune.errors import ConfigError
 from megatron_prune.flags import flag, positive
@@ -41,7 +42,7 @@ class Scoring(ScoreRuns, Calibration, Engine):
         Raises:
             ConfigError: there is none, or a file is not there.
         """
-        text = [name for name in criteria if name != "magnitude"]
+        text = [name for name in criteria if SCORED[name].is_observed]
         if text and self.data is None:
             raise ConfigError(
                 f"--data is missing: {', '.join(text)} look at the model at work on text"

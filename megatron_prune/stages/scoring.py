@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from megatron_prune.criteria import SCORED
 from megatron_prune.errors import ConfigError, DamagedError
 from megatron_prune.flags import flag
-from megatron_prune.planning.scores import Scores, load_scores, scores_bytes
+from megatron_prune.planning.scores import Scores, criteria_in, load_scores, scores_bytes
 from megatron_prune.stages.common import agree_on_options, check_output_file, opened
 from megatron_prune.stages.console import SILENT, Console
 from megatron_prune.stages.sampling import Scoring
@@ -37,7 +37,10 @@ _REMOVING = tuple(name for name, needs in SCORED.items() if needs.removal)
 class ScoreOptions(Scoring):
     save: Path = flag("a .safetensors file", metavar="SCORES")
     overwrite: bool = flag("replace scores of another model or other data", default=False)
-    criterion: str = flag(f"any of {', '.join(SCORED)}", metavar="NAME[,NAME...]")
+    criterion: str = flag(
+        f"any of {', '.join(SCORED)}; or all that an expression names, as plan takes it",
+        metavar="NAME[,NAME...]",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +89,7 @@ def _score(
 ) -> Scores:
     from megatron_prune.engine.failures import on_first_rank
     from megatron_prune.engine.observe.score import score
-    from megatron_prune.store.commit import replace_file
+    from megatron_prune.files import replace_file
 
     windows, known = on_first_rank(groups.ranks, lambda: _prepare(options, source, how, console))
 
@@ -100,7 +103,6 @@ def _prepare(
     options: ScoreOptions, source: Source, how: How, console: Console
 ) -> tuple[Tensor | None, Scores | None]:
     """The calibration windows, and what an earlier run found: of this model and these windows."""
-    from megatron_prune.sources.digest import source_digest
 
     windows = options.samples(source, how.model.seq_length, console)
     if not options.save.exists():
@@ -109,7 +111,7 @@ def _prepare(
         known = load_scores(options.save)
     except DamagedError as error:  # whatever it is, it may be all there is of it
         raise DamagedError(f"--save {error}; remove it, or choose another file") from None
-    other = _difference(known, source_digest(source), windows, how)
+    other = _difference(known, source.digest, windows, how)
     if other is None:
         return windows, known
     if options.overwrite:
@@ -142,7 +144,7 @@ def _difference(known: Scores, digest: str, windows: Tensor | None, how: How) ->
 
 
 def _criteria(text: str) -> tuple[str, ...]:
-    found = tuple(dict.fromkeys(word.strip() for word in text.split(",") if word.strip()))
+    found = criteria_in(text)
     unknown = [name for name in found if name not in SCORED]
     if unknown or not found:
         raise ConfigError(

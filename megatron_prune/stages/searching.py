@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from megatron_prune.errors import PlanError
-from megatron_prune.families.names import FAMILIES
+from megatron_prune.files import replace_file
 from megatron_prune.model.costs import sizes_of
 from megatron_prune.model.shape import ModelShape
 from megatron_prune.planning.choose import Targets
@@ -31,7 +31,6 @@ from megatron_prune.stages.console import Console
 from megatron_prune.stages.deciding import Planner
 from megatron_prune.stages.judging import Losses, judging
 from megatron_prune.stages.quantities import parse_weights
-from megatron_prune.store.commit import replace_file
 
 _FRONT_LIMITS = 24  # points of the picture: from the smallest legal shape to the source
 _FRONT_COUNT = 4  # shapes at each of them
@@ -66,7 +65,7 @@ def search_targets(
         multiple_of=options.multiple_of,
         min_layers=options.min_layers,
         proportions=options.proportions,
-        hidden_multiple_of_heads=FAMILIES[config.family].hidden_multiple_of_heads,
+        hidden_multiple_of_heads=config.family.hidden_multiple_of_heads,
         drop_query_groups=options.drop_query_groups,
         fixed=fixed,
     )

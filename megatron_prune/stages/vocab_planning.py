@@ -98,7 +98,7 @@ def vocab_plan(options: VocabPlanOptions, console: Console = SILENT) -> VocabPla
     from emb_pruner.formats import open_vocabulary
     from emb_pruner.reading import check_texts
     from emb_pruner.remain_ids import write_ids
-    from megatron_prune.store.commit import replace_file
+    from megatron_prune.files import replace_file
 
     _check_choice(options)
     files = (options.counts, options.keep_file, options.keep_ids)

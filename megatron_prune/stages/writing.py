@@ -11,7 +11,7 @@ from megatron_prune.model.axes import count_parameters
 from megatron_prune.model.shape import ModelConfig
 from megatron_prune.planning.plan import PrunePlan
 from megatron_prune.ranks import Ranks, joined_ranks
-from megatron_prune.sources.replaced import Repair
+from megatron_prune.sources.repair_record import Repair
 from megatron_prune.sources.source import CARD, Source
 from megatron_prune.stages.common import Saves, agree_on_options
 from megatron_prune.stages.console import Console

@@ -13,7 +13,7 @@ import pytest
 
 from megatron_prune import __version__
 from megatron_prune.errors import ConfigError
-from megatron_prune.families.config import read_config
+from megatron_prune.families import read_config
 from megatron_prune.model.axes import count_parameters
 from megatron_prune.planning.latency import LatencyTable, LayerTime, OutputTime
 from megatron_prune.planning.score_mass import DEFAULT_WEIGHTS

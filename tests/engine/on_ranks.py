@@ -206,6 +206,7 @@ def gradients(
     from megatron_prune.engine.train.optimizer import build_optimizer, wrap_model
     from megatron_prune.engine.train.options import TrainOptions
     from megatron_prune.model import axes
+    from megatron_prune.model.blocks import EMBEDDING, OUTPUT
     from megatron_prune.store import open_source
 
     tokens = torch.load(ids)
@@ -236,7 +237,7 @@ def gradients(
             rows = len(parameter)
             expected = weights._local_parameter(whole, rows, source.config, groups, reference.read)
             expected = expected.clone()
-            if rest in (axes.EMBEDDING.name, axes.OUTPUT.name):  # padding learns nothing
+            if rest in (EMBEDDING.name, OUTPUT.name):  # padding learns nothing
                 real = real_columns(source.config.shape.vocab_size, rows, groups.tp_rank)
                 expected[real:] = 0
             far[whole] = float((parameter.main_grad - expected).abs().max())

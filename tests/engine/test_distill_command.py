@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from megatron_prune.planning.plan import Kept, PrunePlan
-from megatron_prune.sources.digest import source_digest
 from megatron_prune.store import open_source
 from tests.engine.divergences import plain_losses
 from tests.engine.runs import batches, losses, rows, told, weights, words
@@ -242,7 +241,7 @@ def restricted(
     source = open_source(reference / "gqa")
     plan = PrunePlan(
         source=source.config.shape, criterion="random", seed=0, prune_type="unbalance",
-        balance_for=1, source_digest=source_digest(source),
+        balance_for=1, source_digest=source.digest,
         kept=Kept(vocab=tuple(kept), ffn={n: tuple(range(60)) for n in range(4)}),
     )  # fmt: skip
     (folder / "plan.json").write_text(plan.to_json())

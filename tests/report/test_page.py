@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_prune.families.llama import LLAMA
 from megatron_prune.model.axes import count_parameters
 from megatron_prune.model.shape import ModelConfig
 from megatron_prune.planning.choose import Targets
@@ -164,7 +165,7 @@ def test_the_overview_shows_digests_provenance_shapes_and_costs(report: Report) 
     for name, size in SHAPE.as_dict().items():
         assert shown[name] == [f"{size:,}", f"{plan.target.as_dict()[name]:,}"]
     for tied, what in ((True, "tied"), (False, "of its own")):
-        config = ModelConfig(family="llama", shape=SHAPE, tied=tied, hf_config={})
+        config = ModelConfig(family=LLAMA, shape=SHAPE, tied=tied, hf_config={})
         counts = [count_parameters(replace(config, shape=s)) for s in (SHAPE, plan.target)]
         assert shown[f"parameters, output {what}"] == [f"{n:,}" for n in counts]
         assert shown[f"bytes in bf16, output {what}"] == [f"{2 * n:,}" for n in counts]

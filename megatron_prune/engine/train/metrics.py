@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import sys
 import time
 from collections.abc import Sequence
@@ -19,8 +18,8 @@ from typing import Any
 from tqdm import tqdm
 
 from megatron_prune import __version__
+from megatron_prune.files import flush_file, replace_file
 from megatron_prune.sources.source import COMMANDS
-from megatron_prune.store.commit import replace_file
 
 METRICS = "metrics.jsonl"
 _DISTILLED = ("kl loss", "hidden loss")  # of a run with a teacher
@@ -149,8 +148,7 @@ class MetricsLog:
     def sync(self) -> None:
         """Flush to disk: a checkpoint must not be newer than its metrics."""
         if self.active:
-            self._file.flush()
-            os.fsync(self._file.fileno())
+            flush_file(self._file)
 
     def close(self) -> None:
         if self.active:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from megatron_prune.engine.objectives.distill_options import DistillOptions
 from megatron_prune.engine.running import Engine
-from megatron_prune.families.names import FAMILIES
+from megatron_prune.families import FAMILIES
 from megatron_prune.flags import Group, flag, positive
 from megatron_prune.model.lora import LoraOptions
 

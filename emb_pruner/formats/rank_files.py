@@ -1,7 +1,7 @@
 """tiktoken's files: ``base64(bytes) rank`` lines, rank being priority and id at once.
 
-Pattern and special tokens stand in the code of a model's author, which is never run: `FAMILIES` has
-those that are known.
+Pattern and special tokens stand in the code of a model's author, which is never run:
+`RANK_FAMILIES` has those that are known.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ NormalForm = Literal["NFC", "NFD", "NFKC", "NFKD"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Family:
+class RankFamily:
     """Attributes:
     pattern: cuts a text into units.
     normal_form: of Unicode, applied before; None for none.
@@ -36,7 +36,7 @@ class Family:
 
 
 # tokenization_qwen.py of Qwen/Qwen-7B; the names of transformers' Qwen2 tokenizer are others.
-_QWEN = Family(
+_QWEN = RankFamily(
     pattern=(
         r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}|"
         r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -50,22 +50,22 @@ _QWEN = Family(
     ),
     end="<|endoftext|>",
 )
-FAMILIES = {"qwen": _QWEN}
+RANK_FAMILIES = {"qwen": _QWEN}
 _LINE, _LONGEST = re.compile(rb"[A-Za-z0-9+/]+=* \d+\s*$"), 1 << 10
 
 
-def family_of(file: Path) -> Family:
+def family_of(file: Path) -> RankFamily:
     """The family that a file's name tells.
 
     Raises:
         ConfigError: none that is known.
     """
-    for name, family in FAMILIES.items():
+    for name, family in RANK_FAMILIES.items():
         if name in file.name.lower():
             return family
     raise ConfigError(
         f"tokenizer {file}: its pattern and special tokens are in code, which is not run; known "
-        f"are those of {', '.join(FAMILIES)}, by the file's name"
+        f"are those of {', '.join(RANK_FAMILIES)}, by the file's name"
     )
 
 
