@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 
 # Before torch is imported: tests run side by side and start ranks of their own, and more threads
@@ -16,11 +17,17 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-from tests import pico
+from tests import launch, pico
 
 # The same examples on every machine and in every run, and nothing left in the checkout.
 settings.register_profile("repeatable", derandomize=True, deadline=None, database=None)
 settings.load_profile("repeatable")
+
+
+def pytest_collection_finish() -> None:
+    """What is imported stays: a full collection need not look at it (`launch.free_groups`)."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -29,6 +36,12 @@ def _no_waiting_for_the_disk() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda handle: None)
         yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_process_stays() -> Iterator[None]:
+    yield
+    launch.close()
 
 
 @pytest.fixture(scope="session")

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from megatron_prune.cli import main
+from tests.launch import free_groups
 
 VOCAB = 379  # a prime: every tensor-parallel size pads it
 TEXT = "The quick brown fox jumps over the lazy dog while 12 engineers prune a model, by shard. "
@@ -138,6 +139,8 @@ def run(*args: object) -> Done:
             code = main([str(arg) for arg in args])
         except SystemExit as ended:  # argparse
             code = ended.code if isinstance(ended.code, int) else 2
+        finally:
+            free_groups()
     return Done(code, out.getvalue(), err.getvalue())
 
 

@@ -1,83 +1,42 @@
 """kill -9 at random moments of convert, prune and reshard (F1): nothing lost, nothing mixed.
 
 Outputs are the same bytes in every run, so "whole" means equal to an unbroken run's directory.
-A process that has imported everything forks one child a run, which is killed at a
-random moment; only runs that had not ended by then count.
+A run is killed at a random moment; only runs that had not ended by then count.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import re
-import signal
-import subprocess
-import sys
-import time
-from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from tests import pico
 from tests.emb_pruner.models import write_vocab_plan
+from tests.launch import COMMAND, fork, seconds_of_a_core, until, wait
 from tests.pico import directory_bytes, ok
 
-_FORKS = """
-import json, os, sys, traceback
-from transformers import AutoTokenizer
-import emb_pruner.prune
-from megatron_prune.cli import convert, main, prune
-from megatron_prune.stages import resharding
-for line in sys.stdin:
-    child = os.fork()
-    if child == 0:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        try:
-            code = main(json.loads(line))
-        except BaseException:
-            traceback.print_exc()
-            code = 99
-        os._exit(code)
-    print(child, flush=True)
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
-"""
 
+def run(argv: list[str], kill_after_cpu_seconds: float | None = None) -> tuple[int, float]:
+    """The exit code, -9 when it was killed in time, and the seconds of a core it took.
 
-class Runs:
-    """Runs of stages that can be killed."""
+    By what it has done, not by the clock: a busy machine kills it at the same places.
+    """
+    null = Path(os.devnull)
+    process, spent = fork(COMMAND, argv, (null, null)), 0.0
 
-    def __init__(self) -> None:
-        pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-        command = [sys.executable, "-c", _FORKS]
-        self._process = subprocess.Popen(command, stderr=subprocess.DEVNULL, **pipes)
+    def is_over() -> bool:
+        nonlocal spent
+        if process.poll() is not None:
+            return True
+        spent = seconds_of_a_core(process.pid)
+        return kill_after_cpu_seconds is not None and spent >= kill_after_cpu_seconds
 
-    def run(self, argv: list[str], kill_after_seconds: float | None = None) -> int:
-        """The exit code; -9 when it was killed in time."""
-        process = self._process
-        assert process.stdin is not None and process.stdout is not None
-        process.stdin.write(json.dumps(argv) + "\n")
-        process.stdin.flush()
-        child = int(process.stdout.readline())
-        if kill_after_seconds is not None:
-            time.sleep(kill_after_seconds)
-            with suppress(ProcessLookupError):  # it was done already
-                os.kill(child, signal.SIGKILL)
-        return int(process.stdout.readline())
-
-    def close(self) -> None:
-        self._process.kill()
-        self._process.communicate()
-
-
-@pytest.fixture(scope="module")
-def runs() -> Iterator[Runs]:
-    runs = Runs()
-    yield runs
-    runs.close()
+    until(is_over, [process], pause_seconds=0.001)
+    process.kill()
+    return process.wait(), spent
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +66,7 @@ STAGES = {
 }
 
 
-def kill_at_random(stage: str, place: Path, out: Path, runs: Runs, times: int) -> None:
+def kill_at_random(stage: str, place: Path, out: Path, times: int) -> None:
     def argv(kind: str, *more: str) -> list[str]:
         name, source, *flags = STAGES[stage]
         load = ("--load", str(place / source.format(kind=kind)))
@@ -119,9 +78,9 @@ def kill_at_random(stage: str, place: Path, out: Path, runs: Runs, times: int) -
 
     wanted, rng, killed, seconds = {}, random.Random(1), 0, 60.0
     for kind in ("gqa", "twin"):
-        began = time.perf_counter()
-        assert runs.run(argv(kind, "--overwrite")) == 0
-        seconds = min(seconds, time.perf_counter() - began)
+        code, spent = run(argv(kind, "--overwrite"))
+        assert code == 0
+        seconds = min(seconds, spent)
         wanted[kind] = directory_bytes(out)
     assert wanted["gqa"] != wanted["twin"] and left() == []
     for number in range(4 * times):
@@ -136,15 +95,15 @@ def kill_at_random(stage: str, place: Path, out: Path, runs: Runs, times: int) -
                 path.rmdir() if path.is_dir() else path.unlink()
             out.rmdir()
             there = None
-        code = runs.run(argv(kind, "--overwrite"), rng.uniform(0.02, 0.95) * seconds)
+        code, _ = run(argv(kind, "--overwrite"), rng.uniform(0.02, 0.95) * seconds)
         assert code in (-9, 0)
         killed += code == -9
-        seconds *= 1 if code else 0.8  # done before the kill: the machine is faster now
+        seconds *= 1 if code else 0.8  # done before the kill: it took less this time
         if out.exists():  # whole: the new one, or the one that was there
             assert directory_bytes(out) in (wanted[kind], there), f"kill {number}: mixed or lost"
         else:
             assert there is None or any(".old." in name for name in left()), f"kill {number}: lost"
-        assert runs.run(argv(kind, "--overwrite")) == 0, "the run after a kill"
+        assert run(argv(kind, "--overwrite"))[0] == 0, "the run after a kill"
         assert directory_bytes(out) == wanted[kind]
         assert left() == [], "left behind after a good run"
     assert killed == times, "too few runs were killed in time for this to mean anything"
@@ -152,35 +111,17 @@ def kill_at_random(stage: str, place: Path, out: Path, runs: Runs, times: int) -
 
 @pytest.mark.parametrize("stage", sorted(STAGES))
 def test_after_four_random_kills_nothing_is_lost_or_mixed_and_the_next_run_just_works(
-    stage: str, place: Path, tmp_path: Path, runs: Runs
+    stage: str, place: Path, tmp_path: Path
 ) -> None:
-    kill_at_random(stage, place, tmp_path / "out", runs, 4)
+    kill_at_random(stage, place, tmp_path / "out", 4)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", sorted(STAGES))
 def test_after_twenty_random_kills_nothing_is_lost_or_mixed_and_the_next_run_just_works(
-    stage: str, place: Path, tmp_path: Path, runs: Runs
+    stage: str, place: Path, tmp_path: Path
 ) -> None:
-    kill_at_random(stage, place, tmp_path / "out", runs, 20)
-
-
-_RACE = """
-import json, os, sys, time
-from pathlib import Path
-from megatron_prune.cli import convert, main
-argv, starts, said = json.loads(sys.argv[1])
-children = []
-for number in range(starts):
-    child = os.fork()
-    if child == 0:
-        os.dup2(os.open(said + str(number), os.O_WRONLY | os.O_CREAT), 2)
-        os.dup2(2, 1)
-        time.sleep(number % 4 * 0.01)
-        os._exit(main(argv))
-    children.append(child)
-print(json.dumps([os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]))
-"""
+    kill_at_random(stage, place, tmp_path / "out", 20)
 
 
 @pytest.mark.parametrize("more", [(), ("--overwrite",)], ids=["new", "overwrite"])
@@ -189,11 +130,11 @@ def test_of_many_writers_of_one_output_one_wins_and_the_others_are_told(
 ) -> None:
     """F19. With ``--overwrite`` those win that begin when another is done."""
     argv = ["convert", "--load", str(place / "gqa"), "--save", str(tmp_path / "out" / "hf")]
-    given = json.dumps([[*argv, "--to", "hf", *more], 20, str(tmp_path / "said")])
-    done = subprocess.run(
-        [sys.executable, "-c", _RACE, given], capture_output=True, text=True, timeout=120
-    )
-    codes = json.loads(done.stdout)
+    running = []
+    for number in range(20):
+        said = tmp_path / f"said{number}"
+        running.append(fork(COMMAND, [*argv, "--to", "hf", *more], (said, said)))
+    codes = wait(running)
     assert codes.count(0) == 1 or (more and 1 <= codes.count(0) < 20), codes
     for number, code in enumerate(codes):
         said = (tmp_path / f"said{number}").read_text()

@@ -10,7 +10,6 @@ import re
 import signal
 import struct
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -20,6 +19,8 @@ import sentencepiece
 from megatron_prune.data import indexed
 from megatron_prune.data.sidecar import check_corpus
 from megatron_prune.data.tokenizers import load_tokenizer
+from tests import launch
+from tests.launch import Process
 
 WORDS = [
     "the",
@@ -38,7 +39,6 @@ WORDS = [
     "model",
     "shard",
 ]
-COMMAND = [sys.executable, "-m", "megatron_prune", "preprocess"]
 
 
 def sentences_of(seed: int, count: int) -> list[str]:
@@ -66,18 +66,8 @@ def write_jsonl(path: Path, count: int) -> list[str]:
     return texts
 
 
-def environment(**more: str) -> dict[str, str]:
-    return dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path), NLTK_DATA="", **more)
-
-
 def run(*args: object, **more: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [*COMMAND, *map(str, args)],
-        env=environment(**more),
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    return launch.fork_and_wait(launch.PROGRAM, "preprocess", *args, NLTK_DATA="", **more)
 
 
 def files_of(folder: Path) -> dict[str, str]:
@@ -242,17 +232,13 @@ def test_acceptance_ids_of_a_hugging_face_directory(tmp_path: Path) -> None:
     assert documents_of(tmp_path / "corp_text_document") == wanted
 
 
-def _heed_ctrl_c() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # a background shell job inherits "ignore"
-
-
-def start_and_wait_for_writing(folder: Path, command: list[str]) -> subprocess.Popen[bytes]:
-    process = subprocess.Popen(
-        command, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        start_new_session=True, preexec_fn=_heed_ctrl_c,
-    )  # fmt: skip
-    while process.poll() is None and not any(p.name.startswith(".") for p in folder.iterdir()):
-        time.sleep(0.005)
+def start_and_wait_for_writing(folder: Path, *args: object) -> Process:
+    null = Path(os.devnull)
+    process = launch.fork(launch.PROGRAM, ["preprocess", *args], (null, null), NLTK_DATA="")
+    launch.until(
+        lambda: process.poll() is not None or any(p.name.startswith(".") for p in folder.iterdir()),
+        [process],
+    )
     return process
 
 
@@ -275,28 +261,36 @@ def test_kill_9_leaves_nothing_half_written_and_the_next_run_just_works(
     arguments = ["--input", str(tmp_path / "a.jsonl"), "--tokenizer-model", str(tokenizer)]
     (tmp_path / "good").mkdir()
     (tmp_path / "out").mkdir()
-    started = time.monotonic()
     unbroken = start_and_wait_for_writing(
-        tmp_path / "good", [*COMMAND, *arguments, "--output-prefix", str(tmp_path / "good" / "c")]
+        tmp_path / "good", *arguments, "--output-prefix", tmp_path / "good" / "c"
     )
-    writing = time.monotonic()
-    assert unbroken.wait(60) == 0
-    seconds = time.monotonic() - writing
-    assert seconds > 0.2, f"too quick to be killed half-way ({writing - started:.1f} s to start)"
+    began, ended = launch.seconds_of_a_core(unbroken.pid), 0.0
+
+    def is_done() -> bool:
+        nonlocal ended
+        ended = max(ended, launch.seconds_of_a_core(unbroken.pid))
+        return unbroken.poll() is not None
+
+    launch.until(is_done, [unbroken])
+    assert unbroken.returncode == 0
     good = files_of(tmp_path / "good")
-    command = [*COMMAND, *arguments, "--output-prefix", str(tmp_path / "out" / "c")]
+    arguments += ["--output-prefix", str(tmp_path / "out" / "c")]
     rng = random.Random(0)
     for _ in range(5):
-        process = start_and_wait_for_writing(tmp_path / "out", command)
-        time.sleep(rng.uniform(0, 0.8) * seconds)
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        process = start_and_wait_for_writing(tmp_path / "out", *arguments)
+        # by what it has done, not by the clock: a busy machine kills it at the same places
+        seconds = began + rng.uniform(0, 0.8) * (ended - began)
+        launch.until(
+            lambda: process.poll() is not None or launch.seconds_of_a_core(process.pid) >= seconds,  # noqa: B023
+            [process], pause_seconds=0.001,
+        )  # fmt: skip
+        process.end()
         seen = {k: v for k, v in files_of(tmp_path / "out").items() if not k.startswith(".")}
         if "c_text_document.idx" in seen:  # without an index there is no corpus
             assert seen == good
             break
     else:
-        done = run(*command[len(COMMAND) :])
+        done = run(*arguments)
         assert done.returncode == 0, done.stderr
     assert files_of(tmp_path / "out") == good
 
@@ -309,11 +303,12 @@ def test_a_signal_removes_what_was_begun_and_keeps_the_old(
     out = tmp_path / "out"
     out.mkdir()
     (out / "c_text_document.idx").write_bytes(b"old")
-    command = [*COMMAND, "--input", str(tmp_path / "a.jsonl"), "--tokenizer-model", str(tokenizer),
-               "--output-prefix", str(out / "c"), "--overwrite"]  # fmt: skip
-    process = start_and_wait_for_writing(out, command)
+    process = start_and_wait_for_writing(
+        out, "--input", tmp_path / "a.jsonl", "--tokenizer-model", tokenizer,
+        "--output-prefix", out / "c", "--overwrite",
+    )  # fmt: skip
     process.send_signal(number)
-    assert process.wait(60) == {signal.SIGTERM: 143, signal.SIGINT: 130}[number]
+    assert process.wait() == {signal.SIGTERM: 143, signal.SIGINT: 130}[number]
     assert {p.name: p.read_bytes() for p in out.iterdir()} == {"c_text_document.idx": b"old"}
 
 
@@ -349,18 +344,21 @@ def test_workers_end_when_their_parent_is_killed(tmp_path: Path, tokenizer: Path
     write_jsonl(tmp_path / "a.jsonl", 12000)
     out = tmp_path / "out"
     out.mkdir()
-    command = [*COMMAND, "--input", str(tmp_path / "a.jsonl"), "--tokenizer-model", str(tokenizer),
-               "--output-prefix", str(out / "c"), "--workers", "2"]  # fmt: skip
-    process = start_and_wait_for_writing(out, command)
+    process = start_and_wait_for_writing(
+        out, "--input", tmp_path / "a.jsonl", "--tokenizer-model", tokenizer,
+        "--output-prefix", out / "c", "--workers", 2,
+    )  # fmt: skip
     workers: list[int] = []
-    deadline = time.monotonic() + 20
-    while len(workers) < 3 and process.poll() is None and time.monotonic() < deadline:
-        workers = children_of(process.pid)  # two, and Python's resource tracker
-        time.sleep(0.005)
+
+    def have_begun() -> bool:
+        workers[:] = children_of(process.pid)  # two, and Python's resource tracker
+        return len(workers) == 3 or process.poll() is not None
+
+    launch.until(have_begun, [process])
     assert len(workers) == 3
     process.kill()  # the parent alone
     process.wait()
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60  # they are importing still
     while any(map(is_running, workers)) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert [pid for pid in workers if is_running(pid)] == []

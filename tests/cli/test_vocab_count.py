@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +11,7 @@ import pytest
 
 from emb_pruner.counts import load_counts
 from megatron_prune.data.tokenizers import load_tokenizer
-from tests import pico
+from tests import launch, pico
 from tests.data.conftest import write_bpe
 
 TEXT = "the quick brown fox jumps over the lazy dog.\n\n  And again:\n" * 40
@@ -31,9 +29,7 @@ def text(tmp_path: Path) -> Path:
 
 
 def run(*args: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "megatron_prune", "vocab", "count", *map(str, args)]
-    environment = dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path))
-    return subprocess.run(command, capture_output=True, text=True, env=environment)
+    return launch.fork_and_wait(launch.PROGRAM, "vocab", "count", *args)
 
 
 def refused(said: str, *args: object) -> None:
@@ -66,7 +62,7 @@ def test_what_cannot_be_is_refused(tokenizer: Path, text: Path, tmp_path: Path) 
     new, there = tmp_path / "new.npz", tmp_path / "there.npz"
     there.write_bytes(b"kept")
     refused("--tokenizer PATH is missing", "--input", text, "--save", new)
-    refused("not allowed with argument", "--merge", there, "--input", text, "--save", new)
+    refused("--input and --merge: give one of", "--merge", there, "--input", text, "--save", new)
     refused("exists; remove it", "--tokenizer", tokenizer, "--input", text, "--save", there)
     inside = tokenizer / "counts.npz"
     refused("inputs; they never", "--tokenizer", tokenizer, "--input", text, "--save", inside)

@@ -283,7 +283,5 @@ def test_normalising_makes_no_other_ascii() -> None:
 
 def test_pythons_classes_lie_within_those_of_the_patterns() -> None:
     """A cut needs Python's not-a-space to be one for the tokenizers, too."""
-    for number in range(sys.maxunicode + 1):
-        letter = chr(number)
-        if regex.match(r"\p{White_Space}", letter):
-            assert letter.isspace()
+    spaces = regex.findall(r"\p{White_Space}", "".join(map(chr, range(sys.maxunicode + 1))))
+    assert len(spaces) > 20 and all(map(str.isspace, spaces))

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +10,7 @@ import torch
 
 from emb_pruner.formats import open_vocabulary
 from emb_pruner.vocab_plan import load_vocab_plan
+from tests import launch
 from tests.data.conftest import write_bpe
 from tests.emb_pruner.test_counting import documents
 from tests.pico import directory_bytes, make_model, tensors
@@ -20,15 +19,9 @@ DOORS = Path(__file__).parents[2] / "emb_pruner"
 
 
 def run(script: str, *args: object, cwd: Path) -> subprocess.CompletedProcess[str]:
-    environment = dict(os.environ, PYTHONPATH=os.pathsep.join([str(DOORS.parent), *sys.path]))
-    words = ["-m", "megatron_prune", "vocab", "plan"] if script == "plan" else [str(DOORS / script)]
-    return subprocess.run(
-        [sys.executable, *words, *map(str, args)],
-        capture_output=True,
-        text=True,
-        env=environment,
-        cwd=cwd,
-    )
+    if script == "plan":
+        return launch.fork_and_wait(launch.PROGRAM, "vocab", "plan", *args, cwd=cwd)
+    return launch.fork_and_wait({"file": str(DOORS / script)}, *args, cwd=cwd)
 
 
 @pytest.fixture(scope="module")

@@ -210,7 +210,7 @@ def test_two_ranks_write_the_same_bytes(
     to = ("--to", "megatron", "--ckpt-format", "torch", TP, 3)
     args = ("vocab", "prune", "--load", chat("tied.torch"), "--plan", planned[0], *to)
     ok(*args, "--save", tmp_path / "one")
-    done = launch.launch(2, (*args, "--save", tmp_path / "two"), timeout=300)
+    done = launch.launch(2, (*args, "--save", tmp_path / "two"))
     assert [rank.codes for rank in done] == [[0], [0]], done
     assert directory_bytes(tmp_path / "two") == directory_bytes(tmp_path / "one")
 

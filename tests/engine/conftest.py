@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tests.engine.domain_runs import make_corpora
-from tests.engine.on_ranks import made_once
+from tests.launch import made_once
 from tests.pico import KINDS, TEXT, make_model, ok
 
 SEQ = 48  # divides by every tensor-parallel size here, for sequence parallelism

@@ -1,59 +1,63 @@
 """kill -9 of a training run at random moments, many times over.
 
-A process that has Megatron imported forks one run after the other, so a kill costs half a second
-and not seven. Between two kills it looks at every checkpoint in the directory. Of a run on several
-ranks one is killed, any of them, and the others are waited for.
+Between two kills it looks at every checkpoint in the directory. Of a run on several ranks one is
+killed, any of them, and the others are waited for.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import signal
-import sys
 import time
 from pathlib import Path
+from typing import Any
 
-from megatron_prune.cli import main
 from megatron_prune.store.commit import check_manifest
-from tests.engine.on_ranks import free_port
+from tests.launch import COMMAND, Process, fork, fork_ranks, until, wait
 
 
 def _newest(save: Path) -> int:
     return max((int(path.name[5:]) for path in save.glob("iter_*")), default=0)
 
 
-def _fork(words: list[str], rank: int, ranks: int, port: int) -> int:
-    child = os.fork()
-    if child == 0:
-        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "MASTER_PORT": port}
-        os.environ.update({key: str(value) for key, value in place.items()})
-        os.environ["MASTER_ADDR"] = "127.0.0.1"
-        os.setsid()
-        os._exit(main(words))
-    return child
+def _run_and_kill(
+    words: list[str], save: Path, said: Path, rng: random.Random, ranks: int, in_a_save: bool
+) -> list[int]:
+    """Start a run and kill one rank some time after it has saved once; how each ended.
 
-
-def _run_and_kill(words: list[str], save: Path, rng: random.Random, ranks: int) -> list[int]:
-    """Start a run and kill one rank some time after it has begun to save; how each ended."""
-    port = free_port()
-    children = [_fork(words, rank, ranks, port) for rank in range(ranks)]
-    before, since = _newest(save), time.monotonic()
-    while _newest(save) == before and time.monotonic() - since < 60:
-        time.sleep(0.002)
+    Args:
+        in_a_save: the kill comes while a checkpoint is being written, however fast the machine is:
+            the ranks are stopped to look for one, and go on when there is none.
+    """
+    before = _newest(save)
+    running = fork_ranks(COMMAND, [words] * ranks, [(said, said)] * ranks)
+    until(lambda: _newest(save) > before, running)
     time.sleep(rng.uniform(0, 0.3))
-    os.killpg(rng.choice(children), signal.SIGKILL)
-    return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+
+    def is_in_a_save() -> bool:
+        for process in running:
+            os.kill(process.pid, signal.SIGSTOP)
+        if found := any(save.glob(".iter_*")):
+            return True
+        for process in running:
+            os.kill(process.pid, signal.SIGCONT)
+        return found
+
+    if in_a_save:
+        until(is_in_a_save, running)
+    os.killpg(rng.choice(running).pid, signal.SIGKILL)
+    for process in running:
+        os.kill(process.pid, signal.SIGCONT)
+    return wait(running)
 
 
-def kill_many(words: list[str], save: Path, times: int, ranks: int = 1) -> list[dict[str, object]]:
+def kill_many(words: list[str], save: Path, times: int, ranks: int = 1) -> list[dict[str, Any]]:
     """What lay there after each kill, and how the ranks ended."""
-    import megatron_prune.engine.train.loop  # noqa: F401 (imported once, for all runs)
-
     rng, seen = random.Random(4), []
-    for _ in range(times):
-        codes = _run_and_kill(words, save, rng, ranks)
+    for number in range(times):
+        said = save.parent / "said-before-kills"
+        codes = _run_and_kill(words, save, said, rng, ranks, in_a_save=number % 2 == 1)
         found = sorted(save.glob("iter_*"))
         damage = [difference for path in found for difference in check_manifest(path)]
         left = [path.name for path in save.glob(".iter_*")]
@@ -62,37 +66,16 @@ def kill_many(words: list[str], save: Path, times: int, ranks: int = 1) -> list[
     return seen
 
 
-def start_many(words: list[str], save: Path, starts: int) -> dict[str, object]:
+def start_many(words: list[str], save: Path, starts: int) -> dict[str, Any]:
     """Start one command many times at once, stop what still runs; who won, and all exit codes."""
-    import megatron_prune.engine.train.loop  # noqa: F401 (imported once, for all runs)
+    said, metrics = save.parent / "said", save / "metrics.jsonl"
+    processes: list[Process] = [fork(COMMAND, words, (said, said)) for _ in range(starts)]
 
-    children = []
-    for _ in range(starts):
-        child = os.fork()
-        if child == 0:
-            with open(save.parent / "said", "a") as said:
-                os.dup2(said.fileno(), 2)
-            os._exit(main(words))
-        children.append(child)
-    codes: dict[int, int] = {}
-    while len(codes) < starts - 1:
-        child, status = os.wait()
-        codes[child] = os.waitstatus_to_exitcode(status)
-    (winner,) = set(children) - set(codes)
-    metrics, since = save / "metrics.jsonl", time.monotonic()
-    while not (metrics.exists() and metrics.read_text()) and time.monotonic() - since < 120:
-        time.sleep(0.01)
-    os.kill(winner, signal.SIGTERM)
-    codes[winner] = os.waitstatus_to_exitcode(os.waitpid(winner, 0)[1])
-    return {"winner": winner, "codes": list(codes.values())}
+    def running() -> list[Process]:
+        return [process for process in processes if process.poll() is None]
 
-
-if __name__ == "__main__":
-    given = json.loads(sys.argv[1])
-    place = Path(given["save"])
-    result = (
-        start_many(given["words"], place, given["starts"])
-        if "starts" in given
-        else kill_many(given["words"], place, given["times"], given["ranks"])
-    )
-    Path(given["out"]).write_text(json.dumps(result))
+    until(lambda: len(running()) <= 1, processes)
+    (winner,) = running()
+    until(lambda: metrics.exists() and bool(metrics.read_text()), processes)
+    winner.send_signal(signal.SIGTERM)
+    return {"winner": winner.pid, "codes": wait(processes)}

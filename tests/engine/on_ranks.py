@@ -1,25 +1,16 @@
 """Checks that run on several ranks: one launch of four processes works through a list of them.
 
-A process costs five seconds to start, a check of a pico model a tenth of one. `launch` starts the
-processes; each takes part in the jobs whose world it belongs to, and leaves what it found in a
-file.
+`launch` starts the processes; each takes part in the jobs whose world it belongs to, and leaves
+what it found in a file.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import os
-import random
-import re
-import shutil
-import socket
-import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,8 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tests.launch import fork_ranks, free_groups, free_port, wait
+
 HERE = Path(__file__).resolve()
-TIMEOUT_SECONDS = 500
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,40 +32,6 @@ class Job:
     given: dict[str, Any] = field(default_factory=dict)
 
 
-@contextmanager
-def made_once(factory: Any, name: str) -> Iterator[tuple[Path, bool]]:
-    """A directory that pytest's workers share, and whether this one has to fill it."""
-    from filelock import FileLock
-
-    shared = factory.getbasetemp()
-    shared = shared.parent if shared.name.startswith("popen-") else shared
-    folder = shared / name
-    with FileLock(str(folder) + ".lock"):
-        if fresh := not (folder / "made").exists():
-            shutil.rmtree(folder, ignore_errors=True)  # of a worker that failed to
-            folder.mkdir()
-        yield folder, fresh
-        (folder / "made").touch()
-
-
-def free_port() -> int:
-    """A port that nothing listens on, below those the system gives to outgoing connections."""
-    while True:
-        port = random.SystemRandom().randrange(12_000, 32_000)
-        with socket.socket() as tried:
-            try:
-                tried.bind(("127.0.0.1", port))
-            except OSError:
-                continue
-            return port
-
-
-def environment(**more: str) -> dict[str, str]:
-    """Of a process that finds the package and these tests wherever it starts."""
-    paths = [str(HERE.parents[2]), os.environ.get("PYTHONPATH", "")]
-    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths), **more}
-
-
 def launch(jobs: list[Job], folder: Path, ranks: int = 4) -> list[list[Any]]:
     """Run the jobs; the results of each, one a rank. An error is a string that says so."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -82,21 +40,8 @@ def launch(jobs: list[Job], folder: Path, ranks: int = 4) -> list[list[Any]]:
         for job in jobs
     ]
     (folder / "jobs.json").write_text(json.dumps(listed))
-    with open(folder / "said.txt", "w") as said:
-        processes = [
-            subprocess.Popen(
-                [sys.executable, str(HERE), str(rank), str(folder)],
-                env=environment(), stdout=said, stderr=said, stdin=subprocess.DEVNULL,
-            )
-            for rank in range(ranks)
-        ]  # fmt: skip
-        try:
-            for process in processes:
-                process.wait(TIMEOUT_SECONDS)
-        finally:
-            for process in processes:
-                process.kill()
-                process.wait()
+    words, said = [(rank, folder) for rank in range(ranks)], folder / "said.txt"
+    wait(fork_ranks({"file": str(HERE)}, words, [(said, said)] * ranks))
     return [
         [_result(folder / f"{number}_{rank}.pt", folder) for rank in range(job.world)]
         for number, job in enumerate(jobs)
@@ -107,41 +52,6 @@ def _result(path: Path, folder: Path) -> Any:
     if path.exists():
         return torch.load(path)
     return f"no result {path.name}: {(folder / 'said.txt').read_text()[-2000:]}"
-
-
-def installed_script() -> str:
-    """What the installed ``megatron-prune`` does, by pyproject.toml."""
-    said = (HERE.parents[2] / "pyproject.toml").read_text()
-    found = re.search(r'^megatron-prune = "(\S+):(\w+)"$', said, re.MULTILINE)
-    assert found
-    module, name = found.groups()
-    return f"import sys\nfrom {module} import {name}\nif __name__ == '__main__': sys.exit({name}())"
-
-
-def start(
-    words: list[str], ranks: int, said: Path, *, prelude: str | None = None
-) -> list[subprocess.Popen[bytes]]:
-    """A command as torchrun would start it, to be disturbed while it runs.
-
-    Args:
-        prelude: code that every rank runs before `installed_script`; None: ``python -m`` runs.
-    """
-    port = str(free_port())
-    processes = []
-    program = (
-        ["-m", "megatron_prune"] if prelude is None else ["-c", f"{prelude}\n{installed_script()}"]
-    )
-    with open(said, "ab") as file:
-        for rank in range(ranks):
-            place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
-            processes.append(
-                subprocess.Popen(
-                    [sys.executable, *program, *words],
-                    env=environment(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, **place),
-                    stdout=file, stderr=file, stdin=subprocess.DEVNULL,
-                )
-            )  # fmt: skip
-    return processes
 
 
 # ---- on the ranks --------------------------------------------------------------------------------
@@ -198,11 +108,15 @@ def gradients(
     """
     from megatron_prune.engine.forward import weights
     from megatron_prune.engine.forward.loss import real_columns
+    from megatron_prune.engine.forward.microbatches import (
+        Microbatch,
+        Step,
+        forward_backward,
+        lm_loss,
+    )
     from megatron_prune.engine.forward.model import build_model
     from megatron_prune.engine.groups import model_parallel
     from megatron_prune.engine.train import inputs as run_inputs
-    from megatron_prune.engine.train import loop as train
-    from megatron_prune.engine.train.corpora import Microbatch
     from megatron_prune.engine.train.optimizer import build_optimizer, wrap_model
     from megatron_prune.engine.train.options import TrainOptions
     from megatron_prune.model import axes
@@ -216,20 +130,21 @@ def gradients(
             load=None, save=Path("nowhere"), data_path=(), train_iters=1, micro_batch_size=1,
             seq_length=tokens.shape[1] - 1, lr=0.0, **options,
         )  # fmt: skip
-        run = train.Training.__new__(train.Training)
-        run.options, run.groups = given, groups
-        run.model = build_model(source.config, groups, run_inputs.model_options(given))
-        weights.load_weights(run.model, source, groups)
-        run.ddp = wrap_model(run.model, given)
-        run.optimizer = build_optimizer(run.ddp, given)
-        run.ddp.zero_grad_buffer()
+        model = build_model(source.config, groups, run_inputs.model_options(given))
+        weights.load_weights(model, source, groups)
+        ddp = wrap_model(model, given)
+        optimizer = build_optimizer(ddp, given)
+        ddp.zero_grad_buffer()
         mine = tokens[groups.dp_rank :: groups.data_parallel]
         mask = torch.ones(1, tokens.shape[1] - 1)
         data = (Microbatch(row[None, :-1], row[None, 1:], mask, mask.sum()) for row in mine)
-        share = run._run(data, len(mine), forward_only=False)
+        step = Step(iteration=1, count=len(mine), rows=1, length=given.seq_length)
+        (share,) = forward_backward(
+            ddp, data, step, groups, lm_loss, ["lm loss"], forward_only=False
+        )
         first = groups.grid.stage_layers(source.config.shape.num_layers, groups.pp_rank).start
         far: dict[str, float] = {}
-        for name, parameter in run.model.named_parameters():
+        for name, parameter in model.named_parameters():
             if given.use_distributed_optimizer:
                 break  # each rank holds a part of the sum only
             layer, rest = axes.split_layer(name)
@@ -241,7 +156,7 @@ def gradients(
                 real = real_columns(source.config.shape.vocab_size, rows, groups.tp_rank)
                 expected[real:] = 0
             far[whole] = float((parameter.main_grad - expected).abs().max())
-        _, norm, _ = run.optimizer.step()
+        _, norm, _ = optimizer.step()
         return {"share": share, "norm": float(norm), "far": far}
 
 
@@ -260,30 +175,11 @@ def divergence(**given: Any) -> dict[str, float]:
 
 
 def poisoned(words: list[str], at: dict[str, str], rank: int = 0) -> int:
-    """``command`` with iteration -> what goes wrong in it, on one rank: see `poison`."""
-    from megatron_prune.engine.train import loop as train
+    """``command`` with iteration -> what goes wrong in it, on one rank."""
+    from tests.engine.wrong_steps import wrong_steps
 
-    original = train.Training._run
-    if int(os.environ["RANK"]) == rank:
-        train.Training._run = poison(original, {int(n): what for n, what in at.items()})
-    try:
+    with wrong_steps({int(n): what for n, what in at.items()}, rank):
         return command(words)
-    finally:
-        train.Training._run = original
-
-
-def poison(original: Any, at: dict[int, str]) -> Any:
-    """``Training._run`` whose ``loss`` becomes nan, or ``high``, or whose ``gradient`` does."""
-
-    def run(self: Any, *args: Any, forward_only: bool) -> float:
-        share: float = original(self, *args, forward_only=forward_only)
-        what = None if forward_only else at.get(self.iteration + 1)
-        if what == "gradient":
-            for parameter in self.model.parameters():  # whichever part this rank's optimizer has
-                parameter.main_grad.view(-1)[0::7] = torch.inf
-        return {"loss": math.nan, "high": share + 100}.get(what or "", share)
-
-    return run
 
 
 CHECKS = {
@@ -300,7 +196,7 @@ def _work(rank: int, folder: Path) -> None:
     for number, job in enumerate(json.loads((folder / "jobs.json").read_text())):
         # a rank with nothing to do must not wait for the others at a rendezvous that times out
         while not all(path.exists() for path in before):
-            time.sleep(0.005)
+            time.sleep(0.02)
         before = [folder / f"{number}_{other}.pt" for other in range(job["world"])]
         if rank >= job["world"]:
             continue
@@ -312,9 +208,13 @@ def _work(rank: int, folder: Path) -> None:
             found = CHECKS[job["check"]](**job["given"])
         except Exception:
             found = f"rank {rank}, {job}: {traceback.format_exc()}"
+        free_groups()
         torch.save(found, folder / f"{number}_{rank}.pt.part")
         os.rename(folder / f"{number}_{rank}.pt.part", folder / f"{number}_{rank}.pt")
 
 
 if __name__ == "__main__":
     _work(int(sys.argv[1]), Path(sys.argv[2]))
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)  # taking a whole interpreter apart takes as long as some checks

@@ -14,7 +14,7 @@ from megatron_prune.model import axes
 from megatron_prune.store import open_source
 
 SHORT = [
-    *("--micro-batch-size", "1", "--global-batch-size", "4", "--seq-length", "32"),
+    *("--micro-batch-size", "2", "--global-batch-size", "4", "--seq-length", "32"),
     *("--lr", "1e-3", "--min-lr", "1e-4", "--lr-decay-style", "cosine", "--lr-warmup-iters", "2"),
     *("--train-iters", "6", "--save-interval", "3", "--log-interval", "1", "--seed", "5"),
     *("--eval-interval", "3", "--eval-iters", "1", "--split", "80,20,0"),

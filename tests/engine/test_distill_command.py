@@ -117,7 +117,7 @@ def test_the_teacher_is_left_as_it_is(
     tmp_path: Path, reference: Path, teacher: Path, corpus: Path
 ) -> None:
     from megatron_prune.engine.groups import model_parallel
-    from megatron_prune.engine.objectives.distill_options import DistillOptions
+    from megatron_prune.engine.objectives.distillation import Distillation
     from megatron_prune.engine.train.inputs import open_inputs
     from megatron_prune.engine.train.loop import Training
     from megatron_prune.engine.train.options import TrainOptions
@@ -127,13 +127,13 @@ def test_the_teacher_is_left_as_it_is(
     options = TrainOptions(
         load=reference / "gqa", save=tmp_path / "run", data_path=(str(corpus),), lr=1e-3,
         micro_batch_size=1, global_batch_size=2, seq_length=32, train_iters=2, eval_iters=0,
-        distill=DistillOptions(teachers=(teacher,)),
+        teacher=(teacher,),
     )  # fmt: skip
     before = directory_bytes(teacher)
     with model_parallel(ParallelGrid()) as groups, StopSignals() as signals:
         run = Training(options, groups, open_inputs(options, groups))
-        assert run.distillation is not None
-        (model,) = run.distillation.teachers
+        assert isinstance(run.objective, Distillation)
+        (model,) = run.objective.teachers
         kept = {name: x.clone() for name, x in model.state_dict().items() if x is not None}
         student = {name: x.clone() for name, x in run.model.named_parameters()}
         run.step(signals)

@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 import torch
 
-from tests.engine.on_ranks import Job, launch, made_once
+from tests.engine.on_ranks import Job, launch
 from tests.engine.runs import losses, rows, told, weights, words
+from tests.launch import made_once
 from tests.pico import make_model
 
 TP2 = ("--tensor-model-parallel-size", 2)

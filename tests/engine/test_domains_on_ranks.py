@@ -15,8 +15,9 @@ import torch
 from megatron_prune.engine.train.checkpoint import training_state
 from tests.engine import domain_runs
 from tests.engine.domain_runs import make_corpora, tables, write_recipe
-from tests.engine.on_ranks import Job, launch, made_once
+from tests.engine.on_ranks import Job, launch
 from tests.engine.runs import losses
+from tests.launch import made_once
 
 TP2 = ("--tensor-model-parallel-size", 2)
 TP3 = ("--tensor-model-parallel-size", 3)
@@ -58,7 +59,8 @@ def _jobs(folder: Path, reference: Path, recipe: Path) -> list[Job]:
     model, silent = reference / "gqa", ("--distributed-timeout-minutes", 1)
     jobs = []
     for name, (ranks, flags, start, _) in RUNS.items():
-        load, more = (folder if start in RUNS else reference) / start, (*flags, *silent)
+        load = (folder if start in RUNS else reference) / start
+        more = (*flags, *silent, "--micro-batch-size", 1)
         tokenizer = ("--tokenizer-model", model)
         words = domain_runs.words(load, folder / name, recipe, *more, *tokenizer)
         jobs.append(Job(check="command", world=ranks, given={"words": words}))

@@ -13,8 +13,9 @@ import torch
 from megatron_prune.engine.train.checkpoint import training_state
 from tests.engine import domain_runs
 from tests.engine.domain_runs import tables, write_recipe
-from tests.engine.on_ranks import Job, launch, made_once
+from tests.engine.on_ranks import Job, launch
 from tests.engine.runs import losses, rows, told
+from tests.launch import made_once
 from tests.pico import directory_bytes, make_model
 
 PP2 = ("--pipeline-model-parallel-size", 2)

@@ -9,8 +9,8 @@ from pathlib import Path
 from megatron_prune.engine.train.checkpoint import is_complete
 from megatron_prune.model import axes
 from megatron_prune.store import open_source
-from tests.engine.on_ranks import start
 from tests.engine.runs import told, weights, words
+from tests.launch import start
 from tests.pico import ok, tensors
 
 ROTATE = ("--save-interval", 1, "--keep-last", 1, "--eval-iters", 0)
@@ -108,7 +108,7 @@ def test_a_kill_in_the_middle_of_removing_leaves_the_newest_and_is_swept(
     save = tmp_path / "run"
     command = words(reference / "gqa", save, corpus, *ROTATE)
     (process,) = start(command, 1, tmp_path / "said.txt", prelude=KILL)
-    assert process.wait(120) == -signal.SIGKILL
+    assert process.wait() == -signal.SIGKILL
     assert _names(save) == [".iter_0000001.tmp.dropped", "iter_0000002"]
     assert _pointed(save).name == "iter_0000002"
     ok("convert", "--load", save, "--save", tmp_path / "hf", "--to", "hf")

@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 import torch
 
-from tests.engine.on_ranks import Job, launch, made_once
+from tests.engine.on_ranks import Job, launch
+from tests.launch import made_once
 
 TP2, TP3, TP4 = ({"tensor_parallel": n} for n in (2, 3, 4))
 PP2, PP4 = ({"pipeline_parallel": n} for n in (2, 4))

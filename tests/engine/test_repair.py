@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from tests.engine.on_ranks import Job, launch
+from tests.launch import made_once
 from tests.pico import TEXT, ok, slice_by_plan, tensors
 
 SAMPLES, SEQ, DAMPING, READERS_DAMPING = 12, 40, 0.02, 0.03
@@ -346,7 +347,18 @@ def on_ranks(
     models: Any, text: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, tuple[list[Any], Path, Path]]:
     """Name -> exit codes, what one process made, what the ranks made; unbalanced, target stream."""
-    root, jobs = tmp_path_factory.mktemp("ranks"), []
+    with made_once(tmp_path_factory, "repaired-on-ranks") as (root, fresh):
+        if fresh:
+            _repair_on_ranks(root, models, text)
+    codes = torch.load(root / "codes.pt")
+    found = {}
+    for name, (kind, _, samples, to) in ON_RANKS.items():
+        out = root / (f"{name}-hf" if "megatron" in to else name)
+        found[name] = (codes[name], root / f"{kind}-{samples}", out)
+    return found
+
+
+def _repair_on_ranks(root: Path, models: Any, text: Path) -> None:
     for kind in ("all_bias", "qwen_tied"):
         heads = 3 if kind == "all_bias" else 4
         flags = ("--num-attention-heads-remain", heads, "--ffn-hidden-size-remain", 59)
@@ -355,22 +367,17 @@ def on_ranks(
         if kind == "all_bias":  # TP 3 has to divide the target
             file = root / f"{kind}.json"
             ok("plan", "--load", models(kind), "--save", file, *flags[:3], 60, *more, "--overwrite")
+    jobs = []
     for name, (kind, world, samples, to) in ON_RANKS.items():
         given = ("prune", "--load", models(kind), "--plan", root / f"{kind}.json", *REPAIR)
         given = (*given, "--data", text, "--repair-target", "stream", "--repair-readers")
         given = (*given, "--num-samples", samples)
-        ok(*given, "--to", "hf", "--save", root / f"{name}-alone")
+        if not (root / f"{kind}-{samples}").exists():
+            ok(*given, "--to", "hf", "--save", root / f"{kind}-{samples}")
         words = [str(word) for word in (*given, *to, "--save", root / name)]
         jobs.append(Job(check="command", world=world, given={"words": words}))
-    codes = launch(jobs, root / "launch")
-    found = {}
-    for (name, (_, _, _, to)), codes_of in zip(ON_RANKS.items(), codes):
-        out = root / name
-        if to[1] == "megatron":
-            ok("convert", "--load", out, "--save", root / f"{name}-hf", "--to", "hf")
-            out = root / f"{name}-hf"
-        found[name] = (codes_of, root / f"{name}-alone", out)
-    return found
+    torch.save(dict(zip(ON_RANKS, launch(jobs, root / "launch"))), root / "codes.pt")
+    ok("convert", "--load", root / "tp3", "--save", root / "tp3-hf", "--to", "hf")
 
 
 @pytest.mark.parametrize("name", ON_RANKS)

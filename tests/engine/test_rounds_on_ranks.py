@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from megatron_prune.planning.plan import load_plan
-from tests.engine.on_ranks import Job, launch, made_once
+from tests.engine.on_ranks import Job, launch
+from tests.launch import made_once
 from tests.pico import TEXT, VOCAB, make_model, ok
 
 FLAGS = (

@@ -15,7 +15,8 @@ import torch
 from megatron_prune.planning.choose import Targets, make_plan
 from megatron_prune.planning.scores import Scores, load_scores
 from tests import launch as processes
-from tests.engine.on_ranks import Job, launch, made_once
+from tests.engine.on_ranks import Job, launch
+from tests.launch import made_once
 from tests.pico import TEXT, VOCAB, make_model, ok
 
 CRITERIA = (

@@ -13,9 +13,14 @@ import torch
 
 from megatron_prune.data.tokenizers import load_tokenizer
 from tests.engine.runs import batches, losses, rows, told, weights, words
+from tests.engine.wrong_steps import wrong_steps
+from tests.launch import made_once
 from tests.pico import directory_bytes, make_model, ok, refused, run
 
 Train = Callable[..., Path]
+
+
+RAMP = ("--rampup-batch-size", 1, 1, 9, "--micro-batch-size", 1)
 
 
 @pytest.fixture
@@ -27,6 +32,30 @@ def train(tmp_path: Path, reference: Path, corpus: Path) -> Train:
         return tmp_path / save
 
     return once
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory, reference: Path, corpus: Path) -> Path:
+    """The short run without more flags; to be read only."""
+    with made_once(tmp_path_factory, "train-whole") as (folder, fresh):
+        if fresh:
+            ok(*words(reference / "gqa", folder / "run", corpus))
+    return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def first_half(tmp_path_factory: pytest.TempPathFactory, reference: Path, corpus: Path) -> Path:
+    """Three steps of it; to be read only."""
+    with made_once(tmp_path_factory, "train-half") as (folder, fresh):
+        if fresh:
+            ok(*words(reference / "gqa", folder / "run", corpus, "--exit-interval", 3))
+    return folder / "run"
+
+
+@pytest.fixture
+def half(first_half: Path, tmp_path: Path) -> Path:
+    """A copy of it, to be continued."""
+    return shutil.copytree(first_half, tmp_path / "run")
 
 
 def checkpoint_bytes(save: Path, iteration: int) -> dict[str, str]:
@@ -79,15 +108,14 @@ def test_steps_are_those_of_a_plain_torch_loop(train: Train, reference: Path, co
         assert row["grad-norm"] == pytest.approx(float(norm), rel=1e-3)
 
 
-def test_tensorboard_has_megatrons_names(train: Train) -> None:
+def test_tensorboard_has_megatrons_names(whole: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    save = train("run")
-    board = EventAccumulator(str(save / "tensorboard"))
+    board = EventAccumulator(str(whole / "tensorboard"))
     board.Reload()
     wanted = {"lm loss", "learning-rate", "grad-norm", "batch-size", "lm loss validation"}
     assert wanted <= set(board.Tags()["scalars"])
-    assert {e.step: e.value for e in board.Scalars("lm loss")} == pytest.approx(losses(save))
+    assert {e.step: e.value for e in board.Scalars("lm loss")} == pytest.approx(losses(whole))
 
 
 @pytest.mark.parametrize(
@@ -97,7 +125,7 @@ def test_tensorboard_has_megatrons_names(train: Train) -> None:
         ("--bf16",),
         ("--fp16", "--initial-loss-scale", 1024),
         ("--use-distributed-optimizer",),
-        ("--rampup-batch-size", 1, 1, 9),
+        RAMP,
         ("--log-interval", 4),
         ("--init-random",),
         ("--recompute-granularity", "selective"),
@@ -114,14 +142,15 @@ def test_resume_is_bitwise(train: Train, flags: tuple[object, ...]) -> None:
     assert checkpoint_bytes(broken, 6) == checkpoint_bytes(whole, 6)
 
 
-def test_loading_what_is_saved_into_another_directory_continues_it(train: Train) -> None:
-    whole, half = train("whole"), train("half", "--exit-interval", 3)
-    other = train("other", load=half)
+def test_loading_what_is_saved_into_another_directory_continues_it(
+    train: Train, whole: Path, first_half: Path
+) -> None:
+    other = train("other", load=first_half)
     assert losses(other) == {n: x for n, x in losses(whole).items() if n > 3}
-    again = train("again", "--finetune", load=half)
+    again = train("again", "--finetune", load=first_half)
     assert list(losses(again)) == [1, 2, 3, 4, 5, 6]
     assert losses(again)[1] != losses(whole)[1], "--finetune does not start with the saved weights"
-    fresh = train("fresh", "--no-load-optim", load=half)
+    fresh = train("fresh", "--no-load-optim", load=first_half)
     assert losses(fresh)[4] == losses(whole)[4]
     assert losses(fresh)[6] != losses(whole)[6], "--no-load-optim loaded the optimizer"
 
@@ -140,21 +169,20 @@ def test_keep_last_keeps_the_newest(train: Train) -> None:
 
 @pytest.mark.parametrize("tracker", ["", "garbage\0", "99", "3\n4", None], ids=repr)
 def test_a_bad_tracker_falls_back_to_the_newest(
-    train: Train, tmp_path: Path, reference: Path, corpus: Path, tracker: str | None
+    whole: Path, half: Path, reference: Path, corpus: Path, tracker: str | None
 ) -> None:
-    whole, save = train("whole"), train("run", "--exit-interval", 3)
-    file = save / "latest_checkpointed_iteration.txt"
+    file = half / "latest_checkpointed_iteration.txt"
     file.unlink() if tracker is None else file.write_text(tracker)
-    done = ok(*words(reference / "gqa", save, corpus))
+    done = ok(*words(reference / "gqa", half, corpus))
     assert "iter_0000003" in done.err and "continuing" in done.err
-    assert told(save) == told(whole)
+    assert told(half) == told(whole)
     assert file.read_text() == "6"
 
 
 def test_a_cut_checkpoint_falls_back_to_the_one_before(
-    train: Train, reference: Path, corpus: Path
+    train: Train, whole: Path, reference: Path, corpus: Path
 ) -> None:
-    whole, save = train("whole"), train("run", "--save-interval", 2, "--exit-interval", 4)
+    save = train("run", "--save-interval", 2, "--exit-interval", 4)
     cut = next((save / "iter_0000004").glob("*.distcp"))
     cut.write_bytes(cut.read_bytes()[:-1])
     done = ok(*words(reference / "gqa", save, corpus))
@@ -162,8 +190,8 @@ def test_a_cut_checkpoint_falls_back_to_the_one_before(
     assert losses(save) == losses(whole)
 
 
-def test_leftovers_of_a_killed_save_are_swept(train: Train) -> None:
-    save = train("run", "--exit-interval", 3)
+def test_leftovers_of_a_killed_save_are_swept(train: Train, half: Path) -> None:
+    save = half
     (save / ".iter_0000005.tmp.0badc0de").mkdir()
     (save / ".iter_0000005.tmp.0badc0de" / "__0_0.distcp").write_bytes(b"half")
     with open(save / "metrics.jsonl", "a") as file:
@@ -175,20 +203,19 @@ def test_leftovers_of_a_killed_save_are_swept(train: Train) -> None:
 
 
 def test_an_index_that_a_kill_has_cut_short_is_built_again(
-    train: Train, reference: Path, corpus: Path
+    whole: Path, half: Path, reference: Path, corpus: Path
 ) -> None:
-    whole, save = train("whole"), train("run", "--exit-interval", 3)
-    indices = sorted((save / ".cache").glob("*_index.npy"))
+    indices = sorted((half / ".cache").glob("*_index.npy"))
     indices[0].write_bytes(indices[0].read_bytes()[:-3])
     indices[1].write_bytes(b"")
     np.save(indices[2], np.array([{}], dtype=object))  # would be opened by pickle
-    done = ok(*words(reference / "gqa", save, corpus))
+    done = ok(*words(reference / "gqa", half, corpus))
     assert done.err.count("built again") == 3
-    assert losses(save) == losses(whole)
+    assert losses(half) == losses(whole)
 
 
 def test_a_ramp_takes_the_samples_it_says(train: Train) -> None:
-    save = train("run", "--rampup-batch-size", 1, 1, 9)
+    save = train("run", *RAMP)
     found = [(row["batch-size"], row["consumed-samples"]) for row in rows(save) if "lm loss" in row]
     assert found == [(1, 1), (1, 2), (1, 3), (2, 5), (2, 7), (3, 10)]
     # cosine from 1e-3 to 1e-4 over samples 2 to 10, at sample 7
@@ -251,22 +278,12 @@ def test_weights_that_are_no_numbers_are_not_saved(
 
 
 def test_gradients_that_are_no_numbers_stop_before_they_are_applied(
-    tmp_path: Path, reference: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, reference: Path, corpus: Path
 ) -> None:
-    from megatron_prune.engine.train import loop as engine
-
-    original = engine.Training._run
-
-    def poisoned(self: engine.Training, *args: object, forward_only: bool) -> float:
-        share = original(self, *args, forward_only=forward_only)  # type: ignore[arg-type]
-        if self.iteration == 3 and not forward_only:
-            next(iter(self.model.parameters())).main_grad[0] = torch.inf
-        return share
-
-    monkeypatch.setattr(engine.Training, "_run", poisoned)
     save = tmp_path / "run"
-    flags = ("--save-interval", 1)
-    refused(*words(reference / "gqa", save, corpus, *flags), says="iteration 4: gradient", code=3)
+    command = words(reference / "gqa", save, corpus, "--save-interval", 1)
+    with wrong_steps({4: "gradient"}):
+        refused(*command, says="iteration 4: gradient", code=3)
     assert sorted(p.name for p in save.glob("iter_*"))[-1] == "iter_0000003"
 
 
@@ -328,9 +345,9 @@ def test_a_directory_that_is_no_run_is_refused(
 
 
 def test_another_schedule_is_refused_unless_told_which_wins(
-    train: Train, reference: Path, corpus: Path
+    half: Path, reference: Path, corpus: Path
 ) -> None:
-    save = train("run", "--exit-interval", 3)
+    save = half
     longer = words(reference / "gqa", save, corpus, "--train-iters", 8)
     refused(*longer, says="lr_decay_steps 24 -> 32")
     assert list(losses(save)) == [1, 2, 3]
@@ -343,9 +360,9 @@ def test_another_schedule_is_refused_unless_told_which_wins(
 
 
 def test_another_kind_of_optimizer_state_is_refused(
-    train: Train, reference: Path, corpus: Path
+    half: Path, reference: Path, corpus: Path
 ) -> None:
-    save = train("run", "--exit-interval", 3)
+    save = half
     refused(*words(reference / "gqa", save, corpus, "--bf16"), says="--no-load-optim")
     ok(*words(reference / "gqa", save, corpus, "--bf16", "--no-load-optim"))
     assert list(losses(save)) == [1, 2, 3, 4, 5, 6]
@@ -360,11 +377,10 @@ def test_a_dry_run_tells_and_writes_nothing(tmp_path: Path, reference: Path, cor
     assert run(*words(reference / "gqa", tmp_path / "run", "nowhere", *flags)).code == 2
 
 
-def test_the_trained_model_leaves_as_hugging_face(train: Train, tmp_path: Path) -> None:
+def test_the_trained_model_leaves_as_hugging_face(whole: Path, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
-    save = train("run")
-    ok("convert", "--load", save, "--save", tmp_path / "hf", "--to", "hf")
+    ok("convert", "--load", whole, "--save", tmp_path / "hf", "--to", "hf")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
     found = model.model.norm.weight.detach()
-    assert torch.equal(found, weights(save)["decoder.final_layernorm.weight"])
+    assert torch.equal(found, weights(whole)["decoder.final_layernorm.weight"])

@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 import torch
 
-from tests.engine.on_ranks import Job, launch, made_once
+from tests.engine.on_ranks import Job, launch
 from tests.engine.runs import losses, told, weights, words
+from tests.launch import made_once
 
 TP3 = ("--tensor-model-parallel-size", 3)
 PP2 = ("--pipeline-model-parallel-size", 2)
@@ -25,8 +26,8 @@ SP = ("--sequence-parallel",)
 EOD = ("--eod-mask-loss",)
 HALF = ("--exit-interval", 2)
 QUICK = (
-    *("--train-iters", 4, "--global-batch-size", 2, "--save-interval", 2, "--eval-interval", 2),
-    *("--distributed-timeout-minutes", 1),
+    *("--train-iters", 4, "--micro-batch-size", 1, "--global-batch-size", 2),
+    *("--save-interval", 2, "--eval-interval", 2, "--distributed-timeout-minutes", 1),
 )
 # name -> kind or run to load, ranks, flags; in this order
 RUNS: dict[str, tuple[str, int, tuple[object, ...]]] = {

@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_prune.evaluate.perplexity import judge
-from tests.engine.on_ranks import Job, launch, made_once
+from tests.engine.on_ranks import Job, launch
+from tests.launch import made_once
 from tests.pico import TEXT, make_model, ok, refused, write_tokenizer
 
 TP3, PP2 = ("--tensor-model-parallel-size", 3), ("--pipeline-model-parallel-size", 2)

@@ -16,8 +16,8 @@ from pathlib import Path
 import pytest
 
 from tests.engine.conftest import corpus, reference  # noqa: F401 (fixtures)
-from tests.engine.on_ranks import environment
 from tests.engine.runs import told, words
+from tests.launch import environment
 
 REPO = Path(__file__).resolve().parents[2]
 SRUN = """#!/usr/bin/env bash
@@ -86,15 +86,15 @@ def test_a_signal_saves_and_queues_again_and_the_next_slice_ends_it(
     job = _submit(slurm, tmp_path / "slurm_script", command)
     metrics, since = save / "metrics.jsonl", time.monotonic()
     while not metrics.exists() or len(metrics.read_text().splitlines()) < 3:
-        assert job.poll() is None and time.monotonic() - since < 120
+        assert job.poll() is None and time.monotonic() - since < 600
         time.sleep(0.01)
     job.send_signal(getattr(signal, name))
-    _, said = job.communicate(timeout=60)
+    _, said = job.communicate(timeout=600)
     assert job.returncode == 0 and "exit 75; back into the queue" in said, said
     assert queued.read_text() == slurm["SLURM_JOB_ID"] + "\n"
     assert 0 < int((save / "latest_checkpointed_iteration.txt").read_text()) < 60
     job = _submit(slurm, tmp_path / "slurm_script", command)
-    _, said = job.communicate(timeout=120)
+    _, said = job.communicate(timeout=600)
     assert job.returncode == 0 and queued.read_text().count("\n") == 1, said
     assert told(save)[-1]["iteration"] == 60
 
@@ -104,12 +104,14 @@ def test_errors_are_queued_again_only_when_told_to_and_not_without_end(
     slurm: dict[str, str],
     reference: Path,  # noqa: F811
 ) -> None:
-    """A refusal: 2 on the rank that found it and on the other."""
+    """A refusal: 2 on the rank that found it and on the other; then 2 of the command line alone."""
     command = words(reference / "gqa", tmp_path / "run", tmp_path / "nowhere")
+    typo = [*command, "--train-iters", "nowhere"]  # seen before anything is imported
     for count, retried, code in (("0", "75 5", 2), ("2", "75 2", 0), ("3", "75 2", 2)):
         more = {"REQUEUE_ON": retried, "MAX_RESTARTS": "3", "SLURM_RESTART_COUNT": count}
-        job = _submit({**slurm, **more}, tmp_path / "slurm_script", command)
-        _, said = job.communicate(timeout=60)
+        words_of_it = command if count == "0" else typo
+        job = _submit({**slurm, **more}, tmp_path / "slurm_script", words_of_it)
+        _, said = job.communicate(timeout=600)
         assert job.returncode == code and "nowhere" in said, said
         assert (tmp_path / "queued").exists() == (code == 0)
         (tmp_path / "queued").unlink(missing_ok=True)

@@ -10,8 +10,6 @@ import random
 import resource
 import shutil
 import stat
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,7 +20,7 @@ from megatron_prune import files
 from megatron_prune.errors import StorageError
 from megatron_prune.ranks import Ranks
 from megatron_prune.store import commit, passenger
-from tests.launch import launch
+from tests.launch import fork_and_wait, launch
 from tests.pico import directory_bytes, ok, refused, run
 
 Models = Callable[[str], Path]
@@ -361,8 +359,7 @@ from megatron_prune.store.commit import scratch_directory
 with scratch_directory(Path(sys.argv[1]), ranks=Ranks(rank=0, world_size=1)):
     os._exit(9)
 """
-    words = [sys.executable, "-c", script, str(tmp_path / "out")]
-    assert subprocess.run(words).returncode == 9
+    assert fork_and_wait({"code": script}, tmp_path / "out").returncode == 9
     assert len(names(tmp_path)) == 1
     commit.sweep_beside(tmp_path / "out")
     assert names(tmp_path) == []

@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 
-from tests.engine.on_ranks import environment
+from tests.launch import environment
 from tests.pico import directory_bytes
 
 TOKEN = "hf_right"
@@ -121,7 +121,7 @@ def convert(
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     flags = ["--load", source, "--save", out, "--to", "hf", "--push-to-hub", "me/pico", *more]
     start = [sys.executable, *(torchrun if ranks else []), "-m", "megatron_prune", "convert"]
-    done = subprocess.run([*start, *flags], env=env, capture_output=True, text=True, timeout=200)
+    done = subprocess.run([*start, *flags], env=env, capture_output=True, text=True, timeout=600)
     return done.returncode, done.stdout, done.stderr
 
 

@@ -8,7 +8,6 @@ state and nothing of ours, and our readers have to give back the source bit by b
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.launch import free_port, made_once, start
+from tests.launch import fork_ranks, free_port, made_once, wait
 from tests.pico import IDS, assert_same, ok, tensors
 
 Models = Callable[[str], Path]
@@ -40,10 +39,8 @@ def megatron(models: Models, tmp_path_factory: pytest.TempPathFactory) -> Path:
     with made_once(tmp_path_factory, "megatron") as (folder, fresh):
         if fresh:
             prepare(folder, models)
-            command = [sys.executable, str(SCRIPT), str(folder)]
-            root = str(Path(__file__).parents[2])
-            done = start([command] * 2, timeout=240, PYTHONPATH=root)
-            (folder / "said.txt").write_text("\n".join(rank.err for rank in done))
+            said = folder / "said.txt"
+            wait(fork_ranks({"file": str(SCRIPT)}, [[folder]] * 2, [(said, said)] * 2))
     return folder
 
 

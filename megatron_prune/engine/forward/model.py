@@ -34,6 +34,7 @@ from megatron_prune.engine.forward.lora import adapt_spec
 from megatron_prune.engine.forward.loss import real_columns, token_losses
 from megatron_prune.engine.forward.rope import inverse_frequencies, rope_kind
 from megatron_prune.engine.groups import Groups
+from megatron_prune.engine.running import Runs
 from megatron_prune.errors import ConfigError, ShapeError
 from megatron_prune.model.family import Family
 from megatron_prune.model.grid import padded_vocab_size
@@ -43,17 +44,23 @@ from megatron_prune.sources.source import DTYPES
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelOptions:
+class ModelOptions(Runs):
     """How the model is run, as opposed to what it is (`ModelConfig`)."""
 
     seq_length: int
-    dtype: str = "fp32"
-    transformer_impl: str = "auto"
-    sequence_parallel: bool = False
     recompute_granularity: str | None = None
     recompute_method: str | None = None
     recompute_num_layers: int | None = None
     lora: Lora | None = None
+
+    @classmethod
+    def of(cls, run: Runs, seq_length: int) -> ModelOptions:
+        return cls(
+            seq_length=seq_length,
+            dtype=run.dtype,
+            transformer_impl=run.transformer_impl,
+            sequence_parallel=run.sequence_parallel,
+        )
 
 
 def check_model(config: ModelConfig, options: ModelOptions, tensor_parallel: int) -> None:

@@ -27,6 +27,7 @@ from megatron_prune.engine.groups import Groups
 from megatron_prune.engine.observe.gradients import unit_gradients
 from megatron_prune.engine.observe.hooks import observe
 from megatron_prune.engine.observe.removal import greedy_removal, losses_without
+from megatron_prune.engine.running import ScoreRuns
 from megatron_prune.errors import ConfigError, DamagedError
 from megatron_prune.model.axes import count_parameters
 from megatron_prune.planning.scores import Scores
@@ -36,14 +37,11 @@ SaveScores = Callable[[Scores], object]
 
 
 @dataclass(frozen=True, kw_only=True)
-class ScoreOptions:
+class ScoreOptions(ScoreRuns):
     """What is scored and how; see ``megatron-prune score --help``."""
 
     criteria: tuple[str, ...]
     model: ModelOptions
-    micro_batch_size: int = 1
-    removal_samples: int = 8
-    removal_layers: int | None = None
 
     def __post_init__(self) -> None:
         if self.model.dtype == "fp16" and (names := self.needing("gradients")):

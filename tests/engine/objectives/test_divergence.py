@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from tests.engine.divergences import errors
-from tests.engine.on_ranks import Job, launch, made_once
+from tests.engine.on_ranks import Job, launch
+from tests.launch import made_once
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "kl": {},
