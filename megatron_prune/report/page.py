@@ -122,6 +122,7 @@ details { margin: .4rem 0; } summary { cursor: pointer; } footer { margin-top: 3
   color-scheme: light; --ink: #000; --soft: #333; --line: #bbb;
   --paper: #fff; --link: #000; } body { max-width: none; padding: 0; font-size: 12px; } nav,
   details:not([open]) { display: none; } figure, tr, p { break-inside: avoid; }
+  figure svg { max-height: 19cm; } footer { margin-top: 1rem; }
   h2, section > p, figcaption { break-after: avoid; } }
 """
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
