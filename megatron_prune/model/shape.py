@@ -41,7 +41,7 @@ AXES = {
     "V": Axis(size="vocab_size", word="vocab", unit="token", is_split=True, is_scored=False),
     "D": Axis(size="hidden_size", word="hidden", unit="hidden channel"),
     "Q": Axis(
-        size="num_attention_heads", word="heads", unit="head",
+        size="num_attention_heads", word="heads", unit="attention head",
         is_per_layer=True, is_split=True, has_channels=True,
     ),
     "K": Axis(

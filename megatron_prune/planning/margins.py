@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from megatron_prune.model.shape import AXES, SCORED_AXES
 from megatron_prune.planning.plan import PrunePlan
 from megatron_prune.planning.scores import AXIS_WORDS, Terms, combined, is_plain
 
@@ -42,7 +43,7 @@ class Decision:
         return f"{where}: {self.kept} over {self.dropped}"
 
 
-def decisions(plan: PrunePlan, terms: Terms, axes: str = "DQKFL") -> Iterator[Decision]:
+def decisions(plan: PrunePlan, terms: Terms, axes: str = SCORED_AXES) -> Iterator[Decision]:
     """One a block (of an axis, a layer, a balance rank, a kept group) that keeps some and drops
     some.
 
@@ -57,7 +58,7 @@ def decisions(plan: PrunePlan, terms: Terms, axes: str = "DQKFL") -> Iterator[De
         axes: letters of those that were decided by it.
     """
     for axis in axes:
-        for layer in plan.layers if axis in "QKF" else (None,):
+        for layer in plan.layers if AXES[axis].is_per_layer else (None,):
             kept = plan.tensor(axis, layer)
             if kept is None:
                 continue

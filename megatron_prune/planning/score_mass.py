@@ -36,10 +36,10 @@ from torch import Tensor
 
 from megatron_prune.errors import PlanError
 from megatron_prune.model.costs import Sizes
-from megatron_prune.model.shape import ModelShape
+from megatron_prune.model.shape import AXES, SCORED_AXES, ModelShape
 from megatron_prune.planning.scores import Criterion
 
-AXES = {"L": "layers", "D": "hidden", "Q": "heads", "F": "ffn"}
+PROXY_AXES = {axis: AXES[axis].word for axis in "LDQF"}
 """Axes of the proxy and the names of their weights. Groups go by their heads."""
 
 DEFAULT_WEIGHTS: Mapping[str, float] = {"layers": 3.0, "hidden": 5.0, "heads": 0.8, "ffn": 1.7}
@@ -115,10 +115,10 @@ def measure_scores(
         PlanError: the criterion does not score an axis, or a weight is not 0 or more.
     """
     for name, weight in weights.items():
-        if name not in AXES.values() or not 0 <= weight < np.inf:
+        if name not in PROXY_AXES.values() or not 0 <= weight < np.inf:
             raise PlanError(
                 f"--proxy-weights {name}={weight:g}: wanted numbers of 0 or more for "
-                f"{', '.join(AXES.values())}"
+                f"{', '.join(PROXY_AXES.values())}"
             )
 
     def scores(axis: str) -> Tensor:
@@ -126,7 +126,7 @@ def measure_scores(
         size = shape.size(axis)
         if axis in whole:
             return torch.full((1, size), 1 / size, dtype=torch.float64)
-        layers = [None] if axis in "DL" else list(range(shape.num_layers))
+        layers = list(range(shape.num_layers)) if AXES[axis].is_per_layer else [None]
         return torch.stack(
             [_shares(criterion(axis, size, layer, seed).double()) for layer in layers]
         )
@@ -157,9 +157,9 @@ def _half(kept: Floats) -> float:
 def scored_axes(shape: ModelShape, criterion: Criterion, *, seed: int) -> frozenset[str]:
     """Which of L, D, Q, K and F a criterion scores, found by asking it."""
     found = set()
-    for axis in "LDQKF":
+    for axis in SCORED_AXES:
         try:
-            criterion(axis, shape.size(axis), None if axis in "DL" else 0, seed)
+            criterion(axis, shape.size(axis), 0 if AXES[axis].is_per_layer else None, seed)
         except PlanError:
             continue
         found.add(axis)

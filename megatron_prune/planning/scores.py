@@ -20,15 +20,14 @@ from safetensors.torch import save
 from torch import Tensor
 
 from megatron_prune.errors import DamagedError, PlanError, ShapeError
-from megatron_prune.model.shape import ModelShape
+from megatron_prune.model.shape import AXES, SCORED_AXES, ModelShape
 
-AXES = "DQKFL"
 Criterion = Callable[[str, int, int | None, int], Tensor]
 """(axis letter, its size, source layer or None for a model-wide axis, seed) -> [size] scores."""
 Terms = Callable[[str, int, int | None], list[tuple[float, Tensor]]]
 """(axis letter, its size, layer as above) -> weights and [size] scores; `combined` is the whole."""
 
-AXIS_WORDS = {"D": "hidden", "Q": "heads", "K": "query-groups", "F": "ffn", "L": "layers"}
+AXIS_WORDS = {axis: AXES[axis].word.replace("_", "-") for axis in SCORED_AXES}
 _VERSION = "1"
 _KEY = "megatron_prune.scores"
 _STATISTICS = "statistics"
@@ -36,7 +35,7 @@ _STATISTICS = "statistics"
 
 def score_shape(axis: str, shape: ModelShape) -> tuple[int, ...]:
     """Shape of the scores of an axis: [D], [L], or [L, n] for the axes chosen layer by layer."""
-    if axis in "DL":
+    if not AXES[axis].is_per_layer:
         return (shape.size(axis),)
     return (shape.num_layers, shape.size(axis))
 
@@ -48,7 +47,7 @@ class Scores:
     Attributes:
         shape: of the model that was scored.
         source_digest: which model (`digest.source_digest`).
-        criteria: name -> axis letter (of AXES) -> float32, shaped as `score_shape` says.
+        criteria: name -> axis letter (of SCORED_AXES) -> float32, shaped as `score_shape` says.
         statistics: name -> float32; ``norm_energy`` [2 L + 1, D] is the mean square of every norm's
             normalised input before its weight (input and pre-MLP norm of each layer, then the final
             one): 1 on average over D.
@@ -127,7 +126,7 @@ class Scores:
             raise PlanError(
                 f"--criterion {name} does not score {AXIS_WORDS[axis]}; {self._scoring(axis)}"
             )
-        x = held[axis] if layer is None or axis in "DL" else held[axis][layer]
+        x = held[axis] if layer is None or not AXES[axis].is_per_layer else held[axis][layer]
         assert x.numel() == size, (axis, x.shape, size)
         return x.double()
 
@@ -140,7 +139,7 @@ def criteria_named(expression: str) -> dict[str, tuple[str, ...]]:
         PlanError: not an expression.
     """
     by_axis = _by_axis(expression)
-    parts = {axis: by_axis.get(axis, by_axis.get("")) for axis in AXES}
+    parts = {axis: by_axis.get(axis, by_axis.get("")) for axis in SCORED_AXES}
     return {
         axis: tuple(dict.fromkeys(name for _, name in _terms(text)))
         for axis, text in parts.items()

@@ -28,7 +28,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_prune.errors import PlanError
-from megatron_prune.model.costs import Sizes
+from megatron_prune.model.costs import Sizes, sizes_of
 from megatron_prune.model.shape import ModelShape
 from megatron_prune.planning.score_mass import ScoreMass
 
@@ -391,7 +391,7 @@ def _shape(
 
 
 def _costs(shape: ModelShape, budgets: Sequence[Budget]) -> dict[str, float]:
-    sizes = {axis: shape.size(axis) for axis in "VDQKFL"}
+    sizes = sizes_of(shape)
     return {budget.name: float(budget.cost(sizes)) for budget in budgets}
 
 

@@ -12,25 +12,19 @@ import torch
 from torch import Tensor
 
 from megatron_prune.errors import PlanError
+from megatron_prune.model.shape import AXES, LAYER_AXES
 from megatron_prune.planning.choose import keep_in_groups, keep_top
 from megatron_prune.planning.plan import PrunePlan
 from megatron_prune.planning.scores import Scores
 
-AXIS_NAMES = {
-    "Q": "attention heads",
-    "K": "query groups",
-    "F": "FFN channels",
-    "D": "hidden channels",
-    "L": "layers",
-}
-UNITS = {"Q": "head", "K": "group", "F": "channel", "D": "channel", "L": "layer"}
-PER_LAYER = "QKF"
+AXIS_NAMES = {axis: f"{AXES[axis].unit}s" for axis in "QKFDL"}  # in the order of the page
+UNITS = {axis: AXES[axis].unit.split()[-1] for axis in AXIS_NAMES}
 
 
 def kept_mask(plan: PrunePlan, axis: str) -> Tensor:
     """Bool [L, n] of an axis chosen layer by layer (False in dropped layers), [n] of D and L."""
     shape = plan.source
-    if axis not in PER_LAYER:
+    if axis not in LAYER_AXES:
         mask = torch.zeros(shape.size(axis), dtype=torch.bool)
         mask[list(plan.indices(axis))] = True
         return mask
@@ -49,7 +43,7 @@ def axis_scores(scores: Scores, expression: str, axis: str) -> Tensor | None:
     size, layers = scores.shape.size(axis), range(scores.shape.num_layers)
     try:
         of = scores.criterion(expression)
-        if axis not in PER_LAYER:
+        if axis not in LAYER_AXES:
             return of(axis, size, None, 0)
         return torch.stack([of(axis, size, layer, 0) for layer in layers])
     except PlanError:
@@ -82,14 +76,14 @@ def dropped_layers(plan: PrunePlan) -> tuple[int, ...]:
 
 def is_pruned(plan: PrunePlan, axis: str) -> bool:
     """Whether the plan drops anything along the axis (inside the layers that it keeps)."""
-    layers = plan.layers if axis in PER_LAYER else (None,)
+    layers = plan.layers if axis in LAYER_AXES else (None,)
     return any(len(plan.indices(axis, n)) < plan.source.size(axis) for n in layers)
 
 
 def chosen_mask(plan: PrunePlan, axis: str, scores: Tensor) -> Tensor:
     """What these scores would keep where the plan decides: as `kept_mask`, with equal counts."""
     mask = torch.zeros_like(scores, dtype=torch.bool)
-    if axis not in PER_LAYER:
+    if axis not in LAYER_AXES:
         mask[list(keep_top(scores, len(plan.indices(axis))))] = True
         return mask
     for layer in plan.layers:
@@ -124,7 +118,7 @@ def overlap_masks(plan: PrunePlan, axis: str, criteria: Mapping[str, Tensor]) ->
 
 def chance(plan: PrunePlan, axis: str) -> float:
     """The overlap that two random decisions with the plan's counts have on average."""
-    if axis not in PER_LAYER:
+    if axis not in LAYER_AXES:
         return len(plan.indices(axis)) / plan.source.size(axis)
     counts = [len(plan.indices(axis, n)) for n in plan.layers]
     if axis == "Q":  # heads are drawn among those of the kept groups

@@ -7,19 +7,13 @@ from dataclasses import replace
 from typing import Any
 
 from megatron_prune.model.axes import count_parameters
-from megatron_prune.model.shape import ModelConfig
+from megatron_prune.model.shape import AXES, ModelConfig
 from megatron_prune.planning.plan import PrunePlan
 from megatron_prune.report.inputs import Inputs
 from megatron_prune.report.judged import judged_tables
 from megatron_prune.report.page import Section
 
-_SIZES = {
-    "num_layers": "layers",
-    "hidden_size": "hidden channels",
-    "num_attention_heads": "attention heads",
-    "num_query_groups": "query groups",
-    "vocab_size": "tokens",
-}
+_SIZES = {AXES[axis].size: f"{AXES[axis].unit}s" for axis in "LDQKV"}
 
 
 def result_section(inputs: Inputs, config: ModelConfig | None) -> Section | None:

@@ -16,13 +16,12 @@ from typing import Any
 
 from torch import Tensor
 
-from megatron_prune.model.shape import ModelConfig, ModelShape
+from megatron_prune.model.shape import LAYER_AXES, ModelConfig, ModelShape
 from megatron_prune.planning.plan import PrunePlan
 from megatron_prune.planning.scores import Scores
 from megatron_prune.report.charts import overlap_matrix
 from megatron_prune.report.decisions import (
     AXIS_NAMES,
-    PER_LAYER,
     UNITS,
     axis_scores,
     chance,
@@ -106,7 +105,7 @@ def _views(inputs: Inputs, axis: str) -> list[_View]:
     views: list[_View] = []
     for label, plan in inputs.plans.items():
         kept = kept_mask(plan, axis) if is_pruned(plan, axis) else None
-        dropped = dropped_layers(plan) if axis in PER_LAYER else ()
+        dropped = dropped_layers(plan) if axis in LAYER_AXES else ()
         if kept is not None or dropped:
             criterion = plan.criterion
             views.append(_View(label=label, criterion=criterion, kept=kept, dropped=dropped))
@@ -140,10 +139,10 @@ def _counts(plans: Mapping[str, PrunePlan], axis: str) -> str:
     """What each plan keeps of an axis, as sentences."""
     said = ""
     for label, plan in plans.items():
-        layers = plan.layers if axis in PER_LAYER else (None,)
+        layers = plan.layers if axis in LAYER_AXES else (None,)
         counts = sorted({len(plan.indices(axis, n)) for n in layers})
         number = " to ".join(f"{n:,}" for n in (counts[0], counts[-1])[: len(counts)])
-        where = " in every kept layer" if axis in PER_LAYER and len(counts) == 1 else ""
+        where = " in every kept layer" if axis in LAYER_AXES and len(counts) == 1 else ""
         said += f"{label} keeps {number} of {plan.source.size(axis):,} {AXIS_NAMES[axis]}{where}. "
     return said
 
@@ -221,7 +220,7 @@ def _unit_sheet(inputs: Inputs, axis: str) -> Sheet:
     """A row a unit: where it is, whether each plan keeps it, its score by each criterion."""
     criteria = criteria_of(inputs.scores, axis)
     masks = {label: kept_mask(plan, axis) for label, plan in inputs.plans.items()}
-    is_per_layer = axis in PER_LAYER
+    is_per_layer = axis in LAYER_AXES
 
     def rows() -> Rows:
         columns = [x if is_per_layer else x[None] for x in (*masks.values(), *criteria.values())]

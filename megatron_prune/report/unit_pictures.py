@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from megatron_prune.model.shape import AXES
 from megatron_prune.report.pictures import (
     COLORS,
     DROPPED,
@@ -134,7 +135,6 @@ def plan_map(ink: str, *, kept: Mapping[str, Tensor], dropped: Sequence[int]) ->
         "Q": figure.add_subplot(grid[1, 0]),
         "F": figure.add_subplot(grid[1, 1]),
     }
-    names = {"D": "hidden channel", "Q": "attention head", "F": "FFN channel"}
     for axis, axes in every.items():
         shares = binned(kept[axis].view(-1, kept[axis].shape[-1]))
         mesh = axes.pcolormesh(
@@ -146,7 +146,7 @@ def plan_map(ink: str, *, kept: Mapping[str, Tensor], dropped: Sequence[int]) ->
             vmax=1,
             rasterized=True,
         )
-        axes.set_xlabel(names[axis], fontsize=9)
+        axes.set_xlabel(AXES[axis].unit, fontsize=9)
         if axis == "D":
             axes.set_yticks([])
         else:

@@ -16,7 +16,7 @@ from megatron_prune.families.config import check_widths
 from megatron_prune.flags import Group, flag, given_flags, positive
 from megatron_prune.model.axes import count_parameters
 from megatron_prune.model.costs import weight_bytes
-from megatron_prune.model.shape import ModelConfig
+from megatron_prune.model.shape import SCORED_AXES, ModelConfig
 from megatron_prune.planning.allocation import COMPARISONS, Nonuniform
 from megatron_prune.planning.choose import Targets, make_plan, parse_layers
 from megatron_prune.planning.margins import decisions, rounding_text
@@ -197,7 +197,9 @@ def decide(
         targets = search(source, criterion, planner, targets)
     plan = planner(targets)
     if scores is not None:
-        axes = "DQKF" if targets.drop_layers else "DQKFL"  # layers that are named are no decision
+        axes = SCORED_AXES.replace(
+            "L", "" if targets.drop_layers else "L"
+        )  # layers that are named are no decision
         if text := rounding_text([*decisions(plan, scores.terms(name), axes)]):
             console.say(f"warning: {text}")
     return plan

@@ -15,13 +15,12 @@ from megatron_prune.engine.running import CALIBRATION, PROCESSES
 from megatron_prune.errors import ConfigError, ShapeError
 from megatron_prune.flags import Group, flag, given_flags
 from megatron_prune.model.grid import LAYOUT, ParallelGrid
-from megatron_prune.model.shape import ModelShape
+from megatron_prune.model.shape import SCORED_AXES, ModelShape
 from megatron_prune.planning.choose import Targets, make_plan
 from megatron_prune.planning.margins import decisions, renumbered, rounding_text
 from megatron_prune.planning.plan import Kept, PrunePlan, compose
 from megatron_prune.planning.rounds import remaining_shape, round_targets, targets_after
 from megatron_prune.planning.scores import (
-    AXES,
     AXIS_WORDS,
     Scores,
     Terms,
@@ -174,7 +173,7 @@ def _rounds(
         after = remaining_shape(shape, target)
         if after == before:
             continue
-        decided = "DQKF" if target.drop_layers else AXES  # layers may be named
+        decided = SCORED_AXES.replace("L", "" if target.drop_layers else "L")  # layers may be named
         axes = "".join(axis for axis in decided if after.size(axis) != before.size(axis))
         criteria = dict.fromkeys(name for axis in axes for name in _deciding(options, named, axis))
         found.append(

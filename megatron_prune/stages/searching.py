@@ -11,9 +11,9 @@ from dataclasses import replace
 from megatron_prune.errors import PlanError
 from megatron_prune.files import replace_file
 from megatron_prune.model.costs import sizes_of
-from megatron_prune.model.shape import ModelShape
+from megatron_prune.model.shape import SCORED_AXES, ModelShape
 from megatron_prune.planning.choose import Targets
-from megatron_prune.planning.score_mass import AXES, ScoreMass, measure_scores, scored_axes
+from megatron_prune.planning.score_mass import PROXY_AXES, ScoreMass, measure_scores, scored_axes
 from megatron_prune.planning.scores import Criterion
 from megatron_prune.planning.search import (
     Budget,
@@ -70,14 +70,14 @@ def search_targets(
         fixed=fixed,
     )
     weights = parse_weights(options.proxy_weights) if options.proxy_weights else {}
-    whole = {axis for axis in "LDQKF" if fixed.get(axis) == config.shape.size(axis)}
+    whole = {axis for axis in SCORED_AXES if fixed.get(axis) == config.shape.size(axis)}
     mass = measure_scores(
         config.shape,
         criterion,
         seed=options.seed,
         blocks=balance_for if options.prune_type == "balance" else 1,
         weights=weights,
-        whole=frozenset(whole | ({*"LDQKF"} - scored)),
+        whole=frozenset(whole | ({*SCORED_AXES} - scored)),
     )
     losses: list[float] = []  # of the source, then of the candidates
     with judging(options, source, console) as judge:
@@ -130,12 +130,12 @@ def _fixed(
             )
     if pinned.drop_layers:
         found["L"] = shape.num_layers - len(pinned.drop_layers)
-    unscored = [axis for axis in AXES if axis not in scored and axis not in found]
+    unscored = [axis for axis in PROXY_AXES if axis not in scored and axis not in found]
     groups_may_go = options.drop_query_groups or shape.heads_per_group == 1
     if "K" not in found and groups_may_go and not scored >= {"Q", "K"}:
         unscored.append("K")
     if unscored:
-        words = ", ".join(AXES.get(axis, "query groups") for axis in unscored)
+        words = ", ".join(PROXY_AXES.get(axis, "query groups") for axis in unscored)
         console.say(f"--criterion {options.criterion} does not score {words}: kept whole")
     return {**{axis: shape.size(axis) for axis in unscored}, **found}
 
