@@ -32,6 +32,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from megatron_prune.families.llama import LLAMA
 from megatron_prune.model.axes import axes_of, split_dim, tensor_shape
 from megatron_prune.model.grid import VOCAB_DIVISOR
 from megatron_prune.model.shape import ModelConfig, ModelShape
@@ -218,9 +219,7 @@ def main() -> None:
         model = args.model
         if model is None:
             shape = replace(LLAMA2_7B, num_layers=args.layers or LLAMA2_7B.num_layers)
-            config = ModelConfig(
-                family="llama", shape=shape, tied=False, dtype="bf16", hf_config={}
-            )
+            config = ModelConfig(family=LLAMA, shape=shape, tied=False, dtype="bf16", hf_config={})
             model = work / "model"
             target = Target(directory=model, format="hf")
             write_checkpoint(SyntheticSource(config), target, ranks=Ranks(rank=0, world_size=1))

@@ -35,7 +35,6 @@ def measure(
     from megatron_prune.engine.train.options import TrainOptions
     from megatron_prune.engine.train.signals import StopSignals
     from megatron_prune.model.grid import ParallelGrid
-    from megatron_prune.model.lora import Lora
 
     seconds: list[tuple[float, float]] = []
     with (
@@ -55,7 +54,8 @@ def measure(
             eval_iters=0,
             split="100,0,0",
             dtype="bf16" if bf16 else "fp32",
-            lora=Lora(rank=rank, alpha=float(rank), keep_zeros=keep_zeros) if rank else None,
+            lora_rank=rank or None,
+            lora_keep_zeros=keep_zeros,
         )
         training = Training(options, groups, open_inputs(options, groups))
         for _ in range(steps):

@@ -1,4 +1,4 @@
-"""What large models cost: the tables of docs/scaling.md, from the formulas of ``budget``.
+"""What large models cost: the tables of docs/scaling.md, from formulas alone.
 
   python benchmarks/scaling.py
 
@@ -8,11 +8,12 @@ Nothing is measured here; ``--gigabytes-per-second`` turns bytes into minutes.
 from __future__ import annotations
 
 import argparse
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
+from megatron_prune.families.llama import LLAMA
 from megatron_prune.model.axes import axes_of, count_parameters, names, tensor_shape
-from megatron_prune.model.costs import flops_per_token, training_memory, weight_bytes
-from megatron_prune.model.grid import ParallelGrid
+from megatron_prune.model.costs import flops_at, sizes_of, weight_bytes
+from megatron_prune.model.grid import ParallelGrid, padded_vocab_size
 from megatron_prune.model.shape import ModelConfig, ModelShape
 from megatron_prune.store.writer import BLOCK_BYTES
 
@@ -27,7 +28,7 @@ def llama(layers: int, hidden: int, ffn: int, heads: int, groups: int, vocab: in
         kv_channels=128,
         vocab_size=vocab,
     )
-    return ModelConfig(family="llama", shape=shape, tied=False, dtype="bf16", hf_config={})
+    return ModelConfig(family=LLAMA, shape=shape, tied=False, dtype="bf16", hf_config={})
 
 
 # model -> (itself, what it is pruned to, TP x PP to train the pruned one at)
@@ -76,6 +77,36 @@ def step_bytes(config: ModelConfig) -> int:
     return 3 * 2 * max(largest, BLOCK_BYTES)
 
 
+@dataclass(frozen=True, kw_only=True)
+class TrainingMemory:
+    """Bytes one rank holds in mixed-precision training with Adam, without activations."""
+
+    parameters: int
+    gradients: int
+    optimizer: int
+
+    @property
+    def total(self) -> int:
+        return self.parameters + self.gradients + self.optimizer
+
+
+def training_memory(
+    config: ModelConfig, grid: ParallelGrid, *, data_parallel: int = 1, distributed: bool = True
+) -> TrainingMemory:
+    """Memory of the heaviest rank: 16-bit weights, fp32 gradients, fp32 master weights and Adam's
+    two moments; the last three split over data-parallel ranks with the distributed optimizer
+    (Rajbhandari et al. 2020, arXiv:1910.02054, stage 1)."""
+    shape = config.shape
+    padded = replace(shape, vocab_size=padded_vocab_size(shape.vocab_size, grid.tensor_parallel))
+    whole = count_parameters(replace(config, shape=padded))
+    outer = padded.vocab_size * shape.hidden_size * (1 if config.tied else 2)
+    layers = max(grid.layers_per_stage(shape.num_layers)) / shape.num_layers
+    edge = outer if grid.pipeline_parallel == 1 else padded.vocab_size * shape.hidden_size
+    mine = int(((whole - outer) * layers + edge) / grid.tensor_parallel)
+    share = data_parallel if distributed else 1
+    return TrainingMemory(parameters=2 * mine, gradients=4 * mine, optimizer=12 * mine // share)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--gigabytes-per-second", type=float, default=1.0)
@@ -99,7 +130,7 @@ def main() -> None:
         pruned = replace(config, shape=replace(config.shape, **sizes))
         for data_parallel in (1, 8):
             memory = training_memory(pruned, grid, data_parallel=data_parallel)
-            flops = 3 * flops_per_token(pruned, 4096) * 1e9 / 1e15
+            flops = 3 * flops_at(pruned, sizes_of(pruned.shape), 4096) * 1e9 / 1e15
             print(
                 f"| {name} | {grid.tensor_parallel} x {grid.pipeline_parallel} x {data_parallel} "
                 f"| {memory.parameters / 1e9:.1f} | {memory.gradients / 1e9:.1f} "

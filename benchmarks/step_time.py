@@ -62,13 +62,8 @@ def drawing(run: Any, samples: int) -> float:
     """Seconds to draw a sample from a run's corpora, as `train` does."""
     began = time.perf_counter()
     for index in range(samples):
-        run.train_data[index]
+        run.samples.train[index]
     return (time.perf_counter() - began) / samples
-
-
-def begin_save(run: Any) -> None:
-    parts = {"model": run.model, "optimizer": run.optimizer, "scheduler": run.scheduler}
-    run.saver.begin(run.state(), **parts)
 
 
 def saves(run: Any, signals: Any, count: int) -> None:
@@ -80,7 +75,7 @@ def saves(run: Any, signals: Any, count: int) -> None:
         run.saver = Saver(options, run.groups, run.passenger, say=lambda text: None)
         for _ in range(count):
             times: Times = {}
-            timed(times, "stall", lambda: begin_save(run))
+            timed(times, "stall", run.begin_save)
             while is_async and run.saver.is_writing:
                 timed(times, "step", lambda: run.step(signals))
             timed(times, "stall", run.saver.finish)
@@ -94,7 +89,6 @@ def saves(run: Any, signals: Any, count: int) -> None:
 
 def kinds_of_runs(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """What sets the runs apart: options of `train` by the name they are shown under."""
-    from megatron_prune.engine.objectives.distill_options import DistillOptions
     from megatron_prune.engine.train.options import TrainOptions
 
     recipe = folder / "domains.yaml"
@@ -116,29 +110,34 @@ def kinds_of_runs(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         split="95,5,0",
         dtype="bf16" if args.bf16 else "fp32",
     )
-    taught = DistillOptions(teachers=(args.model,), top_k=args.top_k, temperature=args.temperature)
+    teacher = {
+        "teacher": (args.model,),
+        "distill_top_k": args.top_k,
+        "distill_temperature": args.temperature,
+    }
     return {
         "without": plain,
-        "with teacher": dataclasses.replace(plain, distill=taught),
+        "with teacher": dataclasses.replace(plain, **teacher),
         "on domains": dataclasses.replace(plain, data_path=(), domains=recipe),
     }
 
 
 def steps(runs: dict[str, Any], signals: Any, count: int) -> Times:
     """Steps of the runs in turn, and the teacher's forward pass of as many tokens by itself."""
-    from megatron_prune.engine.train.corpora import Microbatch
+    from megatron_prune.engine.forward.microbatches import Microbatch, Step
 
     taught = runs["with teacher"]
     tokens = torch.randint(100, (1, taught.options.seq_length), device=taught.groups.device)
     mask = torch.ones_like(tokens, dtype=torch.float32)
     batch = Microbatch(tokens, tokens, mask, mask.sum())
+    step = Step(iteration=1, count=1, rows=1, length=taught.options.seq_length)
     times: Times = {}
     for _ in range(WARM_UP + count):
         timed(times, "without", lambda: runs["without"].step(signals))
         timed(
             times,
             "teacher forward",
-            lambda: list(taught.distillation.beside(iter([batch]), 1, 1)),
+            lambda: list(taught.objective.beside(iter([batch]), step)),
         )
         timed(times, "with teacher", lambda: taught.step(signals))
         timed(times, "on domains", lambda: runs["on domains"].step(signals))

@@ -7,9 +7,8 @@ from typing import Any
 
 from emb_pruner.vocab_plan import VocabPlan
 from megatron_prune.errors import ConfigError, PlanError
+from megatron_prune.families import on_disk
 
-# of LlamaConfig and MistralConfig in transformers, for a config.json that leaves them out
-_DEFAULTS = {family: {"bos_token_id": 1, "eos_token_id": 2} for family in ("llama", "mistral")}
 _NEVER = ("suppress_tokens", "begin_suppress_tokens")  # ids that are not to be generated
 # lists of ids, likewise; and those that end a text in Qwen's first generation
 _NEVER_SEQUENCES = ("bad_words_ids", "stop_words_ids")
@@ -22,8 +21,9 @@ def renumber_config(values: Mapping[str, Any], plan: VocabPlan, where: str) -> d
         ConfigError, PlanError: as `renumber`.
     """
     renumbered = renumber(values, plan, where)
-    for name, old in _DEFAULTS.get(str(values.get("model_type")), {}).items():
-        if name not in values:
+    family = on_disk(values.get("model_type"))
+    for name, old in () if family is None else family.defaults.items():
+        if name.endswith("_token_id") and name not in values:
             renumbered[name] = plan.new_ids.get(old)
     return renumbered
 

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from emb_pruner.counts import Counts
 from emb_pruner.cutting import Cutter, cutter_for
 from emb_pruner.formats import Vocabulary, open_vocabulary
-from emb_pruner.reading import Block, Ids, Input, Piece, read_pieces
+from emb_pruner.reading import Ids, Input, Portion, TextBlock, read_pieces
 from megatron_prune.data.corpus import map_pieces, parse_lines
 from megatron_prune.data.indexed import corpus_path
 from megatron_prune.errors import ConfigError
@@ -61,10 +61,10 @@ class TokenCounter:
     def cutter(self) -> Cutter:
         return cutter_for(self.vocabulary)
 
-    def __call__(self, piece: Piece) -> Tally:
+    def __call__(self, piece: Portion) -> Tally:
         if isinstance(piece, Ids):
             return self._ids(piece)
-        if isinstance(piece, Block):
+        if isinstance(piece, TextBlock):
             return self._texts([piece.text], piece.documents, piece.spaces)
         texts = [row[0] for row in parse_lines(piece, [self._json_key])]
         return self._texts(texts, len(texts), 0)

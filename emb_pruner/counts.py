@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_prune.errors import ConfigError, DamagedError
-from megatron_prune.store.commit import replace_file
+from megatron_prune.files import replace_file
 
 VERSION = 1
 _TOTALS = ("bytes", "characters", "documents")

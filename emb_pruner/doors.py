@@ -18,7 +18,7 @@ import numpy as np
 
 from emb_pruner.counts import load_counts
 from megatron_prune.cli import main
-from megatron_prune.store.commit import replace_file
+from megatron_prune.files import replace_file
 
 
 def get_vocab_freq(doc: str | None, tokenizer: str, remain_vocab_size: int) -> int:

@@ -1,6 +1,6 @@
 """A model cut to the tokens of a plan: rows, tokenizer files and the ids in its configuration.
 
-The rows are axis V of a `PrunePlan`, which `surgery.PrunedSource` cuts as it does every other axis,
+The rows are axis V of a `PrunePlan`, which `pruned.PrunedSource` cuts as it does every other axis,
 alone or together with them. Here is what else has to follow: `VocabularySource` puts the pruned
 tokenizer's files and renumbered configurations in the place of the source's, so whatever writes a
 source writes them together.
@@ -13,9 +13,6 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-from torch import Tensor
-
 from emb_pruner.config_ids import renumber, renumber_config
 from emb_pruner.formats import Vocabulary
 from emb_pruner.formats.companions import SENTENCEPIECE
@@ -23,8 +20,7 @@ from emb_pruner.vocab_plan import VocabPlan
 from megatron_prune.errors import ConfigError, PlanError
 from megatron_prune.families.config import CONFIG
 from megatron_prune.planning.plan import Kept, PrunePlan
-from megatron_prune.sources.digest import source_digest
-from megatron_prune.sources.source import VOCAB_PLAN, Source
+from megatron_prune.sources.source import VOCAB_PLAN, DerivedSource, Source
 
 GENERATION_CONFIG = "generation_config.json"
 _TOKENIZER_FILES = (
@@ -82,7 +78,7 @@ def vocabulary_axis(plan: VocabPlan, source: Source, base: PrunePlan | None = No
         seed=0,
         prune_type="unbalance",
         balance_for=1,
-        source_digest=source_digest(source),
+        source_digest=source.digest,
     )
 
 
@@ -142,7 +138,7 @@ def _read_object(path: Path) -> Mapping[str, object]:
     return values
 
 
-class VocabularySource(Source):
+class VocabularySource(DerivedSource):
     """A model pruned along axis V, its companions and the ids in its configuration with it.
 
     Args:
@@ -157,21 +153,7 @@ class VocabularySource(Source):
     def __init__(
         self, pruned: Source, plan: VocabPlan, companion_files: Mapping[str, Path]
     ) -> None:
-        self.path, self.format, self.grid = pruned.path, pruned.format, pruned.grid
-        self.iteration, self.plan_path = pruned.iteration, pruned.plan_path
+        super().__init__(pruned)
         self.companion_files = dict(companion_files)
         values = renumber_config(pruned.config.hf_config, plan, str(pruned.path / CONFIG))
         self.config = replace(pruned.config, hf_config=values)
-        self._pruned = pruned
-
-    def dtype(self, name: str) -> torch.dtype:
-        return self._pruned.dtype(name)
-
-    def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
-        return self._pruned.read(name, start, stop)
-
-    def stored_name(self, name: str) -> str:
-        return self._pruned.stored_name(name)
-
-    def close(self) -> None:
-        self._pruned.close()

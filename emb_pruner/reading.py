@@ -15,25 +15,24 @@ from pathlib import Path
 import numpy as np
 
 from emb_pruner.cutting import Cutter
-from megatron_prune.data.corpus import Chunk, check_inputs, parse_lines, read_chunks
+from megatron_prune.data.corpus import LineChunk, check_inputs, parse_lines, read_chunks
 from megatron_prune.data.indexed import corpus_path
 from megatron_prune.data.packed import open_unpacked, without_packing
 from megatron_prune.data.sidecar import CorpusFacts, check_corpus
 from megatron_prune.errors import ConfigError
 
-BLOCK_BYTES = 1 << 20
+TEXT_BLOCK_BYTES = 1 << 20
 TEXT_BYTES_MAX = 1 << 30  # of a text without a place to cut it
 IDS = 1 << 20  # tokens of a token file at a time
-KINDS = ("txt", "jsonl", "bin")
 _KIND_OF = {".txt": "txt", ".jsonl": "jsonl", ".bin": "bin", ".idx": "bin"}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Block:
+class TextBlock:
     """A part of a text file.
 
     ``spaces`` were left out where it was cut off; ``documents`` is 1 at the start of a file.
-    ``file_bytes`` as in `Chunk`.
+    ``file_bytes`` as in `LineChunk`.
     """
 
     text: str
@@ -54,7 +53,7 @@ class Ids:
     file_bytes: int
 
 
-Piece = Chunk | Block | Ids
+Portion = LineChunk | TextBlock | Ids
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,13 +130,13 @@ def read_texts(given: Input, cutter: Cutter, json_key: str) -> Iterator[str]:
         ConfigError, DamagedError: see `read_pieces` and `parse_lines`.
     """
     for piece in read_pieces([given], cutter):
-        if isinstance(piece, Block):
+        if isinstance(piece, TextBlock):
             yield piece.text
-        elif isinstance(piece, Chunk):
+        elif isinstance(piece, LineChunk):
             yield from (row[0] for row in parse_lines(piece, [json_key]))
 
 
-def read_pieces(inputs: Sequence[Input], cutter: Cutter) -> Iterator[Piece]:
+def read_pieces(inputs: Sequence[Input], cutter: Cutter) -> Iterator[Portion]:
     """The inputs in order.
 
     Raises:
@@ -168,13 +167,13 @@ def _read_ids(facts: CorpusFacts) -> Iterator[Ids]:
         )
 
 
-def _read_blocks(path: Path, cutter: Cutter) -> Iterator[Block]:
+def _read_blocks(path: Path, cutter: Cutter) -> Iterator[TextBlock]:
     decode = codecs.getincrementaldecoder("utf-8-sig")().decode
     held, documents, reached, done = "", 1, 0, 0
     with open_unpacked(path) as (file, raw):
         more = True
         while more:
-            wanted = max(BLOCK_BYTES, len(held))  # twice as much, when it could not be cut
+            wanted = max(TEXT_BLOCK_BYTES, len(held))  # twice as much, when it could not be cut
             data = file.read(wanted)
             more = bool(data)
             try:
@@ -193,7 +192,7 @@ def _read_blocks(path: Path, cutter: Cutter) -> Iterator[Block]:
                 )
             if at is not None and at[1] > 0:
                 left, right = at
-                yield Block(
+                yield TextBlock(
                     text=held[:left],
                     spaces=right - left,
                     documents=documents,

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from emb_pruner.formats import Vocabulary
 from megatron_prune.errors import ConfigError
-from megatron_prune.store.commit import replace_file
+from megatron_prune.files import replace_file
 
 _SHOWN = 8
 

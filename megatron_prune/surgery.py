@@ -4,7 +4,7 @@
 and layout. Convert, prune and reshard are calls of these two. One step holds a block of rows or one
 tensor, never the model. Under torchrun the ranks take the target's files in turn.
 
-Pruning here is pure slicing. What repairs it (`repair.RepairedSource`: norms rescaled for the
+Pruning here is pure slicing. What repairs it (`replaced.RepairedSource`: norms rescaled for the
 smaller denominator of RMSNorm, projections fitted anew) is a source around a `PrunedSource`.
 """
 
@@ -16,20 +16,21 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from megatron_prune.data.tokenizers import TRACKER
 from megatron_prune.errors import PlanError, StorageError
+from megatron_prune.files import write_file
 from megatron_prune.model.grid import ParallelGrid
 from megatron_prune.planning.plan import PrunePlan, load_plan
 from megatron_prune.ranks import Ranks
-from megatron_prune.sources.replaced import Repair
+from megatron_prune.sources.repair_record import Repair
 from megatron_prune.sources.source import CARD, COMMANDS, Source
-from megatron_prune.store.commit import atomic_directory, write_file, write_manifest
+from megatron_prune.store.commit import atomic_directory, write_manifest
 from megatron_prune.store.hf import DEFAULT_SHARD_BYTES, HuggingFaceWriter
 from megatron_prune.store.mcore_dist import DistWriter
 from megatron_prune.store.mcore_legacy import LegacyWriter
 from megatron_prune.store.megatron import ITERATION
 from megatron_prune.store.megatron_args import check_expressible, megatron_args
 from megatron_prune.store.model_card import CardFacts, base_model_of, model_card
-from megatron_prune.store.open import TRACKER
 from megatron_prune.store.passenger import Passenger, commands_of
 from megatron_prune.store.writer import Progress, Writer
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from megatron_prune.errors import DamagedError
 from megatron_prune.model.axes import axes_of, layer_name, names, split_layer, tensor_shape
 from megatron_prune.planning.plan import PrunePlan, load_plan
-from megatron_prune.sources.replaced import Replaced, digest, load_repair
+from megatron_prune.sources.repair_record import Replaced, digest, load_repair
 from megatron_prune.sources.source import DTYPE_NAMES, Source
 from megatron_prune.store.commit import MANIFEST, check_manifest
 

@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# What every script here shares; sourced, never run.
+# What every script here shares. Scripts source this file; nobody runs it.
 #
 #   say TEXT          a line of progress, on standard error
 #   show COMMAND...   the command that is about to run, likewise

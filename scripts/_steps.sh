@@ -1,6 +1,6 @@
 # shellcheck shell=bash
-# Steps that are done once: what `prune_llama.sh` and `pico.sh` are made of. Sourced after
-# setup_env.sh; wants RUN_DIR to be set.
+# Steps that are done once: what `prune_llama.sh` and `pico.sh` are made of. Scripts
+# source this file after setup_env.sh, with RUN_DIR set.
 #
 #   step NAME OUTPUT "NEEDS" COMMAND...
 #

@@ -58,6 +58,8 @@ run megatron-prune evaluate --load pruned --data corpus/prose.eval.txt --seq-len
 run megatron-prune evaluate --load hf --data corpus/prose.eval.txt --seq-length 64 \
     --max-windows 64 --json recovered.json
 run python "$REPO/tools/generate.py" hf --max-new-tokens 8
+run megatron-prune report pruned=pruned.json recovered=recovered.json recovery=recovered plan.json \
+    --load source --save report.html
 
 python - <<'PY'
 import json

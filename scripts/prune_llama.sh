@@ -208,10 +208,8 @@ judge source model "$MODEL"
 needs=convert
 [[ "$calibrates" == 0 ]] || given calibration-data "$CALIBRATION_DATA"
 if [[ "$CRITERION" != random ]]; then
-    # every criterion that the expression names, once
-    names=$(tr ',+' '\n' <<<"$CRITERION" | sed 's/.*=//; s/.*\*//' | sort -u | paste -sd,)
     step score scores.safetensors "convert calibration-data" \
-        on_ranks "$ranks" score --load source --save scores.safetensors --criterion "$names" \
+        on_ranks "$ranks" score --load source --save scores.safetensors --criterion "$CRITERION" \
         "${calibration[@]}" "${precision_flags[@]}" "${layout[@]}"
     needs="convert score" plan_flags+=(--scores scores.safetensors)
 fi
@@ -253,27 +251,36 @@ step generate report/generated.txt export \
 made_by=plan+prune
 [[ "$CRITERION" == random ]] || made_by=score+$made_by
 rows=(source:convert "pruned:$made_by" recovered:recover)
-curves=("recovered=recovered/metrics.jsonl")
+runs=(recovery=recovered) judged=(source pruned recovered)
 if [[ "$BASELINE" == 1 ]]; then
     resumable_step baseline random "$needs" \
         on_ranks "$train_ranks" train --load pruned --init-random --save random \
         --data-path "${data_path[@]}" "${training[@]}"
     judge random baseline random
     rows+=(random:baseline)
-    curves+=("random=random/metrics.jsonl")
+    runs+=(baseline=random) judged+=(random)
 fi
+
+# 7. One page that shows all of it: what was cut, what it cost, what came back, and why.
+needs="plan recover" shown=("${runs[@]}" plan.json)
+for name in "${judged[@]}"; do
+    needs+=" evaluate-$name"
+    shown+=("$name=report/$name.evaluate.json")
+done
+[[ "$CRITERION" == random ]] || shown+=(scores.safetensors)
+step report report/report.html "$needs" \
+    megatron-prune report "${shown[@]}" --load source --save report/report.html
 
 # ---------------------------------------------------------------- the result
 say "result"
 cat report/verify.txt
 echo "the recovered model says: $(head -c 300 report/generated.txt)"
 echo
-python -m megatron_prune.report.loss_curves --save report/loss_curves.png "${curves[@]}"
 python "$REPO/tools/walk_table.py" . "${rows[@]}" | tee report/table.md
 cat <<END
 
+the report   $RUN_DIR/report/report.html
 table        $RUN_DIR/report/table.md
-loss curves  $RUN_DIR/report/loss_curves.png
 the plan     $RUN_DIR/plan.json
 the model    $RUN_DIR/hf    (AutoModelForCausalLM.from_pretrained)
 END

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# A LAUNCHER for Slurm: starts N processes of megatron_prune inside the current allocation.
+# A LAUNCHER for Slurm. It starts N processes of megatron_prune inside the current allocation.
 #
-#   LAUNCHER="bash $PWD/scripts/slurm_launch.sh"    and then prune_llama.sh, check_model.sh, train.sh
+#   LAUNCHER="bash $PWD/scripts/slurm_launch.sh"    and then prune_llama.sh, recover.sh, train.sh
 #
 #   RANKS_PER_NODE=8     processes on one node
 #
-# Without torchrun in between: Slurm's signals reach the ranks themselves, which have all the time
+# There is no torchrun in between: Slurm's signals reach the ranks themselves, which have all the time
 # Slurm gives them to save (torchrun kills after 30 seconds), and their exit code comes back (75:
 # interrupted and saved).
 set -euo pipefail

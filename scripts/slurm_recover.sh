@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Recovery training under Slurm, for as many time slices as it takes. Submit it from the checkout, with
-# the flags of `megatron-prune train`:
+# Recovery training under Slurm, for as many time slices as it takes. Submit this script from the checkout,
+# with the flags of `megatron-prune train`:
 #
 #   sbatch --nodes 2 --time 24:00:00 scripts/slurm_recover.sh \
 #       --load /ckpt/pruned --save /ckpt/recovered --data-path /data/web_text_document ...

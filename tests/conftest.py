@@ -103,7 +103,7 @@ def plans(
 ) -> Callable[[str], Path]:
     """Kind -> a plan that prunes several of its axes."""
     root = tmp_path_factory.mktemp("plans")
-    like = {"qwen_tied": "four"}
+    like = {"qwen_tied": "four", "qwen3_tied": "four"}
 
     def plan(kind: str) -> Path:
         path = root / f"{kind}.json"

@@ -70,6 +70,17 @@ KINDS: dict[str, tuple[str, dict[str, Any], torch.dtype]] = {
     "llama3": ("llama", {"rope_parameters": LLAMA3, "vocab_size": 96}, torch.float32),
     "bf16": ("llama", {}, torch.bfloat16),
     "fp16": ("llama", {"tie_word_embeddings": True}, torch.float16),
+    "qwen3": ("qwen3", {"head_dim": 16}, torch.float32),  # TP 3
+    "qwen3_tied": (  # TP 2, 4
+        "qwen3",
+        {
+            "num_attention_heads": 8,
+            "num_key_value_heads": 4,
+            "head_dim": 12,
+            "tie_word_embeddings": True,
+        },
+        torch.float32,
+    ),
 }
 
 
@@ -210,7 +221,7 @@ def slice_by_plan(source: dict[str, Tensor], plan_file: Path) -> dict[str, Tenso
         table = {
             "q_proj": (q, hidden), "k_proj": (k, hidden), "v_proj": (k, hidden),
             "o_proj": (hidden, q), "gate_proj": (f, hidden), "up_proj": (f, hidden),
-            "down_proj": (hidden, f),
+            "down_proj": (hidden, f), "q_norm": (slice(None), None), "k_norm": (slice(None), None),
         }  # fmt: skip
         first, second = table.get(rest.split(".")[-2], (hidden, None))
         x = x[first]

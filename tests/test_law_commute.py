@@ -13,10 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from megatron_prune.families.names import hf_name
+from megatron_prune.families.config import hf_name
 from megatron_prune.model.axes import axes_of, names, split_dim
 from megatron_prune.planning.plan import Kept, PrunePlan
-from megatron_prune.sources.digest import source_digest
 from megatron_prune.sources.pruned import PrunedSource
 from megatron_prune.store import open_source
 from tests.pico import assert_same, directory_bytes, ok, slice_by_plan, tensors
@@ -32,6 +31,7 @@ SOURCES = [
     *[("mha", *layout) for layout in (("torch_dist", 2, 2), ("torch", 6, 1))],
     *[("four", *layout) for layout in (("torch_dist", 4, 1), ("torch", 2, 2))],
     *[("qwen_tied", *layout) for layout in (("torch_dist", 2, 2), ("torch", 4, 1))],
+    *[("qwen3", "torch_dist", 3, 1), ("qwen3_tied", "torch", 2, 2)],
     *[("mqa", "torch", 1, 2), ("bf16", "torch_dist", 3, 1), ("mistral", "torch", 3, 1)],
 ]
 
@@ -195,7 +195,7 @@ def test_every_plan_reads_as_the_independent_slicer_slices(
     """Random plans, random ranges of each tensor's split axis."""
     source = open_source(models(kind))
     shape, whole = source.config.shape, tensors(models(kind))
-    digest, file = source_digest(source), tmp_path / "plan.json"
+    digest, file = source.digest, tmp_path / "plan.json"
 
     def subset(data: Any, size: int) -> tuple[int, ...]:
         return tuple(sorted(data.draw(st.sets(st.integers(0, size - 1), min_size=1, max_size=9))))
@@ -234,7 +234,7 @@ def test_every_plan_reads_as_the_independent_slicer_slices(
         file.write_text(plan.to_json())
         wanted, pruned = slice_by_plan(whole, file), PrunedSource(source, plan)
         for name in names(pruned.config):
-            x, axes = wanted[hf_name(name)], axes_of(name)
+            x, axes = wanted[hf_name(name, source.config.family)], axes_of(name)
             dim = split_dim(axes)
             if dim is None:
                 assert torch.equal(pruned.read(name), x)

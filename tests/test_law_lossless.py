@@ -27,6 +27,7 @@ LAYOUTS = [
     *[("mha", tp, pp) for tp, pp in ((1, 1), (2, 2), (3, 1), (6, 1))],
     *[(kind, tp, pp) for kind in ("four", "qwen_tied") for tp, pp in ((2, 2), (4, 1))],
     *[("mqa", 1, 1), ("mqa", 1, 2), ("mistral", 3, 1), ("llama3", 3, 4), ("tied", 1, 4)],
+    *[("qwen3", 3, 2), ("qwen3_tied", 2, 1)],
     *[("bf16", 3, 2), ("bf16", 1, 1), ("fp16", 3, 2), ("fp16", 1, 2)],
 ]
 

@@ -64,6 +64,7 @@ def zero_dropped(model: Any, plan: dict[str, Any]) -> None:
         ("gqa", LAYERS),
         ("all_bias", (*HEADS, *FFN, *LAYERS)),
         ("qwen", (*HEADS, *FFN, *LAYERS)),
+        ("qwen3", (*HEADS, *FFN, *LAYERS)),
         ("tied", (*HEADS, *FFN, *LAYERS)),
         ("mistral", (*HEADS, *FFN, *LAYERS)),
         ("llama3", (*HEADS, *FFN, *LAYERS)),

@@ -91,10 +91,10 @@ def test_ranks_with_different_plan_files_all_refuse(
 
 FAIL = """
 if os.environ["RANK"] == "1":
-    from megatron_prune.store import commit
+    from megatron_prune import files
     def write(self, data):
         {what}
-    commit.HashedFile.write = write
+    files.HashedFile.write = write
 """
 
 
@@ -120,8 +120,8 @@ def test_what_happens_to_one_rank_ends_all_and_leaves_nothing(
 def test_an_output_that_one_rank_refuses_is_refused_by_all(models: Models, tmp_path: Path) -> None:
     """Only rank 0 looks at the target once the others wait for it."""
     prelude = """
-from megatron_prune.cli import convert, options
-options.check_save = lambda args: None
+from megatron_prune.stages import conversion
+conversion.check_save = lambda *args, **more: None
 """
     (tmp_path / "p").mkdir()
     (tmp_path / "p/mine").write_text("")

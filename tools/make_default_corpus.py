@@ -24,9 +24,10 @@ import argparse
 import json
 import os
 import sys
-import tempfile
 from collections.abc import Iterable
 from pathlib import Path
+
+from megatron_prune.files import replace_file
 
 REPO = Path(__file__).resolve().parent.parent
 DEFAULT = REPO / "runs" / "corpus"
@@ -70,18 +71,8 @@ def split(documents: list[str]) -> tuple[list[str], list[str]]:
 
 
 def write(path: Path, chunks: Iterable[str]) -> None:
-    """The whole file or none of it; mode as the umask says."""
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with open(handle, "w", encoding="utf-8", newline="\n") as file:
-            file.writelines(chunks)
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    """The whole file or none of it."""
+    replace_file(path, "".join(chunks).encode())
     print(path)
 
 

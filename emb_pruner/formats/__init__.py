@@ -86,7 +86,11 @@ def open_vocabulary(path: Path) -> Vocabulary:
     from emb_pruner.formats import sentencepiece, tokenizer_json
     from emb_pruner.formats.sentencepiece import SentencePiece
     from emb_pruner.formats.tiktoken import Tiktoken
-    from emb_pruner.formats.tokenizer_json import TokenizerJson, check_model, read_document
+    from emb_pruner.formats.tokenizer_json import (
+        TokenizerJson,
+        check_tokenizer_model,
+        read_document,
+    )
 
     folder = tokenizer_directory(path)
     described = (folder / "tokenizer_config.json").is_file()
@@ -99,7 +103,7 @@ def open_vocabulary(path: Path) -> Vocabulary:
     if not (described or (folder / "vocab.json").is_file()):
         raise ConfigError(f"tokenizer {path}: no tokenizer files in {folder}; wanted {_WANTED}")
     document = document_by_transformers(folder)
-    check_model(path, document["model"])
+    check_tokenizer_model(path, document["model"])
     return TokenizerJson(path, document, folder=folder)
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from emb_pruner.config_ids import renumber
 from emb_pruner.forest import Parts
-from emb_pruner.formats.ranks import pruned_ranks, read_ranks
+from emb_pruner.formats.rank_files import pruned_ranks, read_ranks
 from emb_pruner.formats.sentencepiece import (
     NORMAL,
     SentencePiece,

@@ -16,7 +16,7 @@ from typing import Any
 from emb_pruner.forest import Forest, Parts
 from emb_pruner.formats.growing import bpe_parts, forest, never_found
 from emb_pruner.formats.json_writing import write_files
-from emb_pruner.formats.ranks import FAMILIES, is_ranks
+from emb_pruner.formats.rank_files import RANK_FAMILIES, is_ranks
 from emb_pruner.formats.spelling import SPACE, WORDS, crosses_words
 from emb_pruner.vocab_plan import VocabPlan, check_fits
 from megatron_prune.data.tokenizers import unreadable, vocabulary_digest
@@ -50,8 +50,8 @@ def read_model(path: Path) -> Any:
     except Exception as error:  # protobuf's DecodeError, in whichever of its implementations
         if is_ranks(path):
             raise ConfigError(
-                f"tokenizer {path}: tiktoken ranks, of which those of {', '.join(FAMILIES)} can be "
-                "pruned; take the model's tokenizer.json"
+                f"tokenizer {path}: tiktoken ranks, of which those of "
+                f"{', '.join(RANK_FAMILIES)} can be pruned; take the model's tokenizer.json"
             ) from None
         raise unreadable(path, error) from None
     if not proto.pieces:

@@ -19,7 +19,7 @@ from emb_pruner.forest import Forest, Parts
 from emb_pruner.formats.companions import pruned_companions
 from emb_pruner.formats.growing import bpe_parts, forest, never_found
 from emb_pruner.formats.json_writing import check_numbers, dump_document, write_files
-from emb_pruner.formats.ranks import family_of, pruned_ranks, read_ranks
+from emb_pruner.formats.rank_files import family_of, pruned_ranks, read_ranks
 from emb_pruner.formats.spelling import to_letters
 from emb_pruner.formats.tokenizer_json import FILE
 from emb_pruner.vocab_plan import VocabPlan, check_fits

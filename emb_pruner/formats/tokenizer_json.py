@@ -57,11 +57,11 @@ def read_document(path: Path) -> dict[str, Any]:
             f"tokenizer {path}: not a tokenizer.json ({type(error).__name__} {error}); copy it "
             "again from its source"
         ) from None
-    check_model(path, document["model"])
+    check_tokenizer_model(path, document["model"])
     return dict(document)
 
 
-def check_model(path: Path, model: dict[str, Any]) -> None:
+def check_tokenizer_model(path: Path, model: dict[str, Any]) -> None:
     """Refuse by name what cannot be pruned.
 
     Raises:

@@ -1,4 +1,4 @@
-"""``megatron-prune STAGE``: one small file per stage, Megatron's flag names.
+"""``megatron-prune STAGE``: flags from the options of a stage, under Megatron's names.
 
 Dashes and underscores are the same; ``--config recipe.yaml`` is flags written as YAML, and a flag
 on the command line wins over the recipe. Results go to standard output, everything else to
@@ -8,14 +8,13 @@ standard error, from rank 0 only. Exit codes are those of ``errors``.
 from __future__ import annotations
 
 import argparse
-import importlib
 import os
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
-from megatron_prune import __version__
-from megatron_prune.cli import vocab
+from megatron_prune import __version__, stages
 from megatron_prune.cli.flags import add_flags, options_from
 from megatron_prune.cli.recipe import expand_recipe, with_dashes
 from megatron_prune.cli.terminal import Terminal
@@ -40,68 +39,74 @@ STAGES = {
 }
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="megatron-prune",
-        description="Prune large language models on their tensor- and pipeline-parallel shards.",
+VOCAB = {
+    "count": "how often a corpus has each token",
+    "plan": "decide which tokens stay, and write it down",
+    "prune": "cut tokenizer, embedding and output layer as the plan says",
+}
+_ABOUT = "Prune large language models on their tensor- and pipeline-parallel shards."
+_ABOUT_VOCAB = """Prune the vocabulary in three steps: a smaller tokenizer, and its tokens' rows.
+
+  megatron-prune vocab count --tokenizer llama --input corpus.jsonl --save counts.npz
+  megatron-prune vocab plan --tokenizer llama --counts counts.npz --vocab-size-remain 16384 \\
+      --save vocab_plan.json
+  megatron-prune vocab prune --load llama --plan vocab_plan.json --save llama-16k --to hf
+
+Each of them has its own --help.
+"""
+
+
+def _parser(words: str, about: str | None) -> argparse.ArgumentParser:
+    return argparse.ArgumentParser(
+        prog=f"megatron-prune {words}".strip(),
+        description=about,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="stages:\n" + "\n".join(f"  {name:<11} {text}" for name, text in STAGES.items()),
         allow_abbrev=False,
     )
-    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
-    parser.add_argument("stage", choices=STAGES, metavar="STAGE", help="one of those below")
+
+
+def _word_parser(
+    words: str, about: str, what: str, choices: dict[str, str]
+) -> argparse.ArgumentParser:
+    """Of one more word, ``what``, after ``words``."""
+    parser = _parser(words, about)
+    rows = (f"  {name:<11} {text}" for name, text in choices.items())
+    parser.epilog = "\n".join([f"{what}s:", *rows])
+    parser.add_argument(what, choices=choices, metavar=what.upper(), help="one of those below")
     return parser
 
 
 def _stage(argv: Sequence[str]) -> tuple[str, Sequence[str]]:
     """The stage's name, such as ``prune`` or ``vocab prune``, and the arguments after it."""
-    stage = _parser().parse_args(argv[:1]).stage
+    parser = _word_parser("", _ABOUT, "stage", STAGES)
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    stage = parser.parse_args(argv[:1]).stage
     if stage != "vocab":
         return stage, argv[1:]
-    action = vocab.parser().parse_args(argv[1:2]).action
+    action = _word_parser("vocab", _ABOUT_VOCAB, "action", VOCAB).parse_args(argv[1:2]).action
     return f"{stage} {action}", argv[2:]
 
 
-# command -> the module of its stage, its options and its function, where they are in `stages`
-_DOORS = {
-    "inspect": ("inspection", "InspectOptions", "inspect"),
-    "reshard": ("resharding", "ReshardOptions", "reshard"),
-}
-
-
-def _run_stage(stage: str, argv: Sequence[str]) -> None:
-    """Parse, do, and print what came of it."""
-    module_name, options_name, function_name = _DOORS[stage]
-    module = importlib.import_module(f"megatron_prune.stages.{module_name}")
-    options_type = getattr(module, options_name)
-    parser = argparse.ArgumentParser(
-        prog=f"megatron-prune {stage}",
-        description=module.__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    add_flags(parser, options_type)
+def stage_parser(stage: str) -> tuple[argparse.ArgumentParser, Callable[..., Any], type]:
+    """The parser of a stage such as ``vocab prune``, its function and the class of its options."""
+    function = getattr(stages, stage.replace(" ", "_"))
+    options = getattr(stages, f"{stage.title().replace(' ', '')}Options")
+    parser = _parser(stage, sys.modules[function.__module__].__doc__)
+    add_flags(parser, options)
     parser.add_argument("--config", metavar="RECIPE", help="YAML file of these same flags")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    args = parser.parse_args(expand_recipe(stage, with_dashes(argv)))
+    return parser, function, options
+
+
+def _run(argv: Sequence[str]) -> None:
+    """Parse, do, and print what came of it."""
+    stage, rest = _stage(argv)
+    parser, function, options = stage_parser(stage)
+    args = parser.parse_args(expand_recipe(stage, with_dashes(rest)))
     terminal = Terminal()
-    found = getattr(module, function_name)(options_from(args, options_type), terminal)
+    found = function(options_from(args, options, command=tuple(argv)), terminal)
     if found is not None:
         terminal.show(str(found))
-
-
-def _stage_arguments(stage: str, argv: Sequence[str]) -> tuple[object, argparse.Namespace]:
-    module = importlib.import_module(f"megatron_prune.cli.{stage.replace(' ', '_')}")
-    parser = argparse.ArgumentParser(
-        prog=f"megatron-prune {stage}",
-        description=module.__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    module.add_arguments(parser)
-    parser.add_argument("--config", metavar="RECIPE", help="YAML file of these same flags")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    return module, parser.parse_args(expand_recipe(stage, with_dashes(argv)))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -109,13 +114,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in argv
     try:
-        stage, rest = _stage(argv)
-        if stage in _DOORS:
-            _run_stage(stage, rest)
-            return 0
-        module, args = _stage_arguments(stage, rest)
-        args.argv = argv  # for stages that record what was asked of them
-        module.run(args)  # type: ignore[attr-defined]
+        _run(argv)
     except PruneError as error:
         return _tell(error, exit_code(error), debug)
     except BrokenPipeError:  # the reader of our output left, as in `... | head`

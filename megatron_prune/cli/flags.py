@@ -1,8 +1,8 @@
 """Arguments from the fields of an options dataclass, and the dataclass from the arguments.
 
-A ``bool`` is a switch, ``X | None`` may be left out, ``tuple[X, ...]`` takes one or more words and
-``tuple[X, X, X]`` as many as it has types; ``Path``, ``int``, ``float`` and ``str`` make a value of
-one word.
+A ``bool`` is a switch, one that may be None has a ``--no-`` too; ``X | None`` may be left out,
+``tuple[X, ...]`` takes one or more words and ``tuple[X, X, X]`` as many as it has types; ``Path``,
+``int``, ``float`` and ``str`` make a value of one word.
 """
 
 from __future__ import annotations
@@ -21,17 +21,30 @@ def add_flags(parser: argparse.ArgumentParser, options: type) -> None:
     """The flags of an options dataclass, each in its group, in the order of the fields."""
     types = get_type_hints(options)
     groups: dict[Group, argparse._ArgumentGroup] = {}
-    for one in fields(options):
-        if FLAG not in one.metadata:
-            continue
+    for one in sorted(_flags_of(options), key=_is_last):
         told: Flag = one.metadata[FLAG]
         place: Any = parser
         if told.group is not None:
             if told.group not in groups:
                 groups[told.group] = parser.add_argument_group(told.group.title, told.group.about)
             place = groups[told.group]
-        name = one.name if told.positional else flag_name(one.name)
-        place.add_argument(name, **_argument(one, told, _without_none(types[one.name])))
+        if told.switches is not None:
+            either = place.add_mutually_exclusive_group()
+            shared = {"action": "store_const", "dest": one.name, "default": one.default}
+            for value, help in told.switches.items():
+                either.add_argument(flag_name(value), const=value, help=help, **shared)
+            continue
+        names = (one.name,) if told.positional else (flag_name(one.name), *told.also)
+        place.add_argument(*names, **_argument(one, told, _without_none(types[one.name])))
+
+
+def _flags_of(options: type) -> list[Field[Any]]:
+    return [one for one in fields(options) if FLAG in one.metadata]
+
+
+def _is_last(one: Field[Any]) -> bool:
+    group = one.metadata[FLAG].group
+    return group is not None and group.is_last
 
 
 def _without_none(kind: Any) -> Any:
@@ -45,8 +58,9 @@ def _argument(one: Field[Any], told: Flag, kind: Any) -> dict[str, Any]:
     """The keywords of ``add_argument``."""
     is_required = one.default is MISSING
     if kind is bool:
-        return {"action": "store_true", "help": told.help}
-    shown = one.default not in (MISSING, None, ())
+        action = argparse.BooleanOptionalAction if one.default is None else "store_true"
+        return {"action": action, "help": told.help}
+    shown = one.default not in (MISSING, None, ()) and "(default" not in told.help
     keywords: dict[str, Any] = {
         "help": f"{told.help} (default: {_words(one.default)})" if shown else told.help,
         "metavar": told.metavar,
@@ -63,8 +77,11 @@ def _argument(one: Field[Any], told: Flag, kind: Any) -> dict[str, Any]:
 
 
 def _words(default: Any) -> str:
-    text = " ".join(map(str, default)) if isinstance(default, tuple) else str(default)
-    return text.replace("%", "%%")
+    if isinstance(default, tuple):
+        return " ".join(map(_words, default))
+    if isinstance(default, float) and default.is_integer():
+        default = int(default)
+    return str(default).replace("%", "%%")
 
 
 def options_from(args: argparse.Namespace, options: type[Options], **more: Any) -> Options:

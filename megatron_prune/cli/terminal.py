@@ -11,7 +11,7 @@ from contextlib import ExitStack, contextmanager
 from tqdm import tqdm
 
 from megatron_prune.ranks import is_first_rank
-from megatron_prune.stages.console import Console
+from megatron_prune.stages.console import Console, Progress
 
 
 class Terminal(Console):
@@ -24,20 +24,30 @@ class Terminal(Console):
             print(text, flush=True)
 
     @contextmanager
-    def bar(self, what: str, *, unit: str) -> Iterator[Callable[[int], Callable[[int], object]]]:
+    def bar(
+        self, what: str, *, unit: str, stays: bool = True
+    ) -> Iterator[Callable[[int], Progress]]:
         """With rate and time left; ended whatever happens."""
         with ExitStack() as bars:
 
-            def start(total: int) -> Callable[[int], object]:
+            def start(total: int) -> Progress:
                 bar = tqdm(
                     total=total,
                     desc=what,
                     unit=unit,
-                    unit_scale=True,
+                    unit_scale=unit in ("B", "it"),
                     disable=not is_first_rank(),
                     mininterval=0.5,
+                    leave=stays,
                 )
-                return bars.enter_context(bar).update
+                bars.enter_context(bar)
+
+                def tell(done: int, note: str = "") -> None:
+                    if note:
+                        bar.set_postfix_str(note, refresh=False)
+                    bar.update(done)
+
+                return tell
 
             yield start
 

@@ -15,8 +15,10 @@ from __future__ import annotations
 from torch import Tensor
 
 from megatron_prune.criteria.observed import Observed
+from megatron_prune.criteria.registry import criterion
 
 
+@criterion("activation", axes="DQFL", needs=("observed",))
 def activation_scores(observed: Observed) -> dict[str, Tensor]:
     """D [D], Q [L, Q], F [L, F], L [L]."""
     return {

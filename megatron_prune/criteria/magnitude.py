@@ -11,8 +11,10 @@ from __future__ import annotations
 from torch import Tensor
 
 from megatron_prune.criteria.observed import WeightSquares
+from megatron_prune.criteria.registry import criterion
 
 
+@criterion("magnitude", axes="DQKFL", needs=("weights",))
 def magnitude_scores(weights: WeightSquares) -> dict[str, Tensor]:
     """D [D], Q [L, Q], K [L, K], F [L, F], L [L]: root of the sum of squares."""
     return {axis: squares.sqrt() for axis, squares in weights.units.items()}

@@ -1,8 +1,8 @@
 """What a criterion may know: statistics of the running model, and sizes of its weights.
 
 Both are small: vectors along the model's axes, never a matrix. Axis legend: N norms in the order of
-the forward pass (input and pre-MLP norm of each layer, then the final one: 2 L + 1), L layers, D
-hidden, Q query heads, d kv_channels, F FFN channels.
+the forward pass (`axes.norm_names`), L layers, D hidden, Q query heads, d kv_channels, F FFN
+channels.
 """
 
 from __future__ import annotations
@@ -19,11 +19,14 @@ from megatron_prune.model.axes import (
     axes_of,
     layer_name,
     layer_weights,
+    norm_before,
+    norm_names,
     outer_weights,
     split_layer,
     tensor_shape,
 )
-from megatron_prune.model.shape import ModelConfig, ModelShape
+from megatron_prune.model.blocks import EMBEDDING, OUTPUT
+from megatron_prune.model.shape import AXES, LAYER_AXES, ModelConfig, ModelShape
 from megatron_prune.sources.source import Source
 
 _ROWS = 1 << 25  # values of a weight that are looked at together: 256 MB in float64
@@ -57,9 +60,10 @@ class Observed:
     samples: Tensor
 
     @classmethod
-    def nothing(cls, shape: ModelShape) -> Observed:
+    def nothing(cls, config: ModelConfig) -> Observed:
         """Zeros of the right shapes."""
-        layers, norms = shape.num_layers, 2 * shape.num_layers + 1
+        shape = config.shape
+        layers, norms = shape.num_layers, len(norm_names(config))
         norm = (norms, shape.hidden_size)
         proj = (layers, shape.num_attention_heads, shape.kv_channels)
         fc2 = (layers, shape.ffn_hidden_size)
@@ -94,14 +98,18 @@ class WeightSquares:
     units: dict[str, Tensor]
 
 
-def reader_norm(rest: str, layer: int | None, num_layers: int) -> int | None:
-    """The norm whose output a weight reads along its hidden dim, None when it reads none."""
-    if layer is None:
-        return 2 * num_layers if rest.startswith("output_layer") else None
-    for part, place in (("q.", 0), ("k.", 0), ("v.", 0), ("gate.", 1), ("up.", 1)):
-        if f"linear_{part}" in rest:
-            return 2 * layer + place
-    return None
+@dataclass(frozen=True, kw_only=True)
+class Gradients:
+    """Sums over calibration samples and over the weights that a unit owns; float64.
+
+    Attributes:
+        first: axis letter -> of |weight x gradient|, shaped as `WeightSquares.units`.
+        second: the same of (weight x gradient)^2.
+    """
+
+    first: dict[str, Tensor]
+    second: dict[str, Tensor]
+    samples: int
 
 
 class UnitSums:
@@ -113,7 +121,7 @@ class UnitSums:
         self.sums = {
             "D": torch.zeros(shape.hidden_size).double(),
             "L": torch.zeros(layers).double(),
-            **{axis: torch.zeros(layers, shape.size(axis)).double() for axis in "QKF"},
+            **{axis: torch.zeros(layers, shape.size(axis)).double() for axis in LAYER_AXES},
         }
 
     def add(self, name: str, values: Tensor, first: int = 0) -> None:
@@ -127,7 +135,7 @@ class UnitSums:
         if layer is not None:
             self.sums["L"][layer] += values.sum(dtype=torch.float64).cpu()
         for dim, axis in enumerate(axes):
-            if axis == "V":
+            if not AXES[axis].is_scored:
                 continue
             other = [d for d in range(len(axes)) if d != dim]
             x = values.sum(other, dtype=torch.float64) if other else values.double()
@@ -160,9 +168,10 @@ def weight_squares(
         DamagedError: a weight is not finite; names it.
     """
     config, shape = source.config, source.config.shape
-    zeros = Observed.nothing(shape)
+    zeros = Observed.nothing(config)
     readers, proj, fc2 = zeros.norm_squares, zeros.proj_squares, zeros.fc2_squares
-    units = UnitSums(shape)
+    units, columns = UnitSums(shape), {"Q": proj, "F": fc2}
+    numbers = {norm: number for number, norm in enumerate(norm_names(config))}
     for name in _matrices_and_vectors(config)[part::parts]:
         layer, rest = split_layer(name)
         axes = axes_of(name)
@@ -179,15 +188,14 @@ def weight_squares(
                     f"{source.path}: {source.stored_name(name)} holds values that are not finite"
                 )
             units.add(name, squares, start)
-            norm = reader_norm(rest, layer, shape.num_layers)
-            if norm is not None and len(axes) > 1:
-                readers[norm] += squares.sum(0)
-            elif rest == "embedding.word_embeddings.weight" and config.tied:
-                readers[-1] += squares.sum(0)
-            if layer is not None and rest == "self_attention.linear_proj.weight":
-                proj[layer, start:stop] += squares.sum(0).view(stop - start, -1)
-            if layer is not None and rest == "mlp.linear_fc2.weight":
-                fc2[layer, start:stop] += squares.sum(0)
+            # a tied embedding is the output layer too
+            norm = norm_before(OUTPUT.name if name == EMBEDDING.name and config.tied else name)
+            if norm is not None:
+                readers[numbers[norm]] += squares.sum(0)
+            for half in config.family.halves:
+                if layer is not None and rest == f"{half.output}.weight":
+                    into = columns[half.axis][layer, start:stop]
+                    into += squares.sum(0).view(into.shape)
             progress(values.numel())
     return WeightSquares(readers=readers, proj=proj, fc2=fc2, units=units.units())
 

@@ -13,12 +13,16 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-
-def perplexity_scores(losses: Tensor) -> dict[str, Tensor]:
-    """L [L]: the loss without the layer, in nats. ``losses`` is [L]."""
-    return {"L": losses}
+from megatron_prune.criteria.registry import criterion
 
 
+@criterion("perplexity", axes="L", needs=("losses_without",))
+def perplexity_scores(losses_without: Tensor) -> dict[str, Tensor]:
+    """L [L]: the loss without the layer, in nats. ``losses_without`` is [L]."""
+    return {"L": losses_without}
+
+
+@criterion("perplexity-greedy", axes="L", needs=("removed", "last_losses"))
 def greedy_scores(removed: Sequence[int], last_losses: Tensor) -> dict[str, Tensor]:
     """L [L]: 0, 1, ... for the removed layers in order, above them the others by their last loss.
 

@@ -7,7 +7,10 @@ import hashlib
 import torch
 from torch import Tensor
 
+from megatron_prune.criteria.registry import criterion
 
+
+@criterion("random", axes="DQKFL")
 def random_scores(axis: str, size: int, layer: int | None, seed: int) -> Tensor:
     """Independent uniform scores for one axis of one layer.
 

@@ -10,8 +10,10 @@ from __future__ import annotations
 from torch import Tensor
 
 from megatron_prune.criteria.observed import Observed
+from megatron_prune.criteria.registry import criterion
 
 
+@criterion("residual-energy", axes="D", needs=("observed",))
 def residual_energy_scores(observed: Observed) -> dict[str, Tensor]:
     """D [D]: 1 on average."""
     return {"D": (observed.norm_energy / observed.tokens).mean(0)}

@@ -8,11 +8,19 @@ information times the squared weight. Needs backward passes, one a sample.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 from torch import Tensor
 
+from megatron_prune.criteria.observed import Gradients
+from megatron_prune.criteria.registry import criterion
 
-def taylor_scores(sums: Mapping[str, Tensor], samples: int) -> dict[str, Tensor]:
+
+@criterion("taylor", axes="DQKFL", needs=("gradients",))
+def taylor_scores(gradients: Gradients) -> dict[str, Tensor]:
     """D [D], Q [L, Q], K [L, K], F [L, F], L [L]: the mean over samples of the units' sums."""
-    return {axis: x / samples for axis, x in sums.items()}
+    return {axis: x / gradients.samples for axis, x in gradients.first.items()}
+
+
+@criterion("fisher", axes="DQKFL", needs=("gradients",))
+def fisher_scores(gradients: Gradients) -> dict[str, Tensor]:
+    """As `taylor_scores`, of the squares."""
+    return {axis: x / gradients.samples for axis, x in gradients.second.items()}

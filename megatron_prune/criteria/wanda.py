@@ -12,8 +12,10 @@ from __future__ import annotations
 from torch import Tensor
 
 from megatron_prune.criteria.observed import Observed, WeightSquares
+from megatron_prune.criteria.registry import criterion
 
 
+@criterion("wanda", axes="DQF", needs=("observed", "weights"))
 def wanda_scores(observed: Observed, weights: WeightSquares) -> dict[str, Tensor]:
     """D [D], Q [L, Q], F [L, F]."""
     return {
@@ -23,6 +25,7 @@ def wanda_scores(observed: Observed, weights: WeightSquares) -> dict[str, Tensor
     }
 
 
+@criterion("flap", axes="QKF", needs=("observed", "weights"))
 def flap_scores(observed: Observed, weights: WeightSquares) -> dict[str, Tensor]:
     """Q [L, Q], K [L, K], F [L, F]: variance of the input times squared column norm; a group's is
     the sum of its heads', which are sums of squares already."""

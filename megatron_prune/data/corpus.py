@@ -1,18 +1,19 @@
 """From JSON lines to token ids, in order, in bounded memory, with any number of processes.
 
 Every line is one JSON object, and the value of each key asked for is a string; blank lines are
-skipped; ``.gz`` and ``.zst`` are read as they are. Refused with the file and the line: what is not
-UTF-8, not JSON, not an object, without the key, not a string, or holds half a surrogate pair. The
-first bad line in the order of the files is the one named, however many workers run.
+skipped; ``.gz`` and ``.zst`` are read as they are. A line is refused, with its file and number,
+when it is not UTF-8, not JSON, not an object, lacks the key, holds no string there, or half a
+surrogate pair. The first bad line in the order of the files is the one named, however many workers
+run.
 
 A document becomes what Megatron-LM's ``preprocess_data.py`` makes of it: the tokenizer's own
 default special tokens on every sequence, EOD on the last one if asked for, sequences without a
 token left out. A text of no tokens is a document of no sequences.
 
-Price: memory is that of the chunks under way, ``2 * workers + 2`` of half a megabyte (or one line,
-if it is longer), and never depends on the size of the corpus. Workers are spawned, not forked: the
-tokenizers hold threads. Each starts in 0.2 to 0.5 s (2.5 s for the few tokenizers that need
-transformers) and ends by itself when the parent is killed.
+The price: memory is that of the chunks under way, ``2 * workers + 2`` of half a megabyte (or one
+line, if it is longer), and never depends on the size of the corpus. Workers are spawned, not
+forked: the tokenizers hold threads. Each starts in 0.2 to 0.5 s (2.5 s for the few tokenizers that
+need transformers) and ends by itself when the parent is killed.
 """
 
 from __future__ import annotations
@@ -44,12 +45,12 @@ CHUNK_BYTES = 1 << 19
 LINE_BYTES_MAX = 1 << 30  # a binary file has no line ends either
 _PACKED = {".bz2", ".xz", ".zip", ".lz4", ".parquet", ".arrow", ".tar", ".7z"}
 
-Piece = TypeVar("Piece")
+Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Chunk:
+class LineChunk:
     """Some whole lines of a file.
 
     ``file_bytes`` is how far the file as it lies on the disk (packed, if it is) has been read for
@@ -99,14 +100,14 @@ def check_inputs(paths: Sequence[str | Path], flag: str = "--input") -> int:
     return total
 
 
-def read_chunks(paths: Iterable[str | Path]) -> Iterator[Chunk]:
+def read_chunks(paths: Iterable[str | Path]) -> Iterator[LineChunk]:
     """The files' lines in order, in chunks of about ``CHUNK_BYTES``."""
     for path in map(Path, paths):
         with open_unpacked(path) as (file, raw):
             yield from _chunks_of(path, file, raw)
 
 
-def _chunks_of(path: Path, file: Any, raw: BinaryIO) -> Iterator[Chunk]:
+def _chunks_of(path: Path, file: Any, raw: BinaryIO) -> Iterator[LineChunk]:
     number, reached = 1, 0
     lines: list[bytes] = []
     size = 0
@@ -119,16 +120,18 @@ def _chunks_of(path: Path, file: Any, raw: BinaryIO) -> Iterator[Chunk]:
         lines.append(line)
         size += len(line)
         if size >= CHUNK_BYTES:
-            yield Chunk(
+            yield LineChunk(
                 path=str(path), first_line=number, lines=lines, file_bytes=raw.tell() - reached
             )
             number, reached = number + len(lines), raw.tell()
             lines, size = [], 0
     if lines:
-        yield Chunk(path=str(path), first_line=number, lines=lines, file_bytes=raw.tell() - reached)
+        yield LineChunk(
+            path=str(path), first_line=number, lines=lines, file_bytes=raw.tell() - reached
+        )
 
 
-def parse_lines(chunk: Chunk, keys: Sequence[str]) -> Iterator[list[str]]:
+def parse_lines(chunk: LineChunk, keys: Sequence[str]) -> Iterator[list[str]]:
     """The values of ``keys`` in each line that is not blank.
 
     Raises:
@@ -184,12 +187,12 @@ class Encoder:
     eod: int | None = None
     splitter: SentenceSplitter | None = None
 
-    def __call__(self, chunk: Chunk) -> list[Documents]:
+    def __call__(self, chunk: LineChunk) -> list[Documents]:
         """The documents of a chunk, one entry a key."""
         rows = list(parse_lines(chunk, self.keys))
         return [self._encode([row[i] for row in rows], chunk) for i in range(len(self.keys))]
 
-    def _encode(self, texts: list[str], chunk: Chunk) -> Documents:
+    def _encode(self, texts: list[str], chunk: LineChunk) -> Documents:
         split = self.splitter.split if self.splitter else lambda text: [text]
         parts = [split(text) for text in texts]
         ids = iter(self.tokenizer.encode_batch([s for part in parts for s in part], True))
@@ -217,8 +220,8 @@ class Encoder:
 
 
 def map_pieces(
-    pieces: Iterable[Piece], work: Callable[[Piece], Result], workers: int = 1
-) -> Iterator[tuple[Piece, Result]]:
+    pieces: Iterable[Item], work: Callable[[Item], Result], workers: int = 1
+) -> Iterator[tuple[Item, Result]]:
     """Each piece of a corpus with what ``work`` makes of it, in order, in bounded memory.
 
     Args:
@@ -236,7 +239,7 @@ def map_pieces(
     pool = ProcessPoolExecutor(
         workers, mp_context=context, initializer=_start_worker, initargs=(work,)
     )
-    under_way: deque[tuple[Piece, Future[Result]]] = deque()
+    under_way: deque[tuple[Item, Future[Result]]] = deque()
     try:
         for piece in pieces:
             under_way.append((piece, pool.submit(_work_here, piece)))
@@ -253,7 +256,7 @@ def map_pieces(
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _first_done(under_way: deque[tuple[Piece, Future[Result]]]) -> tuple[Piece, Result]:
+def _first_done(under_way: deque[tuple[Item, Future[Result]]]) -> tuple[Item, Result]:
     piece, future = under_way.popleft()
     return piece, future.result()
 

@@ -1,8 +1,8 @@
 """Domains that balance themselves: which weight each has, and which sample comes next.
 
 Dynamic batch loading of Xia et al. 2023 (Sheared LLaMA, arXiv:2310.06694, algorithm 1): domains
-whose validation loss is furthest above its target are drawn from more often. Pure arithmetic in
-float64; the datasets and the losses are `engine.domains`'.
+whose validation loss is furthest above its target are drawn from more often. This file is pure
+arithmetic in float64; the datasets and the losses are `engine.domains`'.
 
 The order of samples is decided one by one, as Megatron's ``build_blending_indices`` does: the
 domain comes next that is furthest behind its weight. A change of weights begins a segment; what a

@@ -1,35 +1,34 @@
 """Megatron's corpus on disk: ``PREFIX.bin`` (token ids end to end) and ``PREFIX.idx`` (where they
 lie).
 
-Byte for byte what ``megatron.core.datasets.indexed_dataset.IndexedDatasetBuilder`` writes (a test
-compares the two), with four differences in how: memory does not grow with the corpus (that builder
-holds every sequence's length and offset as Python objects, about 100 bytes a sequence); hashes are
-taken while writing; ``PREFIX.json``, a sidecar of facts, lies beside; and nothing is seen under the
-final names before all of it is on the disk. Importing megatron.core alone takes 4 seconds.
+The files are byte for byte what ``megatron.core.datasets.indexed_dataset.IndexedDatasetBuilder``
+writes (a test compares the two), with four differences in how: memory does not grow with the corpus
+(that builder holds every sequence's length and offset as Python objects, about 100 bytes a
+sequence); hashes are taken while writing; ``PREFIX.json``, a sidecar of facts, lies beside; and
+nothing is seen under the final names before all of it is on the disk. Importing megatron.core alone
+takes 4 seconds.
 
 The index, little endian: ``MMIDIDX\\0\\0``, version u64 = 1, type u8, sequences u64, documents + 1
 u64; then lengths in tokens int32[sequences], offsets in bytes int64[sequences], and for each
 document the number of its first sequence, int64[documents + 1].
 
-How whole or absent is kept with three files: all are written and fsynced as ``.NAME.tmp`` beside
-the target, the sidecar last; then the old index goes, and bin, json, idx are renamed in that order.
-No index, no corpus: at no instant can a reader pair an old file with a new one. A run that was
-killed between the renames is finished by the next one (``finish_interrupted``); one killed before
-leaves temporary files that the next run takes over. A lock on the temporary .bin keeps two writers
-apart.
+A corpus of three files appears whole or not at all in this way: all are written and fsynced as
+``.NAME.tmp`` beside the target, the sidecar last; then the old index goes, and bin, json, idx are
+renamed in that order. No index, no corpus: at no instant can a reader pair an old file with a new
+one. A run that was killed between the renames is finished by the next one (``finish_interrupted``);
+one killed before leaves temporary files that the next run takes over. A lock on the temporary .bin
+keeps two writers apart.
 """
 
 from __future__ import annotations
 
-import errno
-import fcntl
-import hashlib
 import json
 import os
 import struct
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
@@ -38,6 +37,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_prune.errors import ConfigError, StorageError
+from megatron_prune.files import (
+    FileRecord,
+    HashedFile,
+    flush_file,
+    flush_path,
+    hash_file,
+    lies_at,
+    lock,
+)
 
 MAGIC = b"MMIDIDX\x00\x00"
 HEADER = struct.Struct("<9sQBQQ")
@@ -45,7 +53,6 @@ TYPES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.u
 CODES = {np.dtype(kind): code for code, kind in TYPES.items()}
 SUFFIXES = (".bin", ".json", ".idx")  # in the order they are published; the index makes it a corpus
 _PIECE = 1 << 17  # sequences handled at a time when the index is put together
-_NO_LOCKS_HERE = {errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK, errno.EINVAL}
 
 
 def token_dtype(vocab_size: int) -> np.dtype[Any]:
@@ -112,30 +119,18 @@ def finish_interrupted(prefix: str | Path) -> bool:
             wanted = facts["bin"]["bytes"], facts["idx"]["sha256"]
         except (ValueError, KeyError, TypeError):
             return False  # killed while the sidecar was written
-        if wanted != (written.stat().st_size, file_sha256(index)):
+        if wanted != (written.stat().st_size, hash_file(index).sha256):
             return False
         _publish(prefix)
     return True
-
-
-def file_sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while piece := file.read(1 << 20):
-            digest.update(piece)
-    return digest.hexdigest()
 
 
 def _claim(path: Path, prefix: str | Path) -> BinaryIO:
     """``path`` open for appending and locked; the kernel drops the lock when this process ends."""
     # not "wb": it may be another's until the lock says otherwise
     file = open(path, "ab")  # noqa: SIM115 (handed to the caller)
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        ours = os.path.samestat(os.stat(path), os.fstat(file.fileno()))  # not renamed meanwhile
-    except OSError as error:
-        ours = error.errno in _NO_LOCKS_HERE  # some cluster file systems have none
-    if not ours:
+    is_locked = lock(file.fileno())  # None: some cluster file systems have no locks
+    if is_locked is False or not lies_at(path, file.fileno()):
         file.close()
         raise ConfigError(
             f"{prefix}: another process is writing this corpus ({path.name} is locked); wait for it"
@@ -145,12 +140,12 @@ def _claim(path: Path, prefix: str | Path) -> BinaryIO:
 
 def _publish(prefix: str | Path) -> None:
     folder = corpus_path(prefix, ".bin").parent
-    _fsync_directory(folder)
+    flush_path(folder)
     corpus_path(prefix, ".idx").unlink(missing_ok=True)
     for suffix in SUFFIXES:
         if temporary_path(prefix, suffix).exists():
             os.replace(temporary_path(prefix, suffix), corpus_path(prefix, suffix))
-    _fsync_directory(folder)
+    flush_path(folder)
 
 
 @contextmanager
@@ -159,34 +154,6 @@ def _writing(prefix: str) -> Iterator[None]:
         yield
     except OSError as error:
         raise StorageError(f"{prefix}: cannot be written: {error.strerror}") from error
-
-
-def _fsync_directory(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-class _HashedFile:
-    """A file that is hashed and counted while it is written."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self._file = file
-        self._hash = hashlib.sha256()
-        self._bytes = 0
-
-    def write(self, piece: bytes) -> None:
-        self._file.write(piece)
-        self._hash.update(piece)
-        self._bytes += len(piece)
-
-    def finish(self) -> dict[str, Any]:
-        """Put everything on the disk; returns size and hash. The file stays open, and locked."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        return {"bytes": self._bytes, "sha256": self._hash.hexdigest()}
 
 
 class CorpusWriter:
@@ -215,7 +182,7 @@ class CorpusWriter:
             self._ends = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115
             self._data = _claim(temporary_path(prefix, ".bin"), prefix)
             self._data.truncate(0)
-            self._data_out = _HashedFile(self._data)
+            self._data_out = HashedFile(self._data)
             for suffix in (".json", ".idx"):
                 temporary_path(prefix, suffix).unlink(missing_ok=True)
 
@@ -274,13 +241,12 @@ class CorpusWriter:
                 tokens=self.tokens,
                 max_token_id=self.max_token_id,
                 dtype=self.dtype.name,
-                bin=self._data_out.finish(),
-                idx=self._write_index(),
+                bin=asdict(self._data_out.finish()),
+                idx=asdict(self._write_index()),
             )
             with open(temporary_path(self.prefix, ".json"), "wb") as file:
-                out = _HashedFile(file)
-                out.write((json.dumps(sidecar, indent=2) + "\n").encode())
-                out.finish()
+                file.write((json.dumps(sidecar, indent=2) + "\n").encode())
+                flush_file(file)
         return sidecar
 
     def publish(self) -> None:
@@ -289,9 +255,9 @@ class CorpusWriter:
         with _writing(self.prefix):
             _publish(self.prefix)
 
-    def _write_index(self) -> dict[str, Any]:
+    def _write_index(self) -> FileRecord:
         with open(temporary_path(self.prefix, ".idx"), "wb") as file:
-            out = _HashedFile(file)
+            out = HashedFile(file)
             out.write(HEADER.pack(MAGIC, 1, CODES[self.dtype], self.sequences, self.documents + 1))
             for lengths in _pieces(self._lengths, 4):
                 out.write(lengths)

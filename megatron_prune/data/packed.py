@@ -15,12 +15,12 @@ from typing import Any, BinaryIO
 
 from megatron_prune.errors import ConfigError, DamagedError
 
-SUFFIXES = (".gz", ".zst")
+PACKED_SUFFIXES = (".gz", ".zst")
 
 
 def without_packing(path: Path) -> Path:
     """``a.jsonl`` of ``a.jsonl.gz``; others as they are."""
-    return path.with_suffix("") if path.suffix in SUFFIXES else path
+    return path.with_suffix("") if path.suffix in PACKED_SUFFIXES else path
 
 
 @contextmanager

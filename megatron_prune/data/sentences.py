@@ -4,8 +4,8 @@ The English ``punkt_tab`` is used where nltk finds one on this machine. Otherwis
 unsupervised, on the beginning of the corpus itself: nothing is ever downloaded. As in Megatron-LM's
 ``--split-sentences``, the white space between two sentences belongs to neither and is dropped.
 
-Price: training reads ``TRAINING_CHARACTERS`` at about 0.6 MB/s, once, in one process (14 s for the
-full amount); splitting runs at about 4.5 MB/s a worker.
+The price: training reads ``TRAINING_CHARACTERS`` at about 0.6 MB/s, once, in one process (14 s for
+the full amount); splitting runs at about 4.5 MB/s a worker.
 """
 
 from __future__ import annotations

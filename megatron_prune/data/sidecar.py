@@ -7,8 +7,8 @@ with ``read_all`` every byte of the .bin. A corpus of stock Megatron-LM has no s
 tells which tokenizer made it, and ids out of the vocabulary are only found where the sample meets
 them.
 
-Refused as damaged (exit 3): files that are cut short or do not belong together. Refused as a
-mistake (exit 2): no such corpus, no tokens in it, another tokenizer's ids.
+Files that are cut short or do not belong together are refused as damaged (exit 3). A corpus that is
+not there, that has no tokens or another tokenizer's ids is refused as a mistake (exit 2).
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_prune.data.indexed import HEADER, MAGIC, TYPES, corpus_path, file_sha256
+from megatron_prune.data.indexed import HEADER, MAGIC, TYPES, corpus_path
 from megatron_prune.errors import ConfigError, DamagedError
+from megatron_prune.files import hash_file
 
 SIDECAR_VERSION = 1
 _PIECE = 1 << 18  # sequences of the index checked at a time
@@ -32,7 +33,7 @@ _AGAIN = "copy it again, or run preprocess with --overwrite"
 
 @dataclass(frozen=True, kw_only=True)
 class CorpusFacts:
-    """What a corpus is. The last four are None without a sidecar."""
+    """What a corpus is. The last three are None without a sidecar."""
 
     prefix: str
     documents: int
@@ -40,7 +41,6 @@ class CorpusFacts:
     tokens: int
     dtype: str
     tokenizer_digest: str | None
-    tokenizer_vocab_size: int | None
     eod: int | None
     max_token_id: int | None
 
@@ -100,7 +100,6 @@ def check_corpus(
         tokens=tokens,
         dtype=dtype.name,
         tokenizer_digest=known.get("tokenizer_digest"),
-        tokenizer_vocab_size=known.get("vocab_size"),
         eod=known.get("eod"),
         max_token_id=known.get("max_token_id"),
     )
@@ -227,7 +226,7 @@ def _check_sidecar(
         )
     for suffix in (".idx", ".bin") if read_all else (".idx",):
         path = corpus_path(prefix, suffix)
-        if file_sha256(path) != sidecar[suffix[1:]]["sha256"]:
+        if hash_file(path).sha256 != sidecar[suffix[1:]]["sha256"]:
             raise DamagedError(
                 f"{path}: its sha256 is not the one in {prefix}.json: changed since it was "
                 f"written; {_AGAIN}"

@@ -1,8 +1,8 @@
 """Load a tokenizer from wherever one lies, as one small object that survives being sent to workers.
 
-Accepted: a Hugging Face directory, a ``tokenizer.json``, a SentencePiece ``*.model``, and one of
-our Megatron checkpoints, which carry the files of their tokenizer in ``iter_XXXXXXX/hf``. Only
-local files are read, and no code of a model's author is run. Refused: anything else, before any
+A tokenizer is a Hugging Face directory, a ``tokenizer.json``, a SentencePiece ``*.model``, or one
+of our Megatron checkpoints, which carry the files of their tokenizer in ``iter_XXXXXXX/hf``. Only
+local files are read, and no code of a model's author is run. Anything else is refused before any
 text is read.
 
 The ids are those of ``AutoTokenizer.from_pretrained(path)(text)``. Where transformers only passes
@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from megatron_prune.errors import ConfigError, DamagedError
+from megatron_prune.families import FAMILIES, on_disk
 
 if TYPE_CHECKING:
     from sentencepiece import SentencePieceProcessor
@@ -339,11 +340,12 @@ def _from_transformers(folder: Path) -> TextTokenizer:
 def _model_type(folder: Path) -> str | None:
     """``model_type`` of a directory's config.json, where it has one.
 
-    Nemotron-NAS is Llama with other sizes, and no type that transformers knows by itself.
+    A type that transformers does not know by itself is that of the family it is read as.
     """
     path = folder / "config.json"
     kind = json.loads(path.read_text()).get("model_type") if path.is_file() else None
-    kind = "llama" if kind == "nemotron-nas" else kind
+    if (family := on_disk(kind)) is not None:
+        return FAMILIES[family.name].model_type
     return kind if isinstance(kind, str) else None
 
 

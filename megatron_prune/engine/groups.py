@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_prune.engine import cpu
+from megatron_prune.engine.failures import named_failures
 from megatron_prune.errors import ShapeError
 from megatron_prune.model.grid import ParallelGrid
 from megatron_prune.ranks import Ranks
@@ -50,6 +51,13 @@ class Groups:
     @property
     def is_last_stage(self) -> bool:
         return self.pp_rank == self.grid.pipeline_parallel - 1
+
+    def sum_over_ranks(self, *values: float) -> list[float]:
+        """Each value's sum over all ranks, in float64, the same on all of them."""
+        exchanged = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(exchanged)
+        summed: list[float] = exchanged.tolist()
+        return summed
 
 
 def world_size() -> int:
@@ -100,6 +108,8 @@ def model_parallel(
 ) -> Iterator[Groups]:
     """Build Megatron's process groups and seed its random numbers; torn down on the way out.
 
+    A failure in it is told with its rank's name (`named_failures`).
+
     Raises:
         ShapeError: the world size does not fit the grid.
     """
@@ -108,31 +118,32 @@ def model_parallel(
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
-    device = _join(timedelta(minutes=timeout_minutes))
-    try:
-        parallel_state.initialize_model_parallel(
-            tensor_model_parallel_size=grid.tensor_parallel,
-            pipeline_model_parallel_size=grid.pipeline_parallel,
-            context_parallel_size=context_parallel,
-            distributed_timeout_minutes=timeout_minutes,
-        )
-        pp_rank = parallel_state.get_pipeline_model_parallel_rank()
-        torch.manual_seed(seed + 100 * pp_rank)
-        model_parallel_cuda_manual_seed(seed + 100 * pp_rank)
-        yield Groups(
-            ranks=Ranks(rank=dist.get_rank(), world_size=dist.get_world_size()),
-            grid=grid,
-            tp_rank=parallel_state.get_tensor_model_parallel_rank(),
-            pp_rank=pp_rank,
-            dp_rank=parallel_state.get_data_parallel_rank(),
-            data_parallel=copies,
-            device=device,
-            tp_group=parallel_state.get_tensor_model_parallel_group(),
-            pp_group=parallel_state.get_pipeline_model_parallel_group(),
-            dp_group=parallel_state.get_data_parallel_group(),
-            cp_group=parallel_state.get_context_parallel_group(),
-            copies_group=parallel_state.get_data_parallel_group(with_context_parallel=True),
-        )
-    finally:
-        parallel_state.destroy_model_parallel()
-        dist.destroy_process_group()
+    with named_failures():
+        device = _join(timedelta(minutes=timeout_minutes))
+        try:
+            parallel_state.initialize_model_parallel(
+                tensor_model_parallel_size=grid.tensor_parallel,
+                pipeline_model_parallel_size=grid.pipeline_parallel,
+                context_parallel_size=context_parallel,
+                distributed_timeout_minutes=timeout_minutes,
+            )
+            pp_rank = parallel_state.get_pipeline_model_parallel_rank()
+            torch.manual_seed(seed + 100 * pp_rank)
+            model_parallel_cuda_manual_seed(seed + 100 * pp_rank)
+            yield Groups(
+                ranks=Ranks(rank=dist.get_rank(), world_size=dist.get_world_size()),
+                grid=grid,
+                tp_rank=parallel_state.get_tensor_model_parallel_rank(),
+                pp_rank=pp_rank,
+                dp_rank=parallel_state.get_data_parallel_rank(),
+                data_parallel=copies,
+                device=device,
+                tp_group=parallel_state.get_tensor_model_parallel_group(),
+                pp_group=parallel_state.get_pipeline_model_parallel_group(),
+                dp_group=parallel_state.get_data_parallel_group(),
+                cp_group=parallel_state.get_context_parallel_group(),
+                copies_group=parallel_state.get_data_parallel_group(with_context_parallel=True),
+            )
+        finally:
+            parallel_state.destroy_model_parallel()
+            dist.destroy_process_group()

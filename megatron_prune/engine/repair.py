@@ -30,45 +30,43 @@ from torch import Tensor
 from megatron_prune.engine.failures import on_first_rank, together
 from megatron_prune.engine.forward.model import ModelOptions
 from megatron_prune.engine.groups import Groups
-from megatron_prune.engine.observe.layerwise import HALVES, MLP, Half, Layer, Stream, normalised
+from megatron_prune.engine.observe.layerwise import Layer, Stream, normalised
 from megatron_prune.engine.observe.moments import MomentSums
 from megatron_prune.errors import DamagedError
-from megatron_prune.model.axes import FINAL_NORM, layer_name, names, norm_before
+from megatron_prune.model.axes import layer_name, names, norm_before, norm_names, split_layer
+from megatron_prune.model.family import Half
 from megatron_prune.model.tensors import expand_rows
+from megatron_prune.planning.fit import Fit, with_all_channels, without_units
 from megatron_prune.planning.plan import PrunePlan
 from megatron_prune.solve.least_squares import Affine, Moments, fit, norm_ratio, relative_error
 from megatron_prune.sources.pruned import PrunedSource
-from megatron_prune.sources.replaced import (
-    NORMS,
-    Fit,
-    Mix,
-    MixedSource,
-    RepairedSource,
-    Replaced,
-    Tensors,
-    digests,
-    with_all_channels,
-    without_units,
-)
+from megatron_prune.sources.repair_record import Replaced, digests
+from megatron_prune.sources.replaced import Mix, MixedSource, RepairedSource, Tensors
 from megatron_prune.sources.source import Source
 
 
 def rescale_norms(
-    source: Source, plan: PrunePlan, energy: Tensor, groups: Groups, into: Tensors
+    source: Source,
+    plan: PrunePlan,
+    energy: Tensor,
+    groups: Groups,
+    into: Tensors,
 ) -> dict[str, Replaced]:
     """Multiply each norm's weight by `least_squares.norm_ratio`; returns what was replaced.
 
     Args:
-        energy: [2 L + 1, D] of ``source``, as `layerwise.norm_energy` gives it.
+        energy: [N, D] of the norms of ``source``, as `layerwise.norm_energy` gives it.
     """
     pruned, hidden = PrunedSource(source, plan), plan.tensor("D")
-    rows = {FINAL_NORM.name: energy[-1]}
-    for layer, old in enumerate(plan.layers):
-        for half, norm in enumerate(NORMS):
-            rows[layer_name(layer, norm)] = energy[2 * old + half]
+    energy_of, (*norms, final) = (
+        dict(zip(norm_names(source.config), energy)),
+        norm_names(pruned.config),
+    )
     done = {}
-    for name, energy_D in rows.items():
-        ratio = norm_ratio(energy_D, hidden)
+    for name in (final, *norms):
+        layer, rest = split_layer(name)
+        old = name if layer is None else layer_name(plan.layers[layer], rest)
+        ratio = norm_ratio(energy_of[old], hidden)
         x = pruned.read(name)
         scaled = (x.double() * ratio).to(x.dtype)
         _put(into, name, scaled, groups)
@@ -140,6 +138,7 @@ class _Repairing:
     ) -> None:
         self._plan, self._how, self._groups, self._into = plan, how, groups, into
         self._source, self._rescaled, self.done = source, rescaled, dict[str, Replaced]()
+        self._halves = source.config.family.halves
         # norms have the same names in both plans; projections are replaced once they were read
         self._whole, self._pruned = (
             PrunedSource(source, without_units(plan)),
@@ -168,12 +167,14 @@ class _Repairing:
             self._dense_at += 1
         if how.statistics != "dense":
             self._layer.load(self._base, layer)
-        for half in HALVES:
+        for half in self._halves:
             if how.readers:
                 self._fit_readers(layer, half)
             if how.moves_dense_first:
                 self._dense_stream.advance(self._dense_layer, half)
-                if half is MLP:  # the target makes good for dropped layers that come next
+                if (
+                    half is self._halves[-1]
+                ):  # the target makes good for dropped layers that come next
                     above = (*self._plan.layers, self._plan.source.num_layers)[layer + 1]
                     self._advance_dense_to(above)
             kept = self._plan.tensor(half.axis, old)
@@ -188,7 +189,7 @@ class _Repairing:
         """Move the dense model's hidden states through layers that the plan drops."""
         while self._dense_at < old:
             self._dense_layer.load(self._source, self._dense_at)
-            for half in HALVES:
+            for half in self._halves:
                 self._dense_stream.advance(self._dense_layer, half)
             self._dense_at += 1
 
@@ -329,7 +330,7 @@ class _Repairing:
         """Fit on the first rank, keep the result in its stored dtype, hand it to all ranks."""
         config, groups = self._base.config, self._groups
         weight_name, bias_name = f"{name}.weight", f"{name}.bias"
-        has_bias = config.mlp_bias if "fc2" in name else config.proj_bias
+        has_bias = bias_name in names(config)
         dtype, size = self._base.dtype(weight_name), config.shape.hidden_size
         weight = torch.zeros(size, len(kept_K), device=groups.device)
         bias, errors = torch.zeros(size, device=groups.device), torch.zeros(2, device=groups.device)

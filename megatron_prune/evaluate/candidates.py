@@ -24,12 +24,16 @@ from megatron_prune.engine.groups import Groups
 from megatron_prune.engine.observe.layerwise import norm_energy
 from megatron_prune.engine.repair import repair_projections, rescale_norms
 from megatron_prune.errors import ConfigError, DamagedError
-from megatron_prune.evaluate.text import EvaluationOptions, evaluate
+from megatron_prune.evaluate.options import Bar, EvaluateOptions
+from megatron_prune.evaluate.text import evaluate
+from megatron_prune.files import hash_file, replace_file
+from megatron_prune.planning.fit import Fit
 from megatron_prune.planning.plan import PrunePlan
 from megatron_prune.sources.pruned import PrunedSource
-from megatron_prune.sources.replaced import Fit, RepairedSource, Replaced, Tensors
+from megatron_prune.sources.repair_record import Replaced
+from megatron_prune.sources.replaced import RepairedSource, Tensors
 from megatron_prune.sources.source import Source
-from megatron_prune.store.commit import hash_file, replace_file, scratch_directory
+from megatron_prune.store.commit import scratch_directory
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,15 +63,16 @@ class Judge:
     def __init__(
         self,
         source: Source,
-        options: EvaluationOptions,
+        options: EvaluateOptions,
         groups: Groups,
         *,
+        bar: Bar,
         scratch: Path,
         repair: CandidateRepair | None = None,
         cache: Path | None = None,
         dry_run: bool = False,
     ) -> None:
-        self._source, self._options, self._groups = source, options, groups
+        self._source, self._options, self._groups, self._bar = source, options, groups, bar
         self._cache, self._writes = cache, cache is not None and not dry_run
         if cache is not None and self._writes:
             try:
@@ -112,9 +117,9 @@ class Judge:
     def _loss(self, plan: PrunePlan) -> float:
         pruned = PrunedSource(self._source, plan)
         if self._repairs is None:
-            return float(evaluate(pruned, self._options, self._groups)["loss"])
+            return float(evaluate(pruned, self._options, self._groups, self._bar)["loss"])
         with self._repairs.of(plan, pruned) as repaired:
-            return float(evaluate(repaired, self._options, self._groups)["loss"])
+            return float(evaluate(repaired, self._options, self._groups, self._bar)["loss"])
 
 
 class _Repairs:
@@ -124,7 +129,7 @@ class _Repairs:
     def __init__(
         self,
         source: Source,
-        options: EvaluationOptions,
+        options: EvaluateOptions,
         repair: CandidateRepair,
         groups: Groups,
         scratch: Path,
@@ -134,7 +139,7 @@ class _Repairs:
         self._model = ModelOptions(seq_length=repair.seq_length, dtype=options.dtype)
         self.windows, _ = model_windows(
             repair.data,
-            options.tokenizer_model or options.load,
+            options.tokenizer_path,
             seq_length=repair.seq_length,
             max_windows=repair.samples,
             vocab_size=source.config.shape.vocab_size,
@@ -162,16 +167,17 @@ class _Repairs:
 
 
 def _common_key(
-    options: EvaluationOptions, repair: CandidateRepair | None, repairs: _Repairs | None
+    options: EvaluateOptions, repair: CandidateRepair | None, repairs: _Repairs | None
 ) -> dict[str, Any]:
     """All that the losses depend on but the plan."""
+    assert options.data is not None
     how: dict[str, Any] | None = None
     if repair is not None and repairs is not None:
         how = {**asdict(repair), "data": data_digest(repairs.windows)}
     return {
         "version": __version__,
         "data_sha256": hash_file(options.data).sha256,
-        "seq_length": options.seq_length,
+        "seq_length": options.window_length,
         "max_windows": options.max_windows,
         "dtype": options.dtype,
         "tokenizer": str(options.tokenizer_model) if options.tokenizer_model else "the model's",

@@ -1,43 +1,22 @@
-"""What a model says to a prompt: checked first, tokenised as the model's own tokenizer does."""
+"""What a model says to a prompt, checked first and tokenised by the model's own tokenizer."""
 
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
-
-from tqdm import tqdm
+from dataclasses import dataclass
 
 from megatron_prune.data.tokenizers import TextTokenizer, chat_tokenizer, load_tokenizer
 from megatron_prune.engine.failures import on_first_rank
 from megatron_prune.engine.forward.decoding import continue_rows
 from megatron_prune.engine.forward.model import ModelOptions, build_model, check_model
-from megatron_prune.engine.forward.sampling import Sampling
 from megatron_prune.engine.forward.weights import load_weights
 from megatron_prune.engine.groups import Groups
 from megatron_prune.errors import ConfigError
-from megatron_prune.model.grid import ParallelGrid
+from megatron_prune.evaluate.options import Bar, GenerateOptions
 from megatron_prune.model.shape import ModelConfig
 from megatron_prune.sources.source import Source
 from megatron_prune.store import open_source
-
-
-@dataclass(frozen=True, kw_only=True)
-class GenerationOptions:
-    """What to continue and how; the fields are the flags of ``generate``."""
-
-    load: Path
-    prompt: str
-    max_new_tokens: int = 64
-    sampling: Sampling = field(default_factory=Sampling)
-    chat: bool = False
-    tokenizer_model: Path | None = None
-    dtype: str = "fp32"
-    transformer_impl: str = "auto"
-    sequence_parallel: bool = False
-    family: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,8 +31,11 @@ class Generation:
     tokens: tuple[int, ...]
     is_ended: bool
 
+    def __str__(self) -> str:
+        return self.text
 
-def open_for_generation(options: GenerationOptions, grid: ParallelGrid) -> Source:
+
+def open_for_generation(options: GenerateOptions) -> Source:
     """The model, opened and checked against the options; no weight is read.
 
     Raises:
@@ -61,11 +43,11 @@ def open_for_generation(options: GenerationOptions, grid: ParallelGrid) -> Sourc
         ShapeError: the layout does not fit the model.
         CheckpointError: there is no model at ``load``.
     """
-    options.sampling.check()
+    options.check()
     source = open_source(options.load, family=options.family)
     source.config.shape.check_uniform("generate", "transformers on its export")
-    grid.check(source.config.shape)
-    check_model(source.config, _model_options(options, 2 * grid.tensor_parallel), 1)
+    options.grid.check(source.config.shape)
+    check_model(source.config, ModelOptions.of(options, 2 * options.grid.tensor_parallel), 1)
     return source
 
 
@@ -80,22 +62,24 @@ def stop_tokens(source: Source, eod: int | None) -> frozenset[int]:
     return frozenset()
 
 
-def _tokenise(options: GenerationOptions, config: ModelConfig) -> tuple[list[int], TextTokenizer]:
+def _tokenise(
+    options: GenerateOptions, prompt: str, config: ModelConfig
+) -> tuple[list[int], TextTokenizer]:
     """The prompt's tokens, special ones as the tokenizer adds them.
 
     Raises:
         ConfigError: no chat template, a tokenizer of another vocabulary, or a prompt that does not
             fit with what is to be added.
     """
-    where = options.tokenizer_model or options.load
+    where = options.tokenizer_path
     tokenizer = load_tokenizer(where)
     if options.chat:
         own = chat_tokenizer(where)
-        message = [{"role": "user", "content": options.prompt}]
+        message = [{"role": "user", "content": prompt}]
         text = own.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
         ids = tokenizer.encode(text, add_special_tokens=False)
     else:
-        ids = tokenizer.encode(options.prompt, add_special_tokens=True)
+        ids = tokenizer.encode(prompt, add_special_tokens=True)
     if not ids:
         raise ConfigError("--prompt: it is empty; wanted at least one token to continue")
     if max(ids) >= config.shape.vocab_size:
@@ -117,49 +101,36 @@ def _check_length(prompt_tokens: int, new_tokens: int, config: ModelConfig) -> N
         )
 
 
-def _model_options(options: GenerationOptions, seq_length: int) -> ModelOptions:
-    return ModelOptions(
-        seq_length=seq_length,
-        dtype=options.dtype,
-        transformer_impl=options.transformer_impl,
-        sequence_parallel=options.sequence_parallel,
-    )
-
-
-def generate(source: Source, options: GenerationOptions, groups: Groups) -> Generation:
-    """The continuation, on every rank.
+def generate(
+    source: Source, options: GenerateOptions, prompt: str, groups: Groups, bar: Bar
+) -> Generation:
+    """The continuation of ``prompt``, on every rank.
 
     Raises:
         ConfigError: see `_tokenise`.
     """
-    groups.ranks.agree("the prompt", repr(options))
-    ids, tokenizer = on_first_rank(groups.ranks, lambda: _tokenise(options, source.config))
+    groups.ranks.agree("the prompt", repr((options, prompt)))
+    ids, tokenizer = on_first_rank(groups.ranks, lambda: _tokenise(options, prompt, source.config))
     ends = stop_tokens(source, tokenizer.eod)
     # rounded up, as sequence parallelism does; rotary positions are made for the length at hand
     tp = groups.grid.tensor_parallel
     whole = -(-(len(ids) + options.max_new_tokens) // tp) * tp
     length = min(whole, source.config.max_position_embeddings // tp * tp)
-    model = build_model(source.config, groups, _model_options(options, max(length, 2)))
+    model = build_model(source.config, groups, ModelOptions.of(options, max(length, 2)))
     load_weights(model, source, groups)
-    with tqdm(
-        total=options.max_new_tokens,
-        unit="token",
-        disable=not groups.ranks.is_first,
-        file=sys.stderr,
-        leave=False,
-    ) as bar:
+    with bar() as start:
         (new,) = continue_rows(
             model,
             [ids],
             groups,
             max_new_tokens=[options.max_new_tokens],
             is_done=lambda _, tokens: tokens[-1] in ends,
-            sampling=options.sampling,
-            progress=bar.update,
+            sampling=options,
+            progress=start(options.max_new_tokens),
         )
     is_ended = new[-1] in ends
     added = _added_text(tokenizer, ids, new[:-1] if is_ended else new)
-    text = added.lstrip() if options.chat else options.prompt + added
+    text = added.lstrip() if options.chat else prompt + added
     return Generation(text=text, tokens=tuple(new), is_ended=is_ended)
 
 

@@ -1,8 +1,8 @@
 """lm-evaluation-harness' view of a `SharedModel`: tokens as its Hugging Face backend makes them.
 
-Imports lm_eval, an optional dependency: import this module only where tasks are run. Contexts are
-cut on the left where they do not fit, special tokens are those the tokenizer adds by itself, and an
-empty context is the BOS (else EOS) token, all as in ``lm_eval.models.huggingface``.
+This module imports lm_eval, an optional dependency: import it only where tasks are run. Contexts
+are cut on the left where they do not fit, special tokens are those the tokenizer adds by itself,
+and an empty context is the BOS (else EOS) token, all as in ``lm_eval.models.huggingface``.
 """
 
 from __future__ import annotations

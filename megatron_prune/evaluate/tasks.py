@@ -9,9 +9,6 @@ from __future__ import annotations
 import importlib.util
 import logging
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +20,7 @@ from megatron_prune.engine.forward.weights import load_weights
 from megatron_prune.engine.groups import Groups
 from megatron_prune.errors import ConfigError
 from megatron_prune.evaluate.generation import stop_tokens
+from megatron_prune.evaluate.options import EvaluateOptions
 from megatron_prune.evaluate.served import SharedModel
 from megatron_prune.model.axes import count_parameters
 from megatron_prune.model.grid import ParallelGrid
@@ -32,44 +30,23 @@ from megatron_prune.store import open_source
 _MERGED = ("results", "groups", "versions", "n-shot", "n-samples", "higher_is_better")
 
 
-@dataclass(frozen=True, kw_only=True)
-class TaskOptions:
-    """What to evaluate and how; the fields are the flags of ``evaluate --tasks``.
-
-    Attributes:
-        tasks: name -> examples shown before each question; None leaves it to the task.
-        max_length: positions to use; None for all the model has.
-        apply_chat_template: ask as a user does, examples as earlier turns of the chat.
-    """
-
-    load: Path
-    tasks: Mapping[str, int | None]
-    limit: int | None = None
-    include_path: Path | None = None
-    apply_chat_template: bool = False
-    micro_batch_size: int = 1
-    max_length: int | None = None
-    tokenizer_model: Path | None = None
-    dtype: str = "fp32"
-    transformer_impl: str = "auto"
-    sequence_parallel: bool = False
-    family: str | None = None
-
-
-def parse_tasks(words: Sequence[str], num_fewshot: int | None) -> dict[str, int | None]:
-    """``a,b:25`` -> a with ``num_fewshot`` examples, b with 25.
+def wanted_tasks(options: EvaluateOptions) -> dict[str, int | None]:
+    """``--tasks a,b:25`` -> a with ``--num-fewshot`` examples before each question, b with 25;
+    None leaves it to the task.
 
     Raises:
         ConfigError: not a number of examples, a task twice, or none.
     """
+    if options.num_fewshot is not None and options.num_fewshot < 0:
+        raise ConfigError(f"--num-fewshot {options.num_fewshot}; wanted 0 or more")
     tasks: dict[str, int | None] = {}
-    for text in (text.strip() for word in words for text in word.split(",")):
+    for text in (text.strip() for word in options.tasks for text in word.split(",")):
         name, colon, shots = text.partition(":")
         if not name or (colon and not shots.isdecimal()):
             raise ConfigError(f"--tasks {text!r}: wanted NAME or NAME:EXAMPLES, such as boolq:32")
         if name in tasks:
             raise ConfigError(f"--tasks: {name} stands twice; name each task once")
-        tasks[name] = int(shots) if colon else num_fewshot
+        tasks[name] = int(shots) if colon else options.num_fewshot
     return tasks
 
 
@@ -84,7 +61,7 @@ def check_harness() -> None:
         )
 
 
-def open_for_tasks(options: TaskOptions, grid: ParallelGrid) -> Source:
+def open_for_tasks(options: EvaluateOptions) -> Source:
     """The model, opened and checked; no weight is read.
 
     Raises:
@@ -92,34 +69,25 @@ def open_for_tasks(options: TaskOptions, grid: ParallelGrid) -> Source:
     """
     source = open_source(options.load, family=options.family)
     source.config.shape.check_uniform("evaluate --tasks", "--data judges it")
-    grid.check(source.config.shape)
-    check_model(source.config, _model_options(options, _length(source, options, grid)), 1)
+    options.grid.check(source.config.shape)
+    check_model(source.config, ModelOptions.of(options, _length(source, options, options.grid)), 1)
     if options.apply_chat_template:
-        chat_tokenizer(options.tokenizer_model or options.load)
+        chat_tokenizer(options.tokenizer_path)
     return source
 
 
-def _length(source: Source, options: TaskOptions, grid: ParallelGrid) -> int:
+def _length(source: Source, options: EvaluateOptions, grid: ParallelGrid) -> int:
     """Positions to use, divisible for sequence parallelism."""
     config = source.config
     most = min(config.max_position_embeddings, config.sliding_window or 1 << 60)
-    length = most if options.max_length is None else options.max_length
+    length = most if options.seq_length is None else options.seq_length
     if length > most:
         raise ConfigError(f"--seq-length {length} is more than the {most} positions of the model")
     parts = grid.tensor_parallel if options.sequence_parallel else 1
     return length // parts * parts
 
 
-def _model_options(options: TaskOptions, length: int) -> ModelOptions:
-    return ModelOptions(
-        seq_length=length,
-        dtype=options.dtype,
-        transformer_impl=options.transformer_impl,
-        sequence_parallel=options.sequence_parallel,
-    )
-
-
-def _load_tasks(options: TaskOptions) -> Any:
+def _load_tasks(options: EvaluateOptions) -> Any:
     """The harness' task manager, after every task and its data have been found once.
 
     Raises:
@@ -132,13 +100,14 @@ def _load_tasks(options: TaskOptions) -> Any:
     if folder is not None and not folder.is_dir():
         raise ConfigError(f"--include-path {folder}: is no directory; wanted one of task files")
     manager = TaskManager(include_path=None if folder is None else str(folder))
-    unknown = [name for name in options.tasks if name not in manager.all_tasks]
+    wanted = wanted_tasks(options)
+    unknown = [name for name in wanted if name not in manager.all_tasks]
     if unknown:
         raise ConfigError(
             f"--tasks {', '.join(unknown)}: unknown to lm-evaluation-harness; see 'lm-eval ls "
             "tasks', or name the folder of your own with --include-path"
         )
-    for name in options.tasks:
+    for name in wanted:
         try:
             manager.load([name])
         except Exception as error:  # whatever the libraries of data sets raise
@@ -150,15 +119,16 @@ def _load_tasks(options: TaskOptions) -> Any:
     return manager
 
 
-def _evaluate(model: Any, manager: Any, options: TaskOptions) -> dict[str, Any]:
+def _evaluate(model: Any, manager: Any, options: EvaluateOptions) -> dict[str, Any]:
     """Results of all tasks; one call of the harness for each number of examples."""
     from lm_eval import simple_evaluate
 
     found: dict[str, Any] = {name: {} for name in _MERGED}
-    for shots in dict.fromkeys(options.tasks.values()):
+    wanted = wanted_tasks(options)
+    for shots in dict.fromkeys(wanted.values()):
         results = simple_evaluate(
             model=model,
-            tasks=[name for name, wanted in options.tasks.items() if wanted == shots],
+            tasks=[name for name, asked in wanted.items() if asked == shots],
             num_fewshot=shots,
             limit=options.limit,
             task_manager=manager,
@@ -171,7 +141,9 @@ def _evaluate(model: Any, manager: Any, options: TaskOptions) -> dict[str, Any]:
     return found
 
 
-def _facts(source: Source, options: TaskOptions, backend: str, seconds: float) -> dict[str, Any]:
+def _facts(
+    source: Source, options: EvaluateOptions, backend: str, seconds: float
+) -> dict[str, Any]:
     from importlib.metadata import version
 
     return {
@@ -186,7 +158,7 @@ def _facts(source: Source, options: TaskOptions, backend: str, seconds: float) -
     }
 
 
-def evaluate_by_transformers(source: Source, options: TaskOptions) -> dict[str, Any]:
+def evaluate_by_transformers(source: Source, options: EvaluateOptions) -> dict[str, Any]:
     """The tasks on a Hugging Face directory, by the harness' own backend, in this process.
 
     Raises:
@@ -210,7 +182,7 @@ def evaluate_by_transformers(source: Source, options: TaskOptions) -> dict[str, 
 
 
 def evaluate_on_ranks(
-    source: Source, options: TaskOptions, groups: Groups
+    source: Source, options: EvaluateOptions, groups: Groups
 ) -> dict[str, Any] | None:
     """The tasks on any checkpoint under TP, PP and DP; results on the first rank.
 
@@ -223,13 +195,13 @@ def evaluate_on_ranks(
     on_first_rank(groups.ranks, lambda: managers.append(_load_tasks(options)))
     began = time.monotonic()
     length = _length(source, options, groups.grid)
-    tokenizer = transformers_tokenizer(options.tokenizer_model or options.load)
+    tokenizer = transformers_tokenizer(options.tokenizer_path)
     if len(tokenizer) > source.config.shape.vocab_size:
         raise ConfigError(
             f"the tokenizer has {len(tokenizer)} tokens, the model a vocabulary of "
             f"{source.config.shape.vocab_size}; give the model's own with --tokenizer-model"
         )
-    model = build_model(source.config, groups, _model_options(options, length))
+    model = build_model(source.config, groups, ModelOptions.of(options, length))
     load_weights(model, source, groups)
     ends = stop_tokens(source, tokenizer.eos_token_id)
     shared = SharedModel(model, groups, tokenizer, ends, micro_batch_size=options.micro_batch_size)

@@ -1,15 +1,11 @@
-"""Evaluate a checkpoint on a text: checked first, tokenised once, then the model."""
+"""Evaluate a checkpoint on a text that is checked and tokenised before the model is loaded."""
 
 from __future__ import annotations
 
-import sys
 import time
-from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from megatron_prune.data.windows import model_windows, scored_bytes
 from megatron_prune.engine.failures import on_first_rank
@@ -17,31 +13,15 @@ from megatron_prune.engine.forward.model import ModelOptions, build_model, check
 from megatron_prune.engine.forward.weights import load_weights
 from megatron_prune.engine.forward.windows import window_losses
 from megatron_prune.engine.groups import Groups
-from megatron_prune.errors import ConfigError, DamagedError
+from megatron_prune.errors import DamagedError
+from megatron_prune.evaluate.options import Bar, EvaluateOptions
 from megatron_prune.evaluate.perplexity import judge
 from megatron_prune.model.axes import count_parameters
-from megatron_prune.model.grid import ParallelGrid
 from megatron_prune.sources.source import Source
 from megatron_prune.store import open_source
 
 
-@dataclass(frozen=True, kw_only=True)
-class EvaluationOptions:
-    """What to evaluate and how; the fields are the flags of ``evaluate``."""
-
-    load: Path
-    data: Path
-    seq_length: int = 1024
-    max_windows: int | None = None
-    micro_batch_size: int = 1
-    tokenizer_model: Path | None = None
-    dtype: str = "fp32"
-    transformer_impl: str = "auto"
-    sequence_parallel: bool = False
-    family: str | None = None
-
-
-def open_checked(options: EvaluationOptions, grid: ParallelGrid) -> Source:
+def open_checked(options: EvaluateOptions) -> Source:
     """The model, opened and checked against the options; no weight is read.
 
     Raises:
@@ -49,37 +29,28 @@ def open_checked(options: EvaluationOptions, grid: ParallelGrid) -> Source:
         ShapeError: the layout does not fit the model.
         CheckpointError: there is no model at ``load``.
     """
-    if options.micro_batch_size < 1:
-        raise ConfigError(f"--micro-batch-size is {options.micro_batch_size}; wanted 1 or more")
     source = open_source(options.load, family=options.family)
-    grid.check(source.config.shape)
-    check_model(source.config, _model_options(options), grid.tensor_parallel)
+    options.grid.check(source.config.shape)
+    run = ModelOptions.of(options, options.window_length)
+    check_model(source.config, run, options.grid.tensor_parallel)
     return source
 
 
-def _tokenise(options: EvaluationOptions, vocab_size: int) -> tuple[Tensor, int]:
+def _tokenise(options: EvaluateOptions, vocab_size: int) -> tuple[Tensor, int]:
     """The windows [windows, seq_length] int64 and the bytes their scored tokens decode to."""
+    assert options.data is not None
     windows, tokenizer = model_windows(
         options.data,
-        options.tokenizer_model or options.load,
-        seq_length=options.seq_length,
+        options.tokenizer_path,
+        seq_length=options.window_length,
         max_windows=options.max_windows,
         vocab_size=vocab_size,
     )
     return windows, scored_bytes(tokenizer, windows)
 
 
-def _model_options(options: EvaluationOptions) -> ModelOptions:
-    return ModelOptions(
-        seq_length=options.seq_length,
-        dtype=options.dtype,
-        transformer_impl=options.transformer_impl,
-        sequence_parallel=options.sequence_parallel,
-    )
-
-
 def evaluate(
-    source: Source, options: EvaluationOptions, groups: Groups
+    source: Source, options: EvaluateOptions, groups: Groups, bar: Bar
 ) -> dict[str, float | int | str]:
     """Score the windows; the same result on every rank.
 
@@ -92,14 +63,16 @@ def evaluate(
     windows, text_bytes = on_first_rank(
         groups.ranks, lambda: _tokenise(options, source.config.shape.vocab_size)
     )
-    model = build_model(source.config, groups, _model_options(options))
+    model = build_model(source.config, groups, ModelOptions.of(options, options.window_length))
     load_weights(model, source, groups)
     started = time.monotonic()
-    with tqdm(
-        total=len(windows), unit="window", disable=not groups.ranks.is_first, file=sys.stderr
-    ) as bar:
+    with bar() as start:
         losses = window_losses(
-            model, windows, groups, micro_batch_size=options.micro_batch_size, progress=bar.update
+            model,
+            windows,
+            groups,
+            micro_batch_size=options.micro_batch_size,
+            progress=start(len(windows)),
         )
     seconds = time.monotonic() - started
     if not bool(torch.isfinite(losses).all()):
@@ -108,7 +81,7 @@ def evaluate(
             f"{options.load}: the loss of window {bad} is {float(losses[bad])}; its weights hold "
             "values that are not finite, or --fp16 is too narrow for it"
         )
-    judgement = judge(losses.tolist(), options.seq_length - 1, text_bytes)
+    judgement = judge(losses.tolist(), options.window_length - 1, text_bytes)
     return {
         **judgement.as_dict(),
         "seconds": seconds,
@@ -116,7 +89,7 @@ def evaluate(
         "parameters": count_parameters(source.config),
         "load": str(options.load),
         "data": str(options.data),
-        "seq_length": options.seq_length,
+        "seq_length": options.window_length,
         "dtype": options.dtype,
         "tensor_model_parallel_size": groups.grid.tensor_parallel,
         "pipeline_model_parallel_size": groups.grid.pipeline_parallel,

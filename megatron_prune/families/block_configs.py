@@ -24,8 +24,8 @@ from megatron_prune.model.shape import ModelShape
 
 MODEL_TYPE, ARCHITECTURE = "nemotron-nas", "DeciLMForCausalLM"
 CODE = "decilm.py"
-AUTO_MAP = {"AutoConfig": "decilm.DeciLMConfig", "AutoModelForCausalLM": "decilm.DeciLMForCausalLM"}
 FAMILY = "llama"  # whose modules these models have, with other sizes
+AUTO_MAP = {"AutoConfig": "decilm.DeciLMConfig", "AutoModelForCausalLM": "decilm.DeciLMForCausalLM"}
 FFN_MULTIPLE = 256  # of all widths that an ffn_mult can say
 
 
@@ -56,6 +56,16 @@ def block_configs(shape: ModelShape) -> list[dict[str, Any]]:
         absent = {"no_op": False, "replace_with_linear": False}
         found.append({"attention": {**attention, **absent}, "ffn": {**ffn, **absent}})
     return found
+
+
+def width_keys(shape: ModelShape) -> dict[str, Any]:
+    """What config.json says of layers of different widths."""
+    return {
+        "model_type": MODEL_TYPE,
+        "architectures": [ARCHITECTURE],
+        "auto_map": AUTO_MAP,
+        "block_configs": block_configs(shape),
+    }
 
 
 def read_block_configs(values: Mapping[str, Any]) -> tuple[tuple[int, ...], int]:

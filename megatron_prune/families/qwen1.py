@@ -9,28 +9,29 @@ its queries, which Qwen2 does not: that is the window here. (modeling_qwen.py of
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from megatron_prune.errors import CheckpointError
-from megatron_prune.families.names import FAMILIES
-from megatron_prune.model.axes import split_layer
+from megatron_prune.families.qwen2 import QWEN2
+from megatron_prune.model.blocks import renamed
+from megatron_prune.model.shape import ModelConfig
 
-MODEL_TYPE, FAMILY = "qwen", "qwen2"
-EMBEDDING = "transformer.wte.weight"
-_OUTER = {
-    "embedding.word_embeddings.weight": EMBEDDING,
-    "decoder.final_layernorm.weight": "transformer.ln_f.weight",
-    "output_layer.weight": "lm_head.weight",
-}
 _MODULES = {
+    "embedding.word_embeddings": "transformer.wte",
+    "decoder.final_layernorm": "transformer.ln_f",
+    "output_layer": "lm_head",
     "input_layernorm": "ln_1",
+    "self_attention.linear_q": "attn.c_attn",
+    "self_attention.linear_k": "attn.c_attn",
+    "self_attention.linear_v": "attn.c_attn",
     "self_attention.linear_proj": "attn.c_proj",
     "pre_mlp_layernorm": "ln_2",
     "mlp.linear_gate": "mlp.w2",
     "mlp.linear_up": "mlp.w1",
     "mlp.linear_fc2": "mlp.c_proj",
 }
-_THIRDS = ("self_attention.linear_q", "self_attention.linear_k", "self_attention.linear_v")
+_THIRDS = {f"self_attention.linear_{part}": (i, 3) for i, part in enumerate("qkv")}
 _SAME = (
     "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "initializer_range",
     "tie_word_embeddings", "torch_dtype", "dtype", "use_cache", "bos_token_id", "eos_token_id",
@@ -38,18 +39,7 @@ _SAME = (
 )  # fmt: skip
 
 
-def stored(name: str) -> tuple[str, int, int]:
-    """Canonical name -> the tensor it is in, and which of how many equal blocks of its rows."""
-    layer, rest = split_layer(name)
-    if layer is None:
-        return _OUTER[rest], 0, 1
-    module, _, kind = rest.rpartition(".")
-    if module in _THIRDS:
-        return f"transformer.h.{layer}.attn.c_attn.{kind}", _THIRDS.index(module), len(_THIRDS)
-    return f"transformer.h.{layer}.{_MODULES[module]}.{kind}", 0, 1
-
-
-def as_qwen2(values: Mapping[str, Any]) -> dict[str, Any]:
+def _as_qwen2(values: Mapping[str, Any]) -> dict[str, Any]:
     """The config.json of a Qwen2 that computes the same up to ``seq_length`` tokens.
 
     Raises:
@@ -61,8 +51,8 @@ def as_qwen2(values: Mapping[str, Any]) -> dict[str, Any]:
             raise CheckpointError(f"{key} is {values[key]!r}; wanted {wanted}, as Qwen2 computes")
     return {
         **{key: values[key] for key in _SAME if key in values},
-        "model_type": FAMILIES[FAMILY].model_type,
-        "architectures": [FAMILIES[FAMILY].architecture],
+        "model_type": QWEN2.model_type,
+        "architectures": [QWEN2.architecture],
         "hidden_act": "silu",
         "intermediate_size": values["intermediate_size"] // 2,
         "num_key_value_heads": values["num_attention_heads"],
@@ -72,3 +62,18 @@ def as_qwen2(values: Mapping[str, Any]) -> dict[str, Any]:
         "rope_theta": values.get("rotary_emb_base", 10000.0),
         "use_sliding_window": False,
     }
+
+
+def _read(values: Mapping[str, Any]) -> ModelConfig:
+    return QWEN2.read(_as_qwen2(values))
+
+
+QWEN1 = replace(
+    QWEN2,
+    model_type="qwen",
+    layer=renamed(QWEN2.layer, _MODULES, _THIRDS),
+    outer=renamed(QWEN2.outer, _MODULES, {}),
+    hf_layers="transformer.h",
+    read=_read,
+)
+"""How it lies on disk; what is read from it is a model of family qwen2."""

@@ -1,58 +1,22 @@
-"""The table of named axes: every weight of a model and the axis of each of its dims.
+"""The model's tensors by their canonical names: which there are, their axes, their shapes.
 
-This is the only place that knows which dim of which tensor is what. Letters:
-
-    V vocabulary   D hidden   Q query heads   K key/value groups   F FFN channels   L layers
-
-Q and K own ``kv_channels`` rows per index. V, Q, K and F are split over tensor-parallel ranks, D is
-replicated, L is split over pipeline stages. Canonical names are Megatron's, with its fused tensors
-taken apart (``linear_q``, ``linear_gate``); `store.names` maps them to what lies on disk.
+All of it follows from the tables of `blocks` and of the model's family.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from math import prod
 
-from megatron_prune.model.shape import ModelConfig, ModelShape
+from megatron_prune.model.blocks import EMBEDDING, FINAL_NORM, HALVES, KNOWN, OUTPUT
+from megatron_prune.model.family import Weight
+from megatron_prune.model.shape import AXES, ModelConfig, ModelShape
 
-SPLIT_AXES = frozenset("VQKF")
 LAYER_PREFIX = "decoder.layers."
-
-
-@dataclass(frozen=True, kw_only=True)
-class Weight:
-    """One tensor of the model: canonical name, axis per dim, and the fact that must hold for it."""
-
-    name: str
-    axes: str
-    when: str = ""
-
-
-_PER_LAYER = (
-    Weight(name="input_layernorm.weight", axes="D"),
-    Weight(name="self_attention.linear_q.weight", axes="QD"),
-    Weight(name="self_attention.linear_k.weight", axes="KD"),
-    Weight(name="self_attention.linear_v.weight", axes="KD"),
-    Weight(name="self_attention.linear_q.bias", axes="Q", when="qkv_bias"),
-    Weight(name="self_attention.linear_k.bias", axes="K", when="qkv_bias"),
-    Weight(name="self_attention.linear_v.bias", axes="K", when="qkv_bias"),
-    Weight(name="self_attention.linear_proj.weight", axes="DQ"),
-    Weight(name="self_attention.linear_proj.bias", axes="D", when="proj_bias"),
-    Weight(name="pre_mlp_layernorm.weight", axes="D"),
-    Weight(name="mlp.linear_gate.weight", axes="FD"),
-    Weight(name="mlp.linear_up.weight", axes="FD"),
-    Weight(name="mlp.linear_gate.bias", axes="F", when="mlp_bias"),
-    Weight(name="mlp.linear_up.bias", axes="F", when="mlp_bias"),
-    Weight(name="mlp.linear_fc2.weight", axes="DF"),
-    Weight(name="mlp.linear_fc2.bias", axes="D", when="mlp_bias"),
-)
-EMBEDDING = Weight(name="embedding.word_embeddings.weight", axes="VD")
-FINAL_NORM = Weight(name="decoder.final_layernorm.weight", axes="D")
-OUTPUT = Weight(name="output_layer.weight", axes="VD", when="untied")
-
-_AXES = {weight.name: weight.axes for weight in (*_PER_LAYER, EMBEDDING, FINAL_NORM, OUTPUT)}
+_AXES_OF = {weight.name: weight.axes for weight in KNOWN}
+_NORM_OF_READER = {
+    f"{reader}.weight": f"{half.norm}.weight" for half in HALVES for reader in half.inputs
+}
 
 
 def _holds(weight: Weight, config: ModelConfig) -> bool:
@@ -63,17 +27,22 @@ def _holds(weight: Weight, config: ModelConfig) -> bool:
 
 def layer_weights(config: ModelConfig) -> list[Weight]:
     """The weights of one layer, names without the layer's prefix, in the model's order."""
-    return [weight for weight in _PER_LAYER if _holds(weight, config)]
+    return [weight for weight in config.family.layer if _holds(weight, config)]
 
 
 def outer_weights(config: ModelConfig) -> list[Weight]:
     """The weights outside the layers: embedding, final norm, and the output layer when untied."""
-    return [weight for weight in (EMBEDDING, FINAL_NORM, OUTPUT) if _holds(weight, config)]
+    return [weight for weight in config.family.outer if _holds(weight, config)]
 
 
 def layer_name(layer: int, rest: str) -> str:
     """Canonical name of a layer's weight."""
     return f"{LAYER_PREFIX}{layer}.{rest}"
+
+
+def in_layer(layer: int | None, rest: str) -> str:
+    """The name of a tensor of a layer, or of one outside."""
+    return rest if layer is None else layer_name(layer, rest)
 
 
 def split_layer(name: str) -> tuple[int | None, str]:
@@ -86,13 +55,7 @@ def split_layer(name: str) -> tuple[int | None, str]:
 
 def axes_of(name: str) -> str:
     """The axis letters of a canonical name, one per dim."""
-    return _AXES[split_layer(name)[1]]
-
-
-_NORM_BEFORE = {
-    "self_attention": "input_layernorm.weight",
-    "mlp": "pre_mlp_layernorm.weight",
-}
+    return _AXES_OF[split_layer(name)[1]]
 
 
 def norm_before(name: str) -> str | None:
@@ -100,14 +63,23 @@ def norm_before(name: str) -> str | None:
     if name == OUTPUT.name:
         return FINAL_NORM.name
     layer, rest = split_layer(name)
-    if layer is None or not axes_of(name).endswith("D") or axes_of(name) == "D":
-        return None
-    return layer_name(layer, _NORM_BEFORE[rest.partition(".")[0]])
+    norm = _NORM_OF_READER.get(rest)
+    return None if norm is None or layer is None else layer_name(layer, norm)
+
+
+def norm_names(config: ModelConfig) -> list[str]:
+    """The N norms of the hidden state in the order of the forward pass; the final one is last."""
+    layers = [
+        layer_name(layer, f"{half.norm}.weight")
+        for layer in range(config.shape.num_layers)
+        for half in config.family.halves
+    ]
+    return [*layers, FINAL_NORM.name]
 
 
 def split_dim(axes: str) -> int | None:
     """The dim that tensor parallelism splits, None for a replicated tensor."""
-    return next((dim for dim, axis in enumerate(axes) if axis in SPLIT_AXES), None)
+    return next((dim for dim, axis in enumerate(axes) if AXES[axis].is_split), None)
 
 
 def names(config: ModelConfig) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""What a model costs: parameters, bytes, FLOPs, training memory. Formulas only.
+"""What a model costs: parameters, bytes, FLOPs. Formulas only.
 
 Counts follow the axis table, so they hold for every shape, pruned or not. The functions that take
 `Sizes` answer for one shape or, with arrays, for a million at once (`search`).
@@ -8,25 +8,24 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from megatron_prune.model.axes import count_parameters, layer_weights, outer_weights
-from megatron_prune.model.grid import ParallelGrid, padded_vocab_size
-from megatron_prune.model.shape import ModelConfig, ModelShape
+from megatron_prune.model.shape import AXES, ModelConfig, ModelShape
 
 DTYPE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 PREFILL_TOKENS = 8192  # that go through a layer at once: vLLM's usual max_num_batched_tokens
 
 Sizes = Mapping[str, Any]
-"""Axis letter (all of VDQKFL) -> indices along it: integers, or int64 arrays of one length."""
+"""Axis letter -> indices along it: integers, or int64 arrays of one length. An axis that is missing
+has the size that the model has."""
 
 
 def sizes_of(shape: ModelShape) -> dict[str, int]:
     """One shape as `Sizes`."""
-    return {axis: shape.size(axis) for axis in "VDQKFL"}
+    return {axis: shape.size(axis) for axis in AXES}
 
 
 def parameters_at(config: ModelConfig, sizes: Sizes) -> Any:
@@ -37,7 +36,8 @@ def parameters_at(config: ModelConfig, sizes: Sizes) -> Any:
         for axes, number in Counter("".join(sorted(weight.axes)) for weight in weights).items():
             product: Any = number
             for axis in axes:
-                product = product * sizes[axis] * config.shape.rows(axis)
+                size = sizes[axis] if axis in sizes else config.shape.size(axis)
+                product = product * size * config.shape.rows(axis)
             total = total + product
         return total
 
@@ -54,7 +54,8 @@ def serving_bytes(
         weights      parameters
         KV cache     2 L K kv_channels  x  batch_size seq_length
         activations  (2 D + max(3 F, 2 (Q + K) kv_channels))  x  T   one layer at a time: the
-                     residual and its norm; gate, up and product, or q, k, v and what they attend to
+                     residual and its norm; gate, up and product (2 F without a gate), or q, k, v
+                     and what they attend to
         logits       V x batch_size, of each sequence's last token, in fp32
 
     with T = min(batch_size seq_length, PREFILL_TOKENS), as engines cut long prompts. What the
@@ -63,7 +64,9 @@ def serving_bytes(
     """
     tokens, width = batch_size * seq_length, config.shape.kv_channels
     cache = 2 * sizes["L"] * sizes["K"] * width * tokens
-    widest = np.maximum(3 * sizes["F"], 2 * (sizes["Q"] + sizes["K"]) * width)
+    widest = np.maximum(
+        config.family.ffn_matrices * sizes["F"], 2 * (sizes["Q"] + sizes["K"]) * width
+    )
     activations = (2 * sizes["D"] + widest) * min(tokens, PREFILL_TOKENS)
     values = parameters_at(config, sizes) + cache + activations
     return values * DTYPE_BYTES[dtype] + sizes["V"] * batch_size * DTYPE_BYTES["fp32"]
@@ -74,20 +77,17 @@ def weight_bytes(config: ModelConfig) -> int:
     return count_parameters(config) * DTYPE_BYTES[config.dtype]
 
 
-def flops_per_token(config: ModelConfig, seq_length: int) -> int:
-    """Forward multiply-adds x 2 per token: every matrix, and causal attention over half a sequence.
-
-    Training costs three times this (Kaplan et al. 2020, arXiv:2001.08361, eq. 2.2).
-    """
-    return int(flops_at(config, sizes_of(config.shape), seq_length))
-
-
 def flops_at(config: ModelConfig, sizes: Sizes, seq_length: int) -> Any:
-    """`flops_per_token` of ``config`` in other sizes; an array where they are."""
+    """Forward multiply-adds x 2 a token: every matrix, and causal attention over half a sequence.
+
+    Training costs three times this (Kaplan et al. 2020, arXiv:2001.08361, eq. 2.2). An array where
+    the sizes are.
+    """
     width = config.shape.kv_channels
     projections = sizes["D"] * width * 2 * (sizes["Q"] + sizes["K"])
     attention = sizes["Q"] * width * seq_length  # q.k and p.v, halved
-    per_layer = projections + 3 * sizes["D"] * sizes["F"] + attention
+    ffn = config.family.ffn_matrices * sizes["D"] * sizes["F"]
+    per_layer = projections + ffn + attention
     return 2 * (sizes["L"] * per_layer + sizes["V"] * sizes["D"])
 
 
@@ -96,33 +96,3 @@ def kv_cache_bytes_per_token(config: ModelConfig) -> int:
     shape = config.shape
     width = shape.num_query_groups * shape.kv_channels
     return 2 * shape.num_layers * width * DTYPE_BYTES[config.dtype]
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainingMemory:
-    """Bytes one rank holds in mixed-precision training with Adam, without activations."""
-
-    parameters: int
-    gradients: int
-    optimizer: int
-
-    @property
-    def total(self) -> int:
-        return self.parameters + self.gradients + self.optimizer
-
-
-def training_memory(
-    config: ModelConfig, grid: ParallelGrid, *, data_parallel: int = 1, distributed: bool = True
-) -> TrainingMemory:
-    """Memory of the heaviest rank: 16-bit weights, fp32 gradients, fp32 master weights and Adam's
-    two moments; the last three split over data-parallel ranks with the distributed optimizer
-    (Rajbhandari et al. 2020, arXiv:1910.02054, stage 1)."""
-    shape = config.shape
-    padded = replace(shape, vocab_size=padded_vocab_size(shape.vocab_size, grid.tensor_parallel))
-    whole = count_parameters(replace(config, shape=padded))
-    outer = padded.vocab_size * shape.hidden_size * (1 if config.tied else 2)
-    layers = max(grid.layers_per_stage(shape.num_layers)) / shape.num_layers
-    edge = outer if grid.pipeline_parallel == 1 else padded.vocab_size * shape.hidden_size
-    mine = int(((whole - outer) * layers + edge) / grid.tensor_parallel)
-    share = data_parallel if distributed else 1
-    return TrainingMemory(parameters=2 * mine, gradients=4 * mine, optimizer=12 * mine // share)

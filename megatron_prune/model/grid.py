@@ -6,9 +6,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from megatron_prune.errors import ShapeError
+from megatron_prune.flags import Group, flag, positive
 from megatron_prune.model.shape import ModelShape
 
 VOCAB_DIVISOR = 128  # Megatron's --make-vocab-size-divisible-by
+LAYOUT = Group("layout", is_last=True)
 
 
 def padded_vocab_size(vocab_size: int, tensor_parallel: int) -> int:
@@ -107,3 +109,34 @@ class ParallelGrid:
 def part_range(size: int, part: int, parts: int) -> tuple[int, int]:
     """``[start, stop)`` of an evenly split axis."""
     return size * part // parts, size * (part + 1) // parts
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """Megatron's flags for a tensor- and pipeline-parallel layout."""
+
+    tensor_model_parallel_size: int = flag(
+        "ranks that share each layer", default=1, parse=positive, metavar="N", group=LAYOUT
+    )
+    pipeline_model_parallel_size: int = flag(
+        "stages that share the layers", default=1, parse=positive, metavar="M", group=LAYOUT
+    )
+    decoder_first_pipeline_num_layers: int | None = flag(
+        "of the first stage (default: even)",
+        default=None,
+        parse=positive,
+        metavar="L",
+        group=LAYOUT,
+    )
+    decoder_last_pipeline_num_layers: int | None = flag(
+        "of the last stage (default: even)", default=None, parse=positive, metavar="L", group=LAYOUT
+    )
+
+    @property
+    def grid(self) -> ParallelGrid:
+        return ParallelGrid(
+            tensor_parallel=self.tensor_model_parallel_size,
+            pipeline_parallel=self.pipeline_model_parallel_size,
+            first_stage_layers=self.decoder_first_pipeline_num_layers,
+            last_stage_layers=self.decoder_last_pipeline_num_layers,
+        )

@@ -15,23 +15,35 @@ import torch
 from torch import Tensor
 
 from megatron_prune.errors import ConfigError
+from megatron_prune.flags import Group, flag, flag_name, given, positive
 from megatron_prune.model.axes import tensor_shape
+from megatron_prune.model.blocks import HALVES, KNOWN
+from megatron_prune.model.fusion import stored_reader
 from megatron_prune.model.shape import ModelShape
 
 A, B = "lora_A", "lora_B"
 # linear -> the canonical weights that lie in it one below the other
 PARTS = {
-    "linear_qkv": tuple(f"self_attention.linear_{part}.weight" for part in "qkv"),
-    "linear_proj": ("self_attention.linear_proj.weight",),
-    "linear_fc1": ("mlp.linear_gate.weight", "mlp.linear_up.weight"),
-    "linear_fc2": ("mlp.linear_fc2.weight",),
+    linear.rpartition(".")[2]: tuple(f"{part}.weight" for part in parts)
+    for half in HALVES
+    for linear, parts in ((stored_reader(half), half.inputs), (half.output, (half.output,)))
 }
 TARGETS = tuple(PARTS)
-_OF_HUGGING_FACE = {"o_proj": "linear_proj", "down_proj": "linear_fc2"}
+ROW_PARALLEL = tuple(half.projection for half in HALVES)
+# Hugging Face's leaf -> the linear that it is, and the linear that it is a part of
+_LEAVES = {weight.name: weight.hf.split(".")[-2] for weight in KNOWN}
+_OF_HUGGING_FACE = {_LEAVES[PARTS[target][0]]: target for target in ROW_PARALLEL}
 _FUSED = {
-    **dict.fromkeys(("q_proj", "k_proj", "v_proj"), "linear_qkv"),
-    **dict.fromkeys(("gate_proj", "up_proj"), "linear_fc1"),
+    _LEAVES[part]: target
+    for target, parts in PARTS.items()
+    for part in parts
+    if target not in ROW_PARALLEL
 }
+_LORA = Group(
+    "low-rank adaptation (LoRA)",
+    "The weights stay as they are, and W + ALPHA / R * B @ A is used; only A and B are trained.",
+    is_last=True,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +72,45 @@ class Lora:
         return (
             f"--lora-rank {self.rank} --lora-alpha {self.alpha:g} "
             f"--lora-targets {' '.join(self.targets)}{zeros}"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraOptions:
+    """Of a stage that trains a model."""
+
+    lora_rank: int | None = flag(
+        "train factors of this rank", default=None, group=_LORA, metavar="R", parse=positive
+    )
+    lora_alpha: float | None = flag(
+        "of the factors (default: R; they count once, as with peft's own defaults of 8 and 8)",
+        default=None,
+        group=_LORA,
+        metavar="ALPHA",
+    )
+    lora_targets: tuple[str, ...] = flag(
+        f"some of {', '.join(TARGETS)} (default: all)", default=(), group=_LORA, metavar="LINEAR"
+    )
+    lora_keep_zeros: bool = flag("weights that are zero stay zero", default=False, group=_LORA)
+
+    @property
+    def lora(self) -> Lora | None:
+        """What is asked for; None without a rank.
+
+        Raises:
+            ConfigError: an option that needs ``--lora-rank``, or unknown targets.
+        """
+        if self.lora_rank is None:
+            for name in given(self, LoraOptions):
+                raise ConfigError(
+                    f"{flag_name(name)} needs --lora-rank R: without it there are no factors"
+                )
+            return None
+        return Lora(
+            rank=self.lora_rank,
+            alpha=float(self.lora_rank if self.lora_alpha is None else self.lora_alpha),
+            targets=parse_targets(self.lora_targets or TARGETS),
+            keep_zeros=self.lora_keep_zeros,
         )
 
 

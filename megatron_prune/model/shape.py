@@ -1,6 +1,6 @@
-"""What a model is, apart from its weights: its sizes (`ModelShape`) and the rest (`ModelConfig`).
+"""What a model is, apart from its weights: named axes, their sizes (`ModelShape`) and the rest.
 
-Nothing here knows a file format or a tensor; `axes` knows the tensors.
+Nothing here knows a file format or a tensor; `blocks` knows the tensors.
 """
 
 from __future__ import annotations
@@ -11,6 +11,52 @@ from math import gcd
 from typing import Any
 
 from megatron_prune.errors import ShapeError
+from megatron_prune.model.family import Family
+
+
+@dataclass(frozen=True, kw_only=True)
+class Axis:
+    """A named axis of the model.
+
+    Attributes:
+        size: the field of `ModelShape` that counts its indices.
+        word: what plan files call it; ``unit`` is what one index is called in messages.
+        is_per_layer: every layer keeps indices of its own.
+        is_split: tensor parallelism splits it over ranks; others are replicated, and ``L`` is split
+            over pipeline stages.
+        has_channels: an index owns ``kv_channels`` rows of a tensor, else one.
+        is_scored: criteria score its units.
+    """
+
+    size: str
+    word: str
+    unit: str
+    is_per_layer: bool = False
+    is_split: bool = False
+    has_channels: bool = False
+    is_scored: bool = True
+
+
+AXES = {
+    "V": Axis(size="vocab_size", word="vocab", unit="token", is_split=True, is_scored=False),
+    "D": Axis(size="hidden_size", word="hidden", unit="hidden channel"),
+    "Q": Axis(
+        size="num_attention_heads", word="heads", unit="head",
+        is_per_layer=True, is_split=True, has_channels=True,
+    ),
+    "K": Axis(
+        size="num_query_groups", word="query_groups", unit="query group",
+        is_per_layer=True, is_split=True, has_channels=True,
+    ),
+    "F": Axis(
+        size="ffn_hidden_size", word="ffn", unit="FFN channel", is_per_layer=True, is_split=True
+    ),
+    "L": Axis(size="num_layers", word="layers", unit="layer"),
+    "C": Axis(size="kv_channels", word="kv_channels", unit="channel of a head", is_scored=False),
+}  # fmt: skip
+"""The axes by their letters: the only place that says what each is."""
+SCORED_AXES = "".join(letter for letter, axis in AXES.items() if axis.is_scored)
+LAYER_AXES = "".join(letter for letter, axis in AXES.items() if axis.is_per_layer)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,22 +115,15 @@ class ModelShape:
         return self.ffn_per_layer or (self.ffn_hidden_size,) * self.num_layers
 
     def size(self, axis: str, layer: int | None = None) -> int:
-        """Indices along a named axis (`axes` has the letters), of a layer where layers differ;
-        without one the largest."""
+        """Indices along a named axis, of a layer where layers differ; without one the largest."""
         if axis == "F" and layer is not None:
             return self.ffn_widths[layer]
-        return {
-            "V": self.vocab_size,
-            "D": self.hidden_size,
-            "Q": self.num_attention_heads,
-            "K": self.num_query_groups,
-            "F": self.ffn_hidden_size,
-            "L": self.num_layers,
-        }[axis]
+        size: int = getattr(self, AXES[axis].size)
+        return size
 
     def rows(self, axis: str) -> int:
         """Tensor rows one index of the axis owns: a head has `kv_channels` of them."""
-        return self.kv_channels if axis in "QK" else 1
+        return self.kv_channels if AXES[axis].has_channels else 1
 
     def legal_tensor_parallel_sizes(self, limit: int = 1024) -> list[int]:
         """TP sizes that divide heads, groups and FFN channels (the vocabulary is padded)."""
@@ -108,14 +147,16 @@ class ModelShape:
                 )
 
     def _split_sizes(self) -> dict[str, int]:
-        """What tensor parallelism has to divide."""
-        is_uniform = self.ffn_per_layer is None
-        ffn = "ffn_hidden_size" if is_uniform else "ffn_per_layer's greatest common divisor"
-        return {
-            "num_attention_heads": self.num_attention_heads,
-            "num_query_groups": self.num_query_groups,
-            ffn: self.ffn_hidden_size if self.ffn_per_layer is None else gcd(*self.ffn_per_layer),
+        """What tensor parallelism has to divide; the vocabulary is padded."""
+        sizes = {
+            axis.size: self.size(letter)
+            for letter, axis in AXES.items()
+            if axis.is_split and letter != "V"
         }
+        if self.ffn_per_layer is not None:
+            del sizes[AXES["F"].size]
+            sizes["ffn_per_layer's greatest common divisor"] = gcd(*self.ffn_per_layer)
+        return sizes
 
     def check_uniform(self, who: str, instead: str) -> None:
         """Refuse layers of different widths, which ``who`` cannot work with.
@@ -156,7 +197,7 @@ class ModelConfig:
     read, so that export gives back what we do not interpret; empty when the source had none.
     """
 
-    family: str
+    family: Family
     shape: ModelShape
     tied: bool
     qkv_bias: bool = False

@@ -1,7 +1,7 @@
 """How many FFN channels each layer keeps when layers may differ: the best ones of the whole model.
 
-Decides counts alone; which channels of a layer are kept follows from its count as in any plan
-(`planning`). Attention stays equal in all layers: what loads layers of different widths
+This file decides counts alone; which channels of a layer are kept follows from its count as in any
+plan (`planning`). Attention stays equal in all layers: what loads layers of different widths
 (`store.block_configs`) has one number of heads for the model.
 """
 

@@ -15,11 +15,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_prune.criteria import Criterion
 from megatron_prune.errors import PlanError
 from megatron_prune.model.shape import ModelShape
 from megatron_prune.planning.allocation import Nonuniform, spread
 from megatron_prune.planning.plan import Kept, PrunePlan
+from megatron_prune.planning.scores import Criterion
 
 _LAYERS = re.compile(r"([0-9]{1,6})(?:-([0-9]{1,6}))?")  # no model has a million layers
 

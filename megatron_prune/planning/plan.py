@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from megatron_prune.errors import PlanError, PruneError
-from megatron_prune.model.shape import ModelShape
+from megatron_prune.model.shape import AXES, Axis, ModelShape
 
 VERSION = 1
 PRUNE_TYPES = ("balance", "unbalance")
@@ -29,7 +29,8 @@ PerLayer = Mapping[int, tuple[int, ...]]
 
 @dataclass(frozen=True, kw_only=True)
 class Kept:
-    """Kept indices. ``heads``, ``query_groups`` and ``ffn`` map a kept source layer to its own."""
+    """Kept indices by the words of `AXES`, in the order of the file; those of an axis that is kept
+    per layer map a kept source layer to its own."""
 
     layers: tuple[int, ...] | None = None
     hidden: tuple[int, ...] | None = None
@@ -70,16 +71,13 @@ class PrunePlan:
             raise PlanError(f"prune_type {self.prune_type!r}; wanted {' or '.join(PRUNE_TYPES)}")
         if self.balance_for < 1:
             raise PlanError(f"balance_for {self.balance_for}; wanted 1 or more")
-        _check_indices("kept.layers", kept.layers, shape.num_layers)
-        _check_indices("kept.hidden", kept.hidden, shape.hidden_size)
-        _check_indices("kept.vocab", kept.vocab, shape.vocab_size)
-        for name, per_layer, size in (
-            ("heads", kept.heads, shape.num_attention_heads),
-            ("query_groups", kept.query_groups, shape.num_query_groups),
-            ("ffn", kept.ffn, shape.ffn_hidden_size),
-        ):
-            if per_layer is not None:
-                self._check_per_layer(name, per_layer, size)
+        for letter, axis in AXES.items():
+            if not axis.is_per_layer:
+                indices = getattr(kept, axis.word, None)
+                _check_indices(f"kept.{axis.word}", indices, shape.size(letter))
+        for letter, axis in AXES.items():
+            if axis.is_per_layer and (per_layer := getattr(kept, axis.word)) is not None:
+                self._check_per_layer(axis.word, per_layer, shape.size(letter))
         for layer in self.layers:
             self._check_heads(layer)
         _ = self.target  # a target that is no shape is refused here
@@ -122,20 +120,12 @@ class PrunePlan:
 
     def indices(self, axis: str, layer: int | None = None) -> Sequence[int]:
         """Kept source indices of an axis, of a source layer where the axis is per layer."""
-        kept = {
-            "V": self.kept.vocab,
-            "D": self.kept.hidden,
-            "L": self.kept.layers,
-            "Q": self.kept.heads,
-            "K": self.kept.query_groups,
-            "F": self.kept.ffn,
-        }[axis]
+        kept = getattr(self.kept, AXES[axis].word, None)  # no plan cuts the channels of a head
         if kept is None:
             return range(self.source.size(axis))
-        if isinstance(kept, Mapping):
-            assert layer is not None, f"axis {axis} is kept per layer"
-            return kept[layer]
-        return kept
+        assert layer is not None or not AXES[axis].is_per_layer, f"axis {axis} is kept per layer"
+        indices: Sequence[int] = kept[layer] if AXES[axis].is_per_layer else kept
+        return indices
 
     def tensor(self, axis: str, layer: int | None = None) -> Tensor | None:
         """`indices` as [n] int64, None where the axis is kept whole."""
@@ -166,10 +156,9 @@ class PrunePlan:
     def to_json(self) -> str:
         """The file's text; the same plan always gives the same bytes."""
 
-        def per_layer(kept: PerLayer | None) -> dict[str, list[int]] | None:
-            return None if kept is None else {str(k): list(kept[k]) for k in sorted(kept)}
-
-        def whole(kept: tuple[int, ...] | None) -> list[int] | None:
+        def plain(kept: PerLayer | tuple[int, ...] | None) -> Any:
+            if isinstance(kept, Mapping):
+                return {str(k): list(kept[k]) for k in sorted(kept)}
             return None if kept is None else list(kept)
 
         values = {
@@ -182,14 +171,7 @@ class PrunePlan:
             "balance_for": self.balance_for,
             "source_digest": self.source_digest,
             **({} if self.uniform else {"uniform": False}),
-            "kept": {
-                "layers": whole(self.kept.layers),
-                "hidden": whole(self.kept.hidden),
-                "heads": per_layer(self.kept.heads),
-                "query_groups": per_layer(self.kept.query_groups),
-                "ffn": per_layer(self.kept.ffn),
-                "vocab": whole(self.kept.vocab),
-            },
+            "kept": {field.name: plain(getattr(self.kept, field.name)) for field in fields(Kept)},
         }
         top = [f" {json.dumps(key)}: {json.dumps(value)}" for key, value in values.items()]
         top[-1] = ' "kept": ' + _kept_lines(values["kept"])
@@ -211,32 +193,23 @@ def compose(first: PrunePlan, second: PrunePlan) -> PrunePlan:
             f"{second.source.as_dict()}; plan the second on what the first leaves"
         )
 
-    def whole(axis: str, *kept: tuple[int, ...] | None) -> tuple[int, ...] | None:
-        if kept == (None, None):
-            return None
-        return tuple(first.indices(axis)[i] for i in second.indices(axis))
+    def indices(letter: str, old: int | None, new: int | None) -> tuple[int, ...]:
+        units = first.indices(letter, old)
+        return tuple(units[i] for i in second.indices(letter, new))
 
-    def per_layer(axis: str, *kept: PerLayer | None) -> PerLayer | None:
-        if kept == (None, None):
-            return None
-        found = {}
-        for layer in second.layers:
-            units = first.indices(axis, first.layers[layer])
-            found[first.layers[layer]] = tuple(units[i] for i in second.indices(axis, layer))
-        return found
-
-    one, other = first.kept, second.kept
+    kept: dict[str, Any] = {}
+    for letter, axis in AXES.items():
+        if all(getattr(plan.kept, axis.word, None) is None for plan in (first, second)):
+            continue
+        kept[axis.word] = (
+            {first.layers[new]: indices(letter, first.layers[new], new) for new in second.layers}
+            if axis.is_per_layer
+            else indices(letter, None, None)
+        )
     is_balanced = first.prune_type == second.prune_type == "balance"
     return PrunePlan(
         source=first.source,
-        kept=Kept(
-            layers=whole("L", one.layers, other.layers),
-            hidden=whole("D", one.hidden, other.hidden),
-            heads=per_layer("Q", one.heads, other.heads),
-            query_groups=per_layer("K", one.query_groups, other.query_groups),
-            ffn=per_layer("F", one.ffn, other.ffn),
-            vocab=whole("V", one.vocab, other.vocab),
-        ),
+        kept=Kept(**kept),
         criterion=second.criterion,
         seed=second.seed,
         prune_type="balance" if is_balanced else "unbalance",
@@ -299,24 +272,15 @@ def plan_from_dict(values: Mapping[str, Any]) -> PrunePlan:
     if not isinstance(uniform, bool):
         raise PlanError(f"uniform is {uniform!r}; wanted true or false")
 
-    def whole(name: str) -> tuple[int, ...] | None:
-        return None if kept[name] is None else tuple(kept[name])
+    def of_file(axis: Axis) -> Any:
+        if kept[axis.word] is None or not axis.is_per_layer:
+            return None if kept[axis.word] is None else tuple(kept[axis.word])
+        return {int(layer): tuple(indices) for layer, indices in kept[axis.word].items()}
 
-    def per_layer(name: str) -> PerLayer | None:
-        if kept[name] is None:
-            return None
-        return {int(layer): tuple(indices) for layer, indices in kept[name].items()}
-
+    names = {field.name for field in fields(Kept)}
     plan = PrunePlan(
         source=ModelShape.from_dict(values["source"]),
-        kept=Kept(
-            layers=whole("layers"),
-            hidden=whole("hidden"),
-            heads=per_layer("heads"),
-            query_groups=per_layer("query_groups"),
-            ffn=per_layer("ffn"),
-            vocab=whole("vocab"),
-        ),
+        kept=Kept(**{axis.word: of_file(axis) for axis in AXES.values() if axis.word in names}),
         criterion=str(values["criterion"]),
         seed=int(values["seed"]),
         prune_type=str(values["prune_type"]),

@@ -5,10 +5,11 @@ For an axis A and m kept units, with scores made non-negative (the lowest negati
     kept_A(m) = mean over layers of (sum of the m scores that a plan keeps) / (sum of all)
     loss      = sum over A of  weight_A  ln kept_A(m_A) / ln kept_A(half)     A in L, D, Q, F
 
-0 for the source itself, growing without bound as an axis vanishes. The scores give the curve along
-an axis, the weight its height: nats of loss when that axis alone is halved (kept_A(half) is taken
-at the size nearest to half and brought to it by a power law). A plan keeps the best units as
-`planning` does: as many on each of ``blocks`` tensor-parallel ranks, heads inside their groups.
+The loss is 0 for the source itself and grows without bound as an axis vanishes. The scores give the
+curve along an axis, the weight its height: nats of loss when that axis alone is halved
+(kept_A(half) is taken at the size nearest to half and brought to it by a power law). A plan keeps
+the best units as `planning` does: as many on each of ``blocks`` tensor-parallel ranks, heads inside
+their groups.
 
 Why weights are needed: shares of scores are no losses, and differ with the criterion. On SmolLM2,
 repaired, the excess loss along one axis was linear in ln kept within 5% (layers 28, 25, 21, by
@@ -17,9 +18,9 @@ activation), 12% (hidden 512, 448, 384, by residual-energy), 7% (heads 6, 3, by 
 weights from one evaluation an axis, where there is a text; `DEFAULT_WEIGHTS` are those of SmolLM2
 (2025-11-22, 6 x 512 tokens of WikiText-2) and rank other models only roughly.
 
-Limits: axes are taken one by one, as if what is lost in one changed nothing in another (in truth
-they add up to more or less than their sum); layers that go still count in the means of Q and F; the
-real loss of the best candidates (``--evaluate-data``) makes up for both.
+The limits: axes are taken one by one, as if what is lost in one changed nothing in another (in
+truth they add up to more or less than their sum); layers that go still count in the means of Q and
+F; the real loss of the best candidates (``--evaluate-data``) makes up for both.
 """
 
 from __future__ import annotations

@@ -148,6 +148,21 @@ def criteria_named(expression: str) -> dict[str, tuple[str, ...]]:
     }
 
 
+def criteria_in(text: str) -> tuple[str, ...]:
+    """The criteria that an expression, or a list of expressions for all axes, names; each once.
+
+    Raises:
+        PlanError: none of both.
+    """
+    by_axis = "=" in text
+    named = (
+        criteria_named(text).values()
+        if by_axis
+        else [[n for _, n in _terms(part)] for part in text.split(",")]
+    )
+    return tuple(dict.fromkeys(name for names in named for name in names if name))
+
+
 def narrowed(expression: str, axes: str) -> str:
     """What an expression says of some axes, as an expression that says nothing of others."""
     by_axis = _by_axis(expression)

@@ -1,7 +1,7 @@
 """A shape from a budget: every legal shape that fits, ranked by what the scores say it loses.
 
-Arithmetic on sizes and scores; no file, no weight. It decides sizes only: which units go is the
-plan's business (`planning`), made with the same scores afterwards.
+This is arithmetic on sizes and scores; no file and no weight is read. It decides sizes only: which
+units go is the plan's business (`planning`), made with the same scores afterwards.
 
 A shape is legal when
 - hidden and FFN are multiples for tensor cores (`default_multiple`), FFN on every tensor-parallel
@@ -36,6 +36,7 @@ TENSOR_CORE = 64  # values; NVIDIA's GEMM guide: fastest where sizes are multipl
 _RANK_MULTIPLE = 8  # values a rank: 16 bytes of bf16, below which no tensor core is used
 _STEPS = 16  # an axis shorter than 16 x 64 gets a smaller multiple, or it would have no choices
 APART = 0.05
+PROPORTIONS = 2.0
 _PROBE = 0.75
 _EPSILON = 1e-9  # of the proportions, which are quotients of floats
 
@@ -104,7 +105,7 @@ def search_space(
     balance_for: int = 1,
     multiple_of: int | None = None,
     min_layers: int | None = None,
-    proportions: float = 2.0,
+    proportions: float = PROPORTIONS,
     hidden_multiple_of_heads: bool = False,
     drop_query_groups: bool = False,
     fixed: Mapping[str, int] | None = None,

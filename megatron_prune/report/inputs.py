@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from megatron_prune.errors import ConfigError, PlanError
+from megatron_prune.files import hash_file
 from megatron_prune.model.shape import ModelShape
 from megatron_prune.planning.plan import PrunePlan, load_plan
 from megatron_prune.planning.scores import Scores, load_scores
 from megatron_prune.report.judged import is_judgement, is_task_results
 from megatron_prune.report.runs import METRICS, Run, is_run, read_run
-from megatron_prune.store.commit import hash_file
 
 WANTED = (
     "wanted scores (safetensors), a plan (JSON), a budget search's candidates (JSON), a run (its "

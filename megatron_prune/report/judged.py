@@ -1,4 +1,4 @@
-"""Models before and after, as ``evaluate`` judged them: texts and benchmark tasks, side by side."""
+"""Models before and after, as ``evaluate`` judged them: texts and benchmark tasks in tables."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-from megatron_prune.report.page import Rows, Section, Sheet, Table
+from megatron_prune.report.page import Rows, Sheet, Table
 
 NOTHING = "-"
 _COLUMNS = {
@@ -28,10 +28,13 @@ def is_task_results(values: Mapping[str, Any]) -> bool:
     return isinstance(values.get("results"), dict) and "load" in values
 
 
-def judged_sections(
+def judged_tables(
     judgements: Mapping[str, Mapping[str, Any]], results: Mapping[str, Mapping[str, Any]]
-) -> list[Section]:
-    """Before and after, in the order given: shares are those of the first."""
+) -> tuple[list[Table], list[Sheet]]:
+    """Tables of texts and of tasks, in the order given, and the sheets of their numbers.
+
+    Shares and differences of a text's table are against its first model.
+    """
     tables, sheets = [], []
     if judgements:
         tables.append(_text_table(judgements))
@@ -41,15 +44,7 @@ def judged_sections(
         tables.append(_task_table(results))
         names = ("model", "task, metric", "score", "standard error")
         sheets.append(Sheet(name="tasks", header=names, rows=partial(_task_rows, results)))
-    if not tables:
-        return []
-    text = ""
-    texts = {str(values.get("data")) for values in judgements.values()}
-    if len(texts) > 1:
-        text = f"Judged on different texts, not to be compared: {', '.join(sorted(texts))}."
-    return [
-        Section(anchor="judged", title="Before and after", text=text, parts=tables, sheets=sheets)
-    ]
+    return tables, sheets
 
 
 def _text_rows(judgements: Mapping[str, Mapping[str, Any]]) -> Rows:
@@ -74,14 +69,18 @@ def _known(value: Any) -> int | None:
 
 def _text_table(judgements: Mapping[str, Mapping[str, Any]]) -> Table:
     counts = [_known(values.get("parameters")) for values in judgements.values()]
-    rows = []
+    base = next(iter(judgements.values())).get("loss")
+    rows: list[tuple[str, ...]] = []
     for (label, values), count in zip(judgements.items(), counts):
+        loss, rise = values.get("loss"), NOTHING
+        if rows and isinstance(loss, int | float) and isinstance(base, int | float):
+            rise = f"{loss - base:+.4f}"
         share = _number(count / counts[0] if count and counts[0] else None, ".1%")
         cells = [_number(values.get(name), form) for name, form in _COLUMNS.items()]
-        rows.append((label, cells[0], share, *cells[1:], str(values.get("load"))))
+        rows.append((label, cells[0], share, cells[1], rise, *cells[2:], str(values.get("load"))))
     header = (
-        "model", "parameters", "of the first", "loss", "perplexity", "bits per byte", "on tokens",
-        "checkpoint",
+        "model", "parameters", "of the first", "loss", "above the first", "perplexity",
+        "bits per byte", "on tokens", "checkpoint",
     )  # fmt: skip
     texts = dict.fromkeys(str(values.get("data")) for values in judgements.values())
     return Table(header=header, rows=rows, caption=f"Held-out text: {', '.join(texts)}")

@@ -1,8 +1,8 @@
 """A report as one HTML file that needs nothing else: sections of text, tables and pictures.
 
-Knows nothing of plans or scores: `report.sections` says what is shown, and another kind of report
-is another list of sections. The same inputs give the same bytes: there is no date in the page. A
-policy in its head forbids the browser to load anything.
+This file knows nothing of plans or scores: `report.sections` says what is shown, and another kind
+of report is another list of sections. The same inputs give the same bytes: there is no date in the
+page. A policy in its head forbids the browser to load anything.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from typing import Any
 
 from megatron_prune import __version__
 from megatron_prune.errors import ConfigError, StorageError
+from megatron_prune.files import replace_file
 from megatron_prune.report.pictures import Picture, as_png, as_svg
-from megatron_prune.store.commit import replace_file
 
 Rows = Iterable[Sequence[object]]
 
@@ -102,7 +102,9 @@ body { margin: 0 auto; padding: 1.5rem 1rem 4rem; max-width: 62rem; color: var(-
   background: var(--paper); font: 15px/1.5 system-ui, sans-serif; }
 h1 { font-size: 1.5rem; margin: 0 0 .3rem; } h2 { font-size: 1.15rem; margin: 2.4rem 0 .5rem;
   padding-bottom: .2rem; border-bottom: 1px solid var(--line); }
-p { max-width: 48rem; } p, figcaption, caption, summary, footer { color: var(--soft); }
+p { max-width: 48rem; overflow-wrap: anywhere; }
+p, figcaption, caption, summary, footer { color: var(--soft); }
+main > section:first-child > p { color: var(--ink); font-size: 1.05rem; }
 nav { display: flex; flex-wrap: wrap; gap: .2rem 1.1rem; margin: .8rem 0; }
 a { color: var(--link); text-decoration: none; } a:hover { text-decoration: underline; }
 .wide { overflow-x: auto; } table { border-collapse: collapse; margin: .6rem 0 1.2rem;
@@ -110,7 +112,8 @@ a { color: var(--link); text-decoration: none; } a:hover { text-decoration: unde
 caption { text-align: left; padding-bottom: .3rem; }
 th, td { padding: .22rem .8rem .22rem 0; border-bottom: 1px solid var(--line); text-align: left;
   vertical-align: top; overflow-wrap: anywhere; }
-th { font-weight: 600; overflow-wrap: break-word; }
+th { font-weight: 600; overflow-wrap: break-word; min-width: 4rem; }
+td:last-child:not(.n) { min-width: 11rem; }
 td.n, th.n { text-align: right; white-space: nowrap; } tbody th { font-weight: 400; }
 figure { margin: 1rem 0 1.6rem; } figcaption, summary { font-size: .87rem; max-width: 48rem; }
 figure svg { display: block; max-width: 100%; height: auto; margin-top: .4rem; }
@@ -119,6 +122,7 @@ details { margin: .4rem 0; } summary { cursor: pointer; } footer { margin-top: 3
   color-scheme: light; --ink: #000; --soft: #333; --line: #bbb;
   --paper: #fff; --link: #000; } body { max-width: none; padding: 0; font-size: 12px; } nav,
   details:not([open]) { display: none; } figure, tr, p { break-inside: avoid; }
+  figure svg { max-height: 19cm; } footer { margin-top: 1rem; }
   h2, section > p, figcaption { break-after: avoid; } }
 """
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"

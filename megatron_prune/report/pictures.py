@@ -39,10 +39,15 @@ class Picture:
 
 
 def as_png(picture: Picture) -> bytes:
-    """The figure on white, at twice the page's resolution."""
+    """The figure on opaque white, in 256 colours, which makes the file half as large."""
+    from PIL import Image  # matplotlib brings it
+
     buffer = io.BytesIO()
-    figure = picture.draw(PAPER_INK)
-    figure.savefig(buffer, format="png", dpi=160, facecolor="white", metadata={"Software": None})
+    picture.draw(PAPER_INK).savefig(buffer, format="png", dpi=140, facecolor="white")
+    image = Image.open(buffer).convert("RGB")
+    palette = image.quantize(256, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
+    buffer = io.BytesIO()
+    palette.save(buffer, format="PNG", optimize=True)
     return buffer.getvalue()
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from megatron_prune.report.loss_curves import smoothed
 from megatron_prune.report.pictures import MANY, add_legend, new_figure, plain, use_ink
 from megatron_prune.report.runs import DOMAINS, Points, thinned
 
@@ -18,7 +17,7 @@ COLORS = (
     "#8a8f98", "#a0714f",
 )  # fmt: skip
 _DASHES = ("-", "--", ":", "-.")
-_SMOOTHED_SHARE = 20  # a thick line is the mean over a twentieth of the run
+_SMOOTHED_SHARE = 10  # a thick line is the mean over a tenth of the run
 
 
 def line_style(number: int) -> dict[str, Any]:
@@ -48,6 +47,14 @@ def loss_picture(
             axes.plot(x, y, "o", color=style["color"], markersize=5, label=label_dots)
     _finish(axes, unit, "loss (nats per token); dots: validation", ink)
     return figure
+
+
+def smoothed(values: Sequence[float], window: int) -> list[float]:
+    """Mean over the last ``window`` values, over fewer at the start."""
+    return [
+        sum(values[max(0, end - window) : end]) / min(window, end)
+        for end in range(1, len(values) + 1)
+    ]
 
 
 def _plot(axes: Any, points: Points, **style: Any) -> None:

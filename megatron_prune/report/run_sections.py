@@ -20,14 +20,6 @@ from megatron_prune.report.runs import COURSE, DOMAINS, LOSS, TOKENS, VALIDATION
 NOTHING = "-"
 
 
-def run_sections(runs: Mapping[str, Run]) -> list[Section]:
-    """Sections of the runs, in order; none without a run."""
-    if not runs:
-        return []
-    sections = [_loss_section(runs), _course_section(runs), _domain_section(runs)]
-    return [*(s for s in sections if s is not None), _command_section(runs)]
-
-
 def _axis(runs: Mapping[str, Run]) -> tuple[bool, str]:
     """Whether all runs know their tokens, and what the horizontal axis says."""
     over_tokens = all(run.has_tokens for run in runs.values())
@@ -38,7 +30,10 @@ def _said(value: float | None, form: str) -> str:
     return NOTHING if value is None else format(value, form)
 
 
-def _loss_section(runs: Mapping[str, Run]) -> Section:
+def loss_section(runs: Mapping[str, Run]) -> Section | None:
+    """The losses of all runs in one picture, and a table of them; None without a run."""
+    if not runs:
+        return None
     over_tokens, unit = _axis(runs)
     rows = [
         (
@@ -74,7 +69,7 @@ def _loss_section(runs: Mapping[str, Run]) -> Section:
         anchor="training-loss",
         title="Training",
         text=text,
-        parts=[Table(header=header, rows=rows, caption="Runs"), picture],
+        parts=[picture, Table(header=header, rows=rows, caption="Runs")],
         sheets=[Sheet(name="training", header=("run", *keys), rows=partial(_cells, runs, keys))],
     )
 
@@ -85,7 +80,10 @@ def _cells(runs: Mapping[str, Run], keys: Sequence[str]) -> Rows:
             yield (label, *(row.get(key, "") for key in keys))
 
 
-def _course_section(runs: Mapping[str, Run]) -> Section | None:
+def course_section(runs: Mapping[str, Run]) -> Section | None:
+    """Learning rate, gradient norm and speed; None when no run logged them."""
+    if not runs:
+        return None
     over_tokens, unit = _axis(runs)
     panels = {
         text: {label: run.points(key, over_tokens=over_tokens) for label, run in runs.items()}
@@ -102,8 +100,10 @@ def _course_section(runs: Mapping[str, Run]) -> Section | None:
     return Section(anchor="course", title="Course of training", parts=[picture])
 
 
-def _domain_section(runs: Mapping[str, Run]) -> Section | None:
+def domain_section(runs: Mapping[str, Run]) -> Section | None:
     """A picture for each run that logged domains; None when none did."""
+    if not runs:
+        return None
     over_tokens, unit = _axis(runs)
     pictures, lacks = [], []
     for label, run in runs.items():
@@ -145,8 +145,10 @@ def _domain_cells(runs: Mapping[str, Run]) -> Iterator[Sequence[object]]:
                     yield (label, row["iteration"], row.get(TOKENS, ""), name, *values)
 
 
-def _command_section(runs: Mapping[str, Run]) -> Section:
-    """Commands and digests; says of which runs nothing is known."""
+def command_section(runs: Mapping[str, Run]) -> Section | None:
+    """Commands and digests, and of which runs no commands are known; None without a run."""
+    if not runs:
+        return None
     commands = [
         (label, f"{int(row.get('iteration', 0)):,}", _command(row))
         for label, run in runs.items()

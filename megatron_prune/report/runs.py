@@ -15,8 +15,9 @@ from statistics import median
 from typing import Any
 
 from megatron_prune.errors import CheckpointError, ConfigError, DamagedError
+from megatron_prune.files import hash_file
 from megatron_prune.sources.source import COMMANDS
-from megatron_prune.store.commit import MANIFEST, hash_file, read_manifest
+from megatron_prune.store.commit import MANIFEST, read_manifest
 from megatron_prune.store.open import iteration_directory
 
 METRICS = "metrics.jsonl"

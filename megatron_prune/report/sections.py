@@ -1,6 +1,8 @@
-"""What a report shows, section by section: first what came of it, then scores, plans and searches.
+"""What a report shows, section by section: what came of it, then why, then how to make it again.
 
-Every section stands when one of the inputs has something for it: scores without a plan are maps
+The result and the losses come first, then the plan, the scores behind it and what a search tried,
+then the course of the runs; digests and commands are the end. Every section stands when one of the
+inputs has something for it: scores without a plan are maps
 with nothing outlined, a plan without scores is maps of what it keeps. Of several criteria the
 plan's own comes first and open, the others fold away.
 """
@@ -32,11 +34,16 @@ from megatron_prune.report.decisions import (
     overlap_masks,
 )
 from megatron_prune.report.inputs import Inputs
-from megatron_prune.report.judged import judged_sections
-from megatron_prune.report.overview import overview_section
+from megatron_prune.report.overview import files_section, plan_section
 from megatron_prune.report.page import Rows, Section, Sheet, slug
 from megatron_prune.report.pictures import Picture
-from megatron_prune.report.run_sections import run_sections
+from megatron_prune.report.result import result_section
+from megatron_prune.report.run_sections import (
+    command_section,
+    course_section,
+    domain_section,
+    loss_section,
+)
 from megatron_prune.report.tried import search_section
 from megatron_prune.report.unit_pictures import (
     NARROW,
@@ -77,14 +84,20 @@ def report_sections(inputs: Inputs, config: ModelConfig | None) -> list[Section]
     Args:
         config: of the source model, for exact parameters and bytes; None guesses.
     """
-    axes = [_axis_section(inputs, axis) for axis in AXIS_NAMES]
-    sections = [*axes, _overlap_section(inputs), search_section(inputs)]
-    judged = judged_sections(
-        {label: x.values for label, x in inputs.judgements.items()},
-        {label: x.values for label, x in inputs.results.items()},
-    )
-    told = [*judged, *run_sections(inputs.runs)]
-    return [overview_section(inputs, config), *told, *(s for s in sections if s is not None)]
+    runs = inputs.runs
+    sections = [
+        result_section(inputs, config),
+        loss_section(runs),
+        plan_section(inputs, config),
+        *(_axis_section(inputs, axis) for axis in AXIS_NAMES),
+        _overlap_section(inputs),
+        search_section(inputs),
+        course_section(runs),
+        domain_section(runs),
+        files_section(inputs),
+        command_section(runs),
+    ]
+    return [section for section in sections if section is not None]
 
 
 def _views(inputs: Inputs, axis: str) -> list[_View]:

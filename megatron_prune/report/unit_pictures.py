@@ -41,7 +41,7 @@ def unit_map(
     unit: str,
     per_group: int = 1,
 ) -> Figure:
-    """Heat map layer x unit with the kept units outlined; every unit has a cell.
+    """A heat map layer x unit with the kept units outlined; every unit has a cell.
 
     Args:
         scores: [L, n] float; coloured as a share of the layer's largest. None: only what is kept.
@@ -116,6 +116,50 @@ def wide_map(
         use_ink(axes, ink)
         if layers > 16:
             axes.tick_params(axis="y", labelsize=5.5)
+    return figure
+
+
+def plan_map(ink: str, *, kept: Mapping[str, Tensor], dropped: Sequence[int]) -> Figure:
+    """A whole plan: a strip of hidden channels above maps layer x head and layer x FFN channel.
+
+    Args:
+        kept: bool masks by axis: ``D`` [n], ``Q`` and ``F`` [L, n].
+    """
+    layers, heads = kept["Q"].shape
+    height = min(4.6, 0.8 + 0.13 * layers)
+    figure = new_figure(9.0, 1.0 + height)
+    grid = figure.add_gridspec(2, 2, width_ratios=(1, 3), height_ratios=(0.4, height))
+    every = {
+        "D": figure.add_subplot(grid[0, :]),
+        "Q": figure.add_subplot(grid[1, 0]),
+        "F": figure.add_subplot(grid[1, 1]),
+    }
+    names = {"D": "hidden channel", "Q": "attention head", "F": "FFN channel"}
+    for axis, axes in every.items():
+        shares = binned(kept[axis].view(-1, kept[axis].shape[-1]))
+        mesh = axes.pcolormesh(
+            torch.linspace(0, kept[axis].shape[-1], shares.shape[1] + 1).numpy(),
+            range(len(shares) + 1),
+            shares.numpy(),
+            cmap=COLORS,
+            vmin=0,
+            vmax=1,
+            rasterized=True,
+        )
+        axes.set_xlabel(names[axis], fontsize=9)
+        if axis == "D":
+            axes.set_yticks([])
+        else:
+            _layer_ticks(axes, layers, dropped, opaque=True)
+        use_ink(axes, ink)
+        if layers > 16:
+            axes.tick_params(axis="y", labelsize=5.5)
+    every["F"].set_ylabel("")
+    step = max(1, -(-heads // 8))
+    every["Q"].set_xticks(
+        [n + 0.5 for n in range(0, heads, step)], [str(n) for n in range(0, heads, step)]
+    )
+    add_colorbar(figure, mesh, list(every.values()), "share kept", ink)
     return figure
 
 

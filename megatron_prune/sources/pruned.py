@@ -13,11 +13,10 @@ from megatron_prune.families.config import hf_config
 from megatron_prune.model.axes import axes_of, layer_name, split_dim, split_layer
 from megatron_prune.model.tensors import take
 from megatron_prune.planning.plan import PrunePlan
-from megatron_prune.sources.digest import source_digest
-from megatron_prune.sources.source import Source
+from megatron_prune.sources.source import DerivedSource, Source
 
 
-class PrunedSource(Source):
+class PrunedSource(DerivedSource):
     """A model as a plan leaves it: reads through to the source, slice by slice.
 
     Raises:
@@ -26,9 +25,9 @@ class PrunedSource(Source):
 
     def __init__(self, source: Source, plan: PrunePlan) -> None:
         check_plan_fits(source, plan)
-        self.path, self.format, self.grid = source.path, source.format, source.grid
-        self.companion_files, self.iteration = source.companion_files, source.iteration
-        self._source, self._plan = source, plan
+        super().__init__(source)
+        self._forget_history()
+        self._plan = plan
         config = replace(source.config, shape=plan.target)
         layers = None if plan.kept.layers is None else list(plan.kept.layers)
         self.config = replace(config, hf_config=hf_config(config, layers))
@@ -43,6 +42,9 @@ class PrunedSource(Source):
 
     def dtype(self, name: str) -> torch.dtype:
         return self._source.dtype(self._source_name(name)[0])
+
+    def stored_name(self, name: str) -> str:
+        return self._source.stored_name(self._source_name(name)[0])
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
         source_name, layer = self._source_name(name)
@@ -60,9 +62,6 @@ class PrunedSource(Source):
             parts.append(take(x, axes, {**kept, **gaps}, self._rows))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    def close(self) -> None:
-        self._source.close()
-
 
 def _spans(index: Tensor) -> Iterator[Tensor]:
     """Sorted ids in parts that span at most as many source rows as there are ids: few kept rows in
@@ -78,9 +77,8 @@ def check_plan_fits(source: Source, plan: PrunePlan) -> None:
             f"{source.path}: is {source.config.shape.as_dict()}, the plan was made for "
             f"{plan.source.as_dict()}; make a plan for this model"
         )
-    found = source_digest(source)
-    if plan.source_digest != found:
+    if plan.source_digest != source.digest:
         raise PlanError(
-            f"{source.path}: same shape, other weights: its digest is {found[:12]}..., the plan "
-            f"was made for {plan.source_digest[:12]}...; make a plan for this model"
+            f"{source.path}: same shape, other weights: its digest is {source.digest[:12]}..., "
+            f"the plan was made for {plan.source_digest[:12]}...; make a plan for this model"
         )

@@ -22,8 +22,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_prune.model.axes import EMBEDDING, OUTPUT, axes_of, norm_before
-from megatron_prune.sources.source import Source
+from megatron_prune.model.axes import axes_of, norm_before
+from megatron_prune.model.blocks import EMBEDDING, OUTPUT
+from megatron_prune.sources.source import DerivedSource, Source
 
 RECORD = "megatron_prune_rotation"
 """Key of config.json under which a rotated model says where its basis came from."""
@@ -44,7 +45,7 @@ def principal_components(moment_DD: Tensor) -> Tensor:
     return basis * largest.sign()
 
 
-class RotatedSource(Source):
+class RotatedSource(DerivedSource):
     """A model in another basis of its hidden state, norm weights folded, computed slice by slice.
 
     Every read multiplies the slice by the basis in float32 and rounds to the stored dtype: logits
@@ -56,12 +57,11 @@ class RotatedSource(Source):
     """
 
     def __init__(self, source: Source, basis_DD: Tensor, record: Mapping[str, Any]) -> None:
-        self.path, self.format, self.grid = source.path, source.format, source.grid
-        self.companion_files, self.iteration = source.companion_files, source.iteration
-        # its plan and repair tell of channels that are no more
+        super().__init__(source)
+        self._forget_history()  # its plan and repair tell of channels that are no more
         hf_config = {**source.config.hf_config, RECORD: dict(record)}
         self.config = replace(source.config, tied=False, hf_config=hf_config)
-        self._source, self._basis = source, basis_DD.float()
+        self._basis = basis_DD.float()
 
     def _stored(self, name: str) -> str:
         """Of the source's tensor: a tied model's output layer is its embedding."""
@@ -84,7 +84,7 @@ class RotatedSource(Source):
         x = self._source.read(self._stored(name), start, stop)
         if "D" not in axes:
             return x
-        if "norm" in name:
+        if axes == "D" and name.endswith("norm.weight"):
             return self._size(x).expand_as(x).to(x.dtype)
         if axes[0] == "D":  # writes into the stream, weight or bias
             return (self._basis.T @ x.float()).to(x.dtype)
@@ -93,6 +93,3 @@ class RotatedSource(Source):
             weight = self._source.read(norm)
             turned = turned * (weight.float() / self._size(weight))
         return (turned @ self._basis).to(x.dtype)
-
-    def close(self) -> None:
-        self._source.close()

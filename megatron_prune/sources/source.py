@@ -1,15 +1,18 @@
 """A source: any model whose tensors can be read one at a time, by canonical name.
 
-Every store opens as one; a pruned model (`surgery.PrunedSource`) is one too, so converting,
+Every store opens as one; a pruned model (`pruned.PrunedSource`) is one too, so converting,
 pruning, resharding and checking are the same loop over different sources. `read` gives a view of a
 memory map where it can; nothing is held between two reads.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
@@ -17,7 +20,8 @@ import torch
 from torch import Tensor
 
 from megatron_prune.errors import DamagedError
-from megatron_prune.model.axes import axes_of, split_dim
+from megatron_prune.model.axes import axes_of, names, split_dim, split_layer
+from megatron_prune.model.fusion import Piece
 from megatron_prune.model.grid import ParallelGrid
 from megatron_prune.model.lora import Lora
 from megatron_prune.model.shape import ModelConfig
@@ -28,6 +32,7 @@ CARD = "README.md"  # the model card
 VOCAB_PLAN = "vocab_plan.json"  # of a model whose tokenizer was pruned: travels with its files
 COMMANDS = "commands.jsonl"  # of a training run: beside its checkpoints; then it travels with them
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_SAMPLE = 64  # values that the digest takes at each of two places of a split tensor
 
 
 class Held(Protocol):
@@ -95,38 +100,78 @@ class Source(ABC):
         if self.held is not None:
             self.held.release()
 
+    @cached_property
+    def digest(self) -> str:
+        """A fingerprint that tells two models of one shape apart, whatever they are stored in.
 
-class CastSource(Source):
-    """Another source in another dtype, cast tensor by tensor."""
+        SHA-256 over the shape and samples of every tensor, as float32. Norms and replicated biases
+        count whole; of a tensor that tensor parallelism splits, the first values at its first and
+        its middle index. That is a few kB per layer of any model, so it costs page faults, not a
+        read of the checkpoint, and it does not depend on format, layout, padding or fusing. Two
+        models that agree in all of these places have the same digest. It is computed once.
+        """
+        shape = self.config.shape
+        hashed = hashlib.sha256(json.dumps(shape.as_dict()).encode())
+        for name in names(self.config):
+            axes = axes_of(name)
+            dim = split_dim(axes)
+            middle = 0 if dim is None else shape.size(axes[dim], split_layer(name)[0]) // 2
+            for at in sorted({0, middle}):
+                x = self.read(name) if dim is None else self.read(name, at, at + 1)
+                sample = x if dim is None else x[:1].reshape(-1)[:_SAMPLE]
+                hashed.update(sample.to(torch.float32).contiguous().numpy().tobytes())
+        return hashed.hexdigest()
 
-    def __init__(self, source: Source, dtype: str) -> None:
-        self.path, self.format, self.grid = source.path, source.format, source.grid
+
+class DerivedSource(Source):
+    """A model that is made of another one as it is read.
+
+    It says whatever the other one says; a subclass sets or overrides what it changes. The other one
+    stays the one that holds the files: closing this closes it.
+    """
+
+    def __init__(self, source: Source) -> None:
+        self.path, self.format = source.path, source.format
+        self.config, self.grid = source.config, source.grid
         self.companion_files, self.plan_path = source.companion_files, source.plan_path
         self.iteration, self.has_optimizer_state = source.iteration, source.has_optimizer_state
         self.lora = source.lora
+        self._source = source
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
+        return self._source.read(name, start, stop)
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self._source.dtype(name)
+
+    @property
+    def stored_vocab_size(self) -> int:
+        return self._source.stored_vocab_size
+
+    def stored_name(self, name: str) -> str:
+        return self._source.stored_name(name)
+
+    def close(self) -> None:
+        self._source.close()
+
+    def _forget_history(self) -> None:
+        """For other weights than those that were planned, repaired, adapted or trained."""
+        self.plan_path, self.lora, self.has_optimizer_state = None, None, False
+
+
+class CastSource(DerivedSource):
+    """Another source in another dtype, cast tensor by tensor."""
+
+    def __init__(self, source: Source, dtype: str) -> None:
+        super().__init__(source)
         self.config = replace(source.config, dtype=dtype)
-        self._source, self._dtype = source, DTYPES[dtype]
+        self._dtype = DTYPES[dtype]
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
         return self._source.read(name, start, stop).to(self._dtype)
 
     def dtype(self, name: str) -> torch.dtype:
         return self._dtype
-
-    def close(self) -> None:
-        self._source.close()
-
-
-@dataclass(frozen=True)
-class Piece:
-    """A stored part of a tensor: indices ``[start, stop)`` of its split axis.
-
-    ``load(a, b)`` gives the indices ``[a, b)`` *within* the piece, as rows of the tensor.
-    """
-
-    start: int
-    stop: int
-    load: Callable[[int, int], Tensor]
 
 
 def assemble(name: str, pieces: Sequence[Piece], start: int, stop: int, where: object) -> Tensor:

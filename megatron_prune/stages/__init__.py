@@ -13,13 +13,26 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-# what is promised -> the module that has it
-_PLACES = {
-    "inspect": "inspection",
-    "InspectOptions": "inspection",
-    "reshard": "resharding",
-    "ReshardOptions": "resharding",
+# module -> what it promises
+_MODULES = {
+    "inspection": ("inspect", "InspectOptions"),
+    "conversion": ("convert", "ConvertOptions"),
+    "scoring": ("score", "ScoreOptions"),
+    "profiling": ("profile", "ProfileOptions"),
+    "planning": ("plan", "PlanOptions"),
+    "pruning": ("prune", "PruneOptions"),
+    "resharding": ("reshard", "ReshardOptions"),
+    "verification": ("verify", "VerifyOptions"),
+    "vocab_counting": ("vocab_count", "VocabCountOptions"),
+    "vocab_planning": ("vocab_plan", "VocabPlanOptions"),
+    "vocab_pruning": ("vocab_prune", "VocabPruneOptions"),
+    "preprocessing": ("preprocess", "PreprocessOptions"),
+    "training": ("train", "TrainOptions"),
+    "evaluation": ("evaluate", "EvaluateOptions"),
+    "generation": ("generate", "GenerateOptions"),
+    "reporting": ("report", "ReportOptions"),
 }
+_PLACES = {name: module for module, names in _MODULES.items() for name in names}
 __all__ = [*_PLACES]
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,29 +9,16 @@ from pathlib import Path
 
 from megatron_prune import __version__
 from megatron_prune.errors import ConfigError, StorageError
-from megatron_prune.families.names import FAMILIES
-from megatron_prune.flags import Group, flag
-from megatron_prune.model.grid import ParallelGrid
+from megatron_prune.families import FAMILIES
+from megatron_prune.flags import flag, flag_name, given
 from megatron_prune.model.shape import ModelShape
 from megatron_prune.ranks import Ranks
-from megatron_prune.sources.source import CastSource, Source
+from megatron_prune.sources.source import Source
 from megatron_prune.stages.console import Console
 from megatron_prune.store import open_source
 from megatron_prune.store.commit import check_target
 
 FORMATS = ("torch_dist", "torch")
-LAYOUT = Group("layout")
-
-
-def positive(text: str) -> int:
-    """An integer of 1 or more, for a flag."""
-    try:
-        value = int(text)
-    except ValueError:
-        value = 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}: wanted an integer of 1 or more")
-    return value
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,37 +43,6 @@ class Saves:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Layout:
-    """Megatron's flags for a tensor- and pipeline-parallel layout."""
-
-    tensor_model_parallel_size: int = flag(
-        "ranks that share each layer", default=1, parse=positive, metavar="N", group=LAYOUT
-    )
-    pipeline_model_parallel_size: int = flag(
-        "stages that share the layers", default=1, parse=positive, metavar="M", group=LAYOUT
-    )
-    decoder_first_pipeline_num_layers: int | None = flag(
-        "of the first stage (default: even)",
-        default=None,
-        parse=positive,
-        metavar="L",
-        group=LAYOUT,
-    )
-    decoder_last_pipeline_num_layers: int | None = flag(
-        "of the last stage (default: even)", default=None, parse=positive, metavar="L", group=LAYOUT
-    )
-
-    @property
-    def grid(self) -> ParallelGrid:
-        return ParallelGrid(
-            tensor_parallel=self.tensor_model_parallel_size,
-            pipeline_parallel=self.pipeline_model_parallel_size,
-            first_stage_layers=self.decoder_first_pipeline_num_layers,
-            last_stage_layers=self.decoder_last_pipeline_num_layers,
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
 class LegacyNames:
     """The layer spec whose names the legacy format uses."""
 
@@ -102,6 +57,19 @@ class LegacyNames:
         return self.transformer_impl == "transformer_engine"
 
 
+def give_one(options: object, *names: str) -> str:
+    """The one of several options that is given.
+
+    Raises:
+        ConfigError: none of them or several.
+    """
+    found = [name for name in names if name in given(options)]
+    if len(found) != 1:
+        said = " and ".join(map(flag_name, found)) or "nothing"
+        raise ConfigError(f"{said}: give one of {' and '.join(map(flag_name, names))}")
+    return found[0]
+
+
 @contextmanager
 def opened(path: Path, family: str | None, console: Console) -> Iterator[Source]:
     """The source at ``path``, closed at the end."""
@@ -111,11 +79,6 @@ def opened(path: Path, family: str | None, console: Console) -> Iterator[Source]
         yield source
     finally:
         source.close()
-
-
-def cast(source: Source, dtype: str) -> Source:
-    """The source in the dtype of ``--dtype``."""
-    return source if dtype == "keep" else CastSource(source, dtype)
 
 
 def check_save(save: Path, load: Path, *, overwrite: bool) -> None:
@@ -153,10 +116,10 @@ def check_not_input(flag: str, path: Path, inputs: Iterable[Path | None]) -> Non
     Raises:
         ConfigError: it is.
     """
-    for given in inputs:
-        if given is not None and path.resolve().is_relative_to(given.resolve()):
+    for one in inputs:
+        if one is not None and path.resolve().is_relative_to(one.resolve()):
             raise ConfigError(
-                f"{flag} {path}: is or lies in {given}, one of the inputs; they never change, "
+                f"{flag} {path}: is or lies in {one}, one of the inputs; they never change, "
                 "choose another place"
             )
 

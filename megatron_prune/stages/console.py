@@ -8,6 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Protocol
+
+
+class Progress(Protocol):
+    def __call__(self, done: int, note: str = "") -> object:
+        """So many parts more are done; the note stands at the bar's end."""
 
 
 class Console:
@@ -20,13 +26,17 @@ class Console:
         """A part of the result, before the whole is there."""
 
     @contextmanager
-    def bar(self, what: str, *, unit: str) -> Iterator[Callable[[int], Callable[[int], object]]]:
+    def bar(
+        self, what: str, *, unit: str, stays: bool = True
+    ) -> Iterator[Callable[[int], Progress]]:
         """A progress bar: called with the total, it gives what is told of each part done.
 
         Args:
-            unit: ``B`` for bytes, else the word for one.
+            unit: ``B`` for bytes, ``it`` for values, both counted in thousands; else the word for
+                one.
+            stays: on the screen when all is done.
         """
-        yield lambda total: lambda done: None
+        yield lambda total: lambda done, note="": None
 
     def warnings(self) -> AbstractContextManager[None]:
         """Takes the warnings of a block, which are left alone here."""

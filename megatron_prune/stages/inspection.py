@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_prune.families.names import FAMILIES
+from megatron_prune.families import FAMILIES
 from megatron_prune.flags import flag
 from megatron_prune.model.axes import count_parameters, names
 from megatron_prune.model.grid import VOCAB_DIVISOR
@@ -75,7 +75,7 @@ def _facts(source: Source) -> dict[str, Any]:
     return {
         "path": str(source.path),
         "format": source.format,
-        "family": config.family,
+        "family": config.family.name,
         "shape": config.shape.as_dict(),
         "padded_vocab_size": source.stored_vocab_size,
         # not padded yet: to multiples of this times TP, when it is converted

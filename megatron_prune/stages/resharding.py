@@ -9,9 +9,9 @@ from dataclasses import dataclass
 
 from megatron_prune.errors import ConfigError
 from megatron_prune.flags import flag
+from megatron_prune.model.grid import Layout
 from megatron_prune.stages.common import (
     FORMATS,
-    Layout,
     LegacyNames,
     Loads,
     Saves,

@@ -11,7 +11,7 @@ from megatron_prune.model.axes import count_parameters
 from megatron_prune.model.shape import ModelConfig
 from megatron_prune.planning.plan import PrunePlan
 from megatron_prune.ranks import Ranks, joined_ranks
-from megatron_prune.sources.replaced import Repair
+from megatron_prune.sources.repair_record import Repair
 from megatron_prune.sources.source import CARD, Source
 from megatron_prune.stages.common import Saves, agree_on_options
 from megatron_prune.stages.console import Console
@@ -22,13 +22,18 @@ from megatron_prune.surgery import Target, make_writer, write_checkpoint
 
 @dataclass(frozen=True, kw_only=True)
 class Written:
-    """A checkpoint that was written; with ``--dry-run`` one that would be, in None seconds."""
+    """A checkpoint that was written; with ``--dry-run`` one that would be, in None seconds.
+
+    Attributes:
+        pushed: the address of its upload.
+    """
 
     target: Target
     parameters: int
     bytes: int
     files: int
     seconds: float | None
+    pushed: str | None = None
 
     @property
     def path(self) -> Path:
@@ -43,7 +48,9 @@ class Written:
         )
         if self.seconds is None:
             return f"would write {what}"
-        return f"wrote {what}, {self.seconds:.1f} s, {self.bytes / 1e6 / self.seconds:,.0f} MB/s"
+        rate = self.bytes / 1e6 / self.seconds
+        pushed = "" if self.pushed is None else f"\npushed {self.path}: {self.pushed}"
+        return f"wrote {what}, {self.seconds:.1f} s, {rate:,.0f} MB/s{pushed}"
 
 
 def write(

@@ -9,8 +9,6 @@ by the next run.
 
 from __future__ import annotations
 
-import fcntl
-import hashlib
 import json
 import os
 import secrets
@@ -18,130 +16,21 @@ import shutil
 import socket
 import time
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from contextlib import contextmanager
+from dataclasses import asdict
 from glob import escape
 from pathlib import Path
 from typing import Any
 
 from megatron_prune import __version__
 from megatron_prune.errors import ConfigError, DamagedError, StorageError
+from megatron_prune.files import FileRecord, flush_path, hash_file, lock, try_lock, write_file
 from megatron_prune.ranks import Ranks
 from megatron_prune.sources.source import CARD
 
 MANIFEST = "manifest.json"
 WRITER = "megatron_prune"  # how our manifests are told from other files of that name
-_FLUSH_BYTES = 256 << 20  # of one file; what is smaller stays in the page cache
-_PIECE_BYTES = 1 << 18  # a call of write; its source stays in the core's cache: 15% less time
 _TRIES, _TRY_SECONDS = 250, 0.02
-_WORTH_A_THREAD = 1 << 16  # bytes; hashing fewer takes less time than handing them over
-
-
-@dataclass(frozen=True)
-class FileRecord:
-    """A finished file: its size and its SHA-256."""
-
-    bytes: int
-    sha256: str
-
-
-class HashedFile:
-    """A new file that hashes what it is given while it is being written, on a second thread.
-
-    Attributes:
-        failure: the error of a write that failed; ``torch.save`` raises another in its place.
-    """
-
-    failure: OSError | None = None
-
-    def __init__(self, path: Path, pool: ThreadPoolExecutor) -> None:
-        self._file = open(path, "xb", buffering=0)  # noqa: SIM115 - closed by close()
-        self._hash, self._pool, self.position = hashlib.sha256(), pool, 0
-        self._flushed, self._flushing = 0, pool.submit(lambda: None)
-
-    def write(self, data: bytes | memoryview) -> int:
-        """Append ``data``; returns when it is both written and hashed."""
-        data = memoryview(data).cast("B")
-        self.position += len(data)
-        hashed = self._pool.submit(self._hash.update, data) if len(data) > _WORTH_A_THREAD else None
-        left = data
-        try:
-            while left:
-                left = left[self._file.write(left[:_PIECE_BYTES]) :]
-        except OSError as error:
-            self.failure = error
-            raise
-        if hashed is None:
-            self._hash.update(data)
-        else:
-            hashed.result()
-        if self.position - self._flushed >= _FLUSH_BYTES:
-            self._flush_behind()
-        return len(data)
-
-    def _flush_behind(self) -> None:
-        """Have the disk take what was written and the page cache forget it, while more is written:
-        a model larger than memory would push its own source out, page by page."""
-        self._flushing.result()
-        self._flushed = self.position
-        self._flushing = self._pool.submit(_flush, self._file.fileno(), self.position)
-
-    def flush(self) -> None:
-        """Nothing is buffered."""
-
-    def close(self) -> FileRecord:
-        """Flush to disk and close."""
-        self._flushing.result()
-        os.fsync(self._file.fileno())
-        self._file.close()
-        return FileRecord(self.position, self._hash.hexdigest())
-
-
-def _flush(handle: int, stop: int) -> None:
-    os.fdatasync(handle)
-    os.posix_fadvise(handle, 0, stop, os.POSIX_FADV_DONTNEED)
-
-
-def hash_file(path: Path) -> FileRecord:
-    """Size and SHA-256 of a file that lies on disk; reads it once."""
-    with open(path, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-        return FileRecord(file.tell(), digest)
-
-
-def write_file(path: Path, data: bytes) -> None:
-    """Write a small file and flush it to disk."""
-    with open(path, "xb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def replace_file(path: Path, data: bytes) -> None:
-    """Put a small file in place of another, at once; sweeps what dead writers left beside it."""
-    _sweep_files_beside(path)
-    temporary = path.with_name(f".{path.name}.tmp.{secrets.token_hex(4)}")
-    try:
-        with open(temporary, "xb") as file:
-            with suppress(OSError):  # where no file can be locked, none is swept
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-            os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise StorageError(f"{path}: {error.strerror}; nothing was changed") from error
-    _sync_directory(path.parent)
-
-
-def _sweep_files_beside(path: Path) -> None:
-    for temporary in path.parent.glob(f".{escape(path.name)}.tmp.*"):
-        with suppress(OSError):  # another's, or gone meanwhile
-            if temporary.is_file() and (handle := try_lock(temporary)) is not None:
-                temporary.unlink()
-                os.close(handle)
 
 
 def write_manifest(
@@ -160,7 +49,7 @@ def write_manifest(
         record = (known or {}).get(name)
         if record is None:
             record = hash_file(path)
-            _sync(path)
+            flush_path(path)
         records[name] = asdict(record)
     manifest = {"version": 1, "writer": f"{WRITER} {__version__}", **facts, "files": records}
     write_file(directory / MANIFEST, (json.dumps(manifest, indent=1) + "\n").encode())
@@ -209,31 +98,6 @@ def check_manifest(directory: Path, *, hashes: bool = True) -> list[str]:
     return differences
 
 
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-_sync_directory = _sync  # a directory is flushed the same way
-
-
-def try_lock(path: Path) -> int | None:
-    """An open, locked handle of a file or directory, or None while another process holds it.
-
-    The handle is the lock: whoever closes it lets go.
-    """
-    handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(handle)
-        return None
-    return handle
-
-
 def _is_used(target: Path) -> bool:
     return target.exists() and (not target.is_dir() or any(target.iterdir()))
 
@@ -277,7 +141,7 @@ def _sweep(target: Path) -> None:
 
 def _publish(temporary: Path, target: Path) -> None:
     for directory, _, _ in os.walk(temporary):  # its files are flushed, their names not yet
-        _sync_directory(Path(directory))
+        flush_path(Path(directory))
     old = None
     with _one_at_a_time(target.parent):  # nobody takes what is aside for a dead writer's
         if target.exists():
@@ -287,7 +151,7 @@ def _publish(temporary: Path, target: Path) -> None:
             else:
                 target.rmdir()
         os.rename(temporary, target)
-    _sync_directory(target.parent)
+    flush_path(target.parent)
     if old is not None:  # the next writer may be sweeping it already
         shutil.rmtree(old, ignore_errors=True)
 
@@ -393,8 +257,7 @@ def _one_at_a_time(directory: Path) -> Iterator[None]:
     handle = os.open(directory, os.O_RDONLY)
     try:
         for _ in range(_TRIES):
-            with suppress(OSError):
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if lock(handle):
                 break
             time.sleep(_TRY_SECONDS)
         yield

@@ -20,17 +20,18 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megatron_prune.errors import CheckpointError, DamagedError
-from megatron_prune.families import qwen1
-from megatron_prune.families.names import HF_IGNORED_SUFFIXES, hf_name
+from megatron_prune.families.config import hf_name, hf_place
+from megatron_prune.files import HashedFile, write_file
 from megatron_prune.model.axes import axes_of, names, split_dim, split_layer, tensor_shape
+from megatron_prune.model.family import Family
 from megatron_prune.model.shape import ModelConfig
 from megatron_prune.sources.source import Source
-from megatron_prune.store.commit import HashedFile, write_file
 from megatron_prune.store.untrusted import load_untrusted
 from megatron_prune.store.writer import Progress, Writer, Written, ahead, row_blocks
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 BIN_SINGLE, BIN_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
+_IGNORED_SUFFIXES = (".rotary_emb.inv_freq",)  # older exports carry it and no model needs it
 DEFAULT_SHARD_BYTES = 5 * 10**9  # transformers' default, so a repository looks as people expect
 _WORDS = {
     "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64,
@@ -78,7 +79,11 @@ def _read_weight_map(directory: Path, path: Path) -> dict[str, Path]:
 
 
 class HuggingFaceSource(Source):
-    """A Hugging Face directory; every name and shape is checked when it is opened."""
+    """A Hugging Face directory; every name and shape is checked when it is opened.
+
+    Args:
+        stored_as: the family whose names its tensors have.
+    """
 
     format = "hf"
 
@@ -86,6 +91,7 @@ class HuggingFaceSource(Source):
         self,
         directory: Path,
         config: ModelConfig,
+        stored_as: Family,
         *,
         companion_files: dict[str, Path],
         plan_path: Path | None,
@@ -96,13 +102,13 @@ class HuggingFaceSource(Source):
         weights = find_weights(directory)
         if isinstance(weights, Path):
             weights = dict.fromkeys(self._opened(weights), weights)
-        self._is_qwen1 = qwen1.EMBEDDING in weights
+        self._stored_as = stored_as
         self._check(weights)
         self._files = weights
 
     def _place(self, name: str) -> tuple[str, int, int]:
         """The stored tensor that ``name`` is in, and which of how many blocks of its rows."""
-        return qwen1.stored(name) if self._is_qwen1 else (hf_name(name), 0, 1)
+        return hf_place(name, self._stored_as)
 
     def _check(self, weights: Mapping[str, Path]) -> None:
         wanted = {}
@@ -115,7 +121,7 @@ class HuggingFaceSource(Source):
         unexpected = [
             name
             for name in weights
-            if name not in wanted and name not in ignored and not name.endswith(HF_IGNORED_SUFFIXES)
+            if name not in wanted and name not in ignored and not name.endswith(_IGNORED_SUFFIXES)
         ]
         if missing or unexpected:
             raise DamagedError(
@@ -224,7 +230,7 @@ class HuggingFaceWriter(Writer):
     def write(
         self, directory: Path, file: str, pool: ThreadPoolExecutor, progress: Progress
     ) -> Generator[None, None, Written]:
-        out = HashedFile(directory / file, pool)
+        out = HashedFile.create(directory / file, pool)
         out.write(self._header(file))
         names = self._shards[file]
         reads = (read for name in names for read in row_blocks(self._source, name, self._shape))
@@ -239,7 +245,7 @@ class HuggingFaceWriter(Writer):
         at = 0
         for name in self._shards[file]:
             stop = at + self._bytes(name)
-            entries[hf_name(name)] = {
+            entries[hf_name(name, self._source.config.family)] = {
                 "dtype": _DTYPE_WORD[self._source.dtype(name)],
                 "shape": list(tensor_shape(name, self._shape)),
                 "data_offsets": [at, stop],
@@ -252,6 +258,9 @@ class HuggingFaceWriter(Writer):
     def finish(self, directory: Path, written: Mapping[str, Written]) -> None:
         if len(self.files) == 1:
             return
-        weight_map = {hf_name(n): file for file, shard in self._shards.items() for n in shard}
+        family = self._source.config.family
+        weight_map = {
+            hf_name(name, family): file for file, shard in self._shards.items() for name in shard
+        }
         index = {"metadata": {"total_size": self.total_bytes}, "weight_map": weight_map}
         write_file(directory / INDEX, (json.dumps(index, indent=2) + "\n").encode())

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from megatron_prune.errors import ConfigError, DamagedError
-from megatron_prune.families.names import megatron_name
 from megatron_prune.model.axes import LAYER_PREFIX, axes_of, split_dim, split_layer
+from megatron_prune.model.fusion import split, stored_name
 from megatron_prune.model.grid import ParallelGrid
 from megatron_prune.model.lora import (
     PARTS,
@@ -34,7 +34,6 @@ from megatron_prune.model.lora import (
     parse_targets,
 )
 from megatron_prune.model.shape import ModelConfig
-from megatron_prune.model.tensors import unfuse_qkv
 from megatron_prune.store.dist_index import Index
 from megatron_prune.store.mcore_dist import DistSource
 
@@ -130,13 +129,8 @@ class LoraSource(DistSource):
         layer, rest = split_layer(name)
         if layer is None or _TARGET_OF.get(rest) not in self.lora.targets:
             return None
-        a, b = self._factor(rest, A, layer), self._factor(rest, B, layer)
-        shape, part = self.config.shape, megatron_name(rest, te_norms=True)[1]
-        if part in ("q", "k", "v"):
-            b = unfuse_qkv(b, part, shape.heads_per_group, shape.kv_channels)
-        elif part:
-            b = b.chunk(2)[part == "up"]
-        return a, b
+        b = split(self._factor(rest, B, layer), rest, self.config.shape)
+        return self._factor(rest, A, layer), b
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
         factors = self._factors_of(name)
@@ -165,5 +159,4 @@ class LoraSource(DistSource):
 
 def _key(rest: str, kind: str) -> str:
     """Where a factor of the linear of a canonical weight is stored."""
-    stored = megatron_name(rest, te_norms=True)[0]
-    return f"{LAYER_PREFIX}{stored.removesuffix('weight')}{kind}"
+    return f"{LAYER_PREFIX}{stored_name(rest).removesuffix('weight')}{kind}"

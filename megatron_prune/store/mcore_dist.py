@@ -36,21 +36,29 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from megatron_prune.errors import CheckpointError, DamagedError
-from megatron_prune.families.names import LINEARS, TE_ATTENTION, in_layer, megatron_name
+from megatron_prune.files import HashedFile, write_file
 from megatron_prune.model.axes import (
-    EMBEDDING,
     LAYER_PREFIX,
     axes_of,
+    in_layer,
     names,
     split_dim,
     split_layer,
     tensor_shape,
 )
+from megatron_prune.model.blocks import EMBEDDING
+from megatron_prune.model.fusion import (
+    LINEARS,
+    TE_ATTENTION,
+    Piece,
+    megatron_name,
+    piece,
+    stored_shape,
+)
 from megatron_prune.model.grid import ParallelGrid
 from megatron_prune.model.shape import ModelConfig
-from megatron_prune.sources.source import Piece, Source, assemble
+from megatron_prune.sources.source import Source, assemble
 from megatron_prune.store.chunk import read_header
-from megatron_prune.store.commit import HashedFile, write_file
 from megatron_prune.store.dist_index import INDEX, Chunk, Index, read_index
 from megatron_prune.store.megatron import (
     ITERATION,
@@ -58,8 +66,6 @@ from megatron_prune.store.megatron import (
     atoms,
     by_stage,
     check_names,
-    plain_piece,
-    qkv_piece,
     stored_layer,
 )
 from megatron_prune.store.writer import Progress, Writer, Written, ahead
@@ -136,24 +142,24 @@ class DistSource(Source):
             chunk.sizes
         )
 
-    def _place(self, name: str) -> tuple[str, bool, str]:
-        """The key of a stored tensor, whether it is stacked over layers, and the part of it."""
+    def _place(self, name: str) -> tuple[str, bool]:
+        """The key of a stored tensor, and whether it is stacked over layers."""
         layer, rest = split_layer(name)
-        stored, part = megatron_name(rest, te_norms=True)
+        stored = megatron_name(rest, te_norms=True)
         stacked, alone = f"decoder.layers.{stored}", in_layer(layer, stored)
         if layer is None or alone in self._chunks or not self._stacks:
-            return alone, False, part
-        return stacked, True, part
+            return alone, False
+        return stacked, True
 
-    def _stored(self, name: str) -> tuple[list[Chunk], int | None, str, tuple[int, ...]]:
-        """Chunks of the stored tensor, the layer within it (stacked keys), the part, its shape."""
+    def _stored(self, name: str) -> tuple[list[Chunk], int | None, tuple[int, ...]]:
+        """Chunks of the stored tensor, the layer within it (stacked keys), its shape."""
         layer = split_layer(name)[0]
-        key, is_stacked, part = self._place(name)
+        key, is_stacked = self._place(name)
         whole, chunks = self._chunks[key]
         if not is_stacked or layer is None:
-            return chunks, None, part, whole
+            return chunks, None, whole
         mine = [c for c in chunks if c.offsets[0] <= layer < c.offsets[0] + c.sizes[0]]
-        return mine, layer, part, whole[1:]
+        return mine, layer, whole[1:]
 
     def _check_files(self, ends: Mapping[str, int]) -> None:
         """Refuse an index that reaches beyond the files it lies beside."""
@@ -168,30 +174,25 @@ class DistSource(Source):
 
     def _check_shapes(self) -> None:
         shape = self.config.shape
-        for key, is_stacked, _ in map(self._place, names(self.config)):
+        for key, is_stacked in map(self._place, names(self.config)):
             if is_stacked and self._chunks[key][0][0] != shape.num_layers:
                 raise DamagedError(
                     f"{self.path}: {key} holds {self._chunks[key][0][0]} layers, its configuration "
                     f"says {shape.num_layers}"
                 )
         for name in names(self.config):
-            _, _, part, stored = self._stored(name)
-            wanted = list(tensor_shape(name, shape))
-            if part in ("q", "k", "v"):
-                wanted[0] = shape.num_query_groups * (shape.heads_per_group + 2) * shape.kv_channels
-            elif part:
-                wanted[0] *= 2
-            elif axes_of(name)[0] == "V" and stored[0] >= wanted[0]:
-                wanted[0] = stored[0]  # padded rows
-            if stored != tuple(wanted):
+            *_, stored = self._stored(name)
+            wanted = stored_shape(split_layer(name)[1], tensor_shape(name, shape), shape)
+            if axes_of(name)[0] == "V" and stored[0] >= wanted[0]:
+                wanted = (stored[0], *wanted[1:])  # padded rows
+            if stored != wanted:
                 raise DamagedError(
-                    f"{self.path}: {name}: stored as {stored}, its configuration says "
-                    f"{tuple(wanted)}"
+                    f"{self.path}: {name}: stored as {stored}, its configuration says {wanted}"
                 )
 
     @property
     def stored_vocab_size(self) -> int:
-        return self._stored(EMBEDDING.name)[3][0]
+        return self._stored(EMBEDDING.name)[2][0]
 
     def dtype(self, name: str) -> torch.dtype:
         return self._stored(name)[0][0].dtype
@@ -199,57 +200,31 @@ class DistSource(Source):
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
         axes = axes_of(name)
         dim = split_dim(axes)
-        chunks, layer, part, _ = self._stored(name)
+        chunks, layer, _ = self._stored(name)
         if dim is None:
             if not chunks:
                 raise DamagedError(f"{self.path / INDEX}: {name} has no chunk")
             return self._within(chunks[0], layer)
         stop = self.config.shape.size(axes[dim]) if stop is None else stop
-        pieces = [p for c in chunks if (p := self._piece(c, layer, part, axes, dim)) is not None]
+        pieces = [p for c in chunks if (p := self._piece(c, layer, name, dim)) is not None]
         return assemble(name, pieces, start, stop, self.path)
 
     def _within(self, chunk: Chunk, layer: int | None) -> Tensor:
         x = self._view(chunk)
         return x if layer is None else x[layer - chunk.offsets[0]]
 
-    def _piece(
-        self, chunk: Chunk, layer: int | None, part: str, axes: str, dim: int
-    ) -> Piece | None:
-        shape = self.config.shape
+    def _piece(self, chunk: Chunk, layer: int | None, name: str, dim: int) -> Piece | None:
+        axes, rest = axes_of(name), split_layer(name)[1]
         lead = 0 if layer is None else 1
-        begin, count = chunk.offsets[dim + lead], chunk.sizes[dim + lead]
         if any(chunk.offsets[lead + d] for d in range(len(axes)) if d != dim):
             raise CheckpointError(
                 f"{self.path}: {axes} is cut along a dim that tensor parallelism does not cut"
             )
-        if part in ("q", "k", "v"):
-            per_group = (shape.heads_per_group + 2) * shape.kv_channels
-            if begin % per_group or count % per_group:
-                raise CheckpointError(
-                    f"{self.path}: linear_qkv is cut inside a query group, at row {begin}"
-                )
-            return qkv_piece(
-                lambda: self._within(chunk, layer),
-                part,
-                begin // per_group,
-                count // per_group,
-                self.config,
-            )
-        axis = axes[dim]
-        rows, size = shape.rows(axis), shape.size(axis)
-        base = size * rows if part == "up" else 0
-        low, high = max(begin, base), begin + count
-        if part:
-            high = min(high, base + size * rows)
-        if low >= high:
-            return None
-        return plain_piece(
-            lambda: self._within(chunk, layer).narrow(dim, low - begin, high - low),
-            (low - base) // rows,
-            (high - base) // rows,
-            dim=dim,
-            rows=rows,
-        )
+        begin, count = chunk.offsets[dim + lead], chunk.sizes[dim + lead]
+        try:
+            return piece(lambda: self._within(chunk, layer), rest, begin, count, self.config.shape)
+        except ValueError as error:
+            raise CheckpointError(f"{self.path}: {error}, at row {begin}") from None
 
     def close(self) -> None:
         super().close()
@@ -276,7 +251,7 @@ class DistWriter(Writer):
         self, directory: Path, file: str, pool: ThreadPoolExecutor, progress: Progress
     ) -> Generator[None, None, Written]:
         directory.mkdir(parents=True, exist_ok=True)
-        out = HashedFile(directory / file, pool)
+        out = HashedFile.create(directory / file, pool)
         entries = []
         parts, last = list(self._atoms(*self._ranks[file])), None
         for atom, data in zip(parts, ahead((atom.pull for atom in parts), pool), strict=True):

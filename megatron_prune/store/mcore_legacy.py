@@ -22,28 +22,37 @@ import torch
 from torch import Tensor
 
 from megatron_prune.errors import CheckpointError, DamagedError, StorageError
-from megatron_prune.families.names import LINEARS, TE_ATTENTION, TE_NORMS, in_layer, megatron_name
+from megatron_prune.files import HashedFile
 from megatron_prune.model.axes import (
-    EMBEDDING,
-    OUTPUT,
     axes_of,
+    in_layer,
     names,
     split_dim,
     split_layer,
     tensor_shape,
 )
+from megatron_prune.model.blocks import EMBEDDING, OUTPUT
+from megatron_prune.model.fusion import (
+    LINEARS,
+    TE_ATTENTION,
+    TE_NORMS,
+    Piece,
+    fused_of,
+    group_piece,
+    plain_piece,
+    split,
+    stored_name,
+    stored_shape,
+)
 from megatron_prune.model.grid import ParallelGrid, part_range
 from megatron_prune.model.shape import ModelConfig
-from megatron_prune.sources.source import Piece, Source, assemble
+from megatron_prune.sources.source import Source, assemble
 from megatron_prune.store.chunk import record_places
-from megatron_prune.store.commit import HashedFile
 from megatron_prune.store.megatron import (
     ITERATION,
     atoms,
     by_stage,
     check_names,
-    plain_piece,
-    qkv_piece,
     stored_layer,
 )
 from megatron_prune.store.untrusted import load_untrusted
@@ -138,30 +147,30 @@ class LegacySource(Source):
     def _stage_layers(self, pp_rank: int) -> int:
         return 1 + max((stored_layer(key) for key in self._file(0, pp_rank)), default=-1)
 
-    def _place(self, name: str, tp_rank: int) -> tuple[int, str, str]:
-        """Where part of ``name`` is stored: the stage, the key in its file, and which part."""
+    def _place(self, name: str, tp_rank: int) -> tuple[int, str]:
+        """Where part of ``name`` is stored: the stage, and the key in its file."""
         layer, rest = split_layer(name)
         if layer is None:
             pp_rank = 0 if rest.startswith("embedding") else self.grid.pipeline_parallel - 1
             local = None
         else:
             pp_rank, local = self._layer_place[layer]
-        stored, part = megatron_name(rest, te_norms=False)
-        key = in_layer(local, stored)
+        key = in_layer(local, stored_name(rest))
         if rest in TE_NORMS and key not in self._file(tp_rank, pp_rank):
             key = in_layer(local, TE_NORMS[rest])
-        return pp_rank, key, part
+        return pp_rank, key
 
-    def _stored(self, name: str, tp_rank: int) -> tuple[Tensor, str]:
-        """The rank's stored tensor that holds part of ``name``, and which part."""
-        pp_rank, key, part = self._place(name, tp_rank)
-        return self._file(tp_rank, pp_rank)[key], part
+    def _stored(self, name: str, tp_rank: int) -> Tensor:
+        """The rank's stored tensor that holds part of ``name``."""
+        pp_rank, key = self._place(name, tp_rank)
+        stored: Tensor = self._file(tp_rank, pp_rank)[key]
+        return stored
 
     def _check_names(self) -> None:
         for tp_rank in range(self.grid.tensor_parallel):
             wanted = defaultdict(set)
             for name in names(self.config):
-                pp_rank, key, _ = self._place(name, tp_rank)
+                pp_rank, key = self._place(name, tp_rank)
                 wanted[pp_rank].add(key)
             for pp_rank in range(self.grid.pipeline_parallel):
                 model = self._file(tp_rank, pp_rank)
@@ -173,33 +182,29 @@ class LegacySource(Source):
     def _check_shapes(self) -> None:
         for name in names(self.config):
             for tp_rank in range(self.grid.tensor_parallel):
-                x, part = self._stored(name, tp_rank)
-                wanted = self._stored_shape(name, part)
+                x = self._stored(name, tp_rank)
+                wanted = self._stored_shape(name)
                 if tuple(x.shape) != wanted:
                     raise DamagedError(
                         f"{self.path}: {name}: tp_rank {tp_rank} stores {tuple(x.shape)}, "
                         f"its configuration says {wanted}"
                     )
 
-    def _stored_shape(self, name: str, part: str) -> tuple[int, ...]:
-        shape, tp = self.config.shape, self.grid.tensor_parallel
-        sizes, axes = list(tensor_shape(name, shape)), axes_of(name)
+    def _stored_shape(self, name: str) -> tuple[int, ...]:
+        shape, axes = self.config.shape, axes_of(name)
+        sizes = list(stored_shape(split_layer(name)[1], tensor_shape(name, shape), shape))
         dim = split_dim(axes)
         if dim is None:
             return tuple(sizes)
-        if part in ("q", "k", "v"):
-            sizes[0] = shape.num_query_groups * (shape.heads_per_group + 2) * shape.kv_channels
-        elif part:
-            sizes[0] *= 2
-        elif axes[dim] == "V":
+        if axes[dim] == "V":
             sizes[0] = self._padded_rows(name)
-        sizes[dim] //= tp
+        sizes[dim] //= self.grid.tensor_parallel
         return tuple(sizes)
 
     def _padded_rows(self, name: str) -> int:
         """Vocabulary rows of all ranks: as padded by whatever divisor and layout came before."""
         parts = self.grid.tensor_parallel
-        first, wanted = self._stored(name, 0)[0], -(-self.config.shape.vocab_size // parts)
+        first, wanted = self._stored(name, 0), -(-self.config.shape.vocab_size // parts)
         return parts * max(wanted, first.shape[0] if first.dim() else 0)
 
     @property
@@ -207,13 +212,13 @@ class LegacySource(Source):
         return self._padded_rows(EMBEDDING.name)
 
     def dtype(self, name: str) -> torch.dtype:
-        return self._stored(name, 0)[0].dtype
+        return self._stored(name, 0).dtype
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
         axes = axes_of(name)
         dim = split_dim(axes)
         if dim is None:
-            return self._stored(name, 0)[0]
+            return self._stored(name, 0)
         stop = self.config.shape.size(axes[dim]) if stop is None else stop
         pieces = [self._piece(name, rank) for rank in range(self.grid.tensor_parallel)]
         return assemble(name, pieces, start, stop, self.path)
@@ -223,13 +228,12 @@ class LegacySource(Source):
         axes = axes_of(name)
         dim = split_dim(axes)
         assert dim is not None
-        x, part = self._stored(name, tp_rank)
-        if part in ("q", "k", "v"):
+        x, rest = self._stored(name, tp_rank), split_layer(name)[1]
+        fused = fused_of(rest)
+        if fused is not None and fused.by_group:
             first, last = part_range(shape.num_query_groups, tp_rank, parts)
-            return qkv_piece(lambda: x, part, first, last - first, self.config)
-        if part:
-            half = x.shape[0] // 2
-            x = x[:half] if part == "gate" else x[half:]
+            return group_piece(lambda: x, rest, first, last - first, shape)
+        x = split(x, rest, shape)
         axis = axes[dim]
         size = self._padded_rows(name) if axis == "V" else shape.size(axis)
         start, stop = part_range(size, tp_rank, parts)
@@ -297,7 +301,7 @@ class LegacyWriter(Writer):
         stored = (key for key, x in model.items() if x is not None)
         begin = {key: place(f"data/{number}")[0] for number, key in enumerate(stored)}
         first = self._grid.stage_layers(self._source.config.shape.num_layers, pp_rank).start
-        out = HashedFile(path, pool)
+        out = HashedFile.create(path, pool)
         parts, last = list(self._atoms(tp_rank, pp_rank)), None
         for atom, data in zip(parts, ahead((atom.pull for atom in parts), pool), strict=True):
             if atom.layer != last:

@@ -2,8 +2,7 @@
 
 Writing: `atoms` lists one rank's stored tensors as *atoms*, each a whole row range of one stored
 tensor (``linear_fc1`` is two: gate and up; an embedding is several). Reading is the inverse: a
-format lists stored blocks, `plain_piece` and `qkv_piece` turn each into a piece of a canonical
-tensor.
+format lists stored blocks, and `fusion` turns each into a piece of a canonical tensor.
 """
 
 from __future__ import annotations
@@ -18,19 +17,12 @@ import torch
 from torch import Tensor
 
 from megatron_prune.errors import DamagedError
-from megatron_prune.families.names import megatron_name
-from megatron_prune.model.axes import (
-    EMBEDDING,
-    FINAL_NORM,
-    OUTPUT,
-    layer_name,
-    layer_weights,
-    split_dim,
-)
+from megatron_prune.model.axes import layer_name, layer_weights, split_dim
+from megatron_prune.model.blocks import EMBEDDING, FINAL_NORM, OUTPUT
+from megatron_prune.model.family import Weight
+from megatron_prune.model.fusion import fused_of, join, megatron_name, parts_of
 from megatron_prune.model.grid import ParallelGrid, padded_vocab_size, part_range
-from megatron_prune.model.shape import ModelConfig
-from megatron_prune.model.tensors import fuse_qkv, unfuse_qkv
-from megatron_prune.sources.source import Piece, Source
+from megatron_prune.sources.source import Source
 from megatron_prune.store.writer import BLOCK_BYTES
 
 Read = Callable[[str, int, "int | None"], Tensor]
@@ -47,9 +39,9 @@ class Atom:
         name: stored name without its layer; ``layer`` in the model's numbering or None.
         shape: the atom's own shape.
         dim: the dim along which it lies among its siblings, None for a replicated tensor.
-        local_start, local_size: where it begins in the rank's tensor along ``dim``, and that
-            tensor's size there.
-        global_start, global_size: the same in the whole stored tensor.
+        local_size: the size of the rank's tensor along ``dim``.
+        global_start, global_size: where it begins in the whole stored tensor along ``dim``, and
+            that tensor's size there.
         pull: reads, cuts and fuses it.
     """
 
@@ -58,7 +50,6 @@ class Atom:
     shape: tuple[int, ...]
     dtype: torch.dtype
     dim: int | None
-    local_start: int = 0
     local_size: int = 0
     global_start: int = 0
     global_size: int = 0
@@ -102,7 +93,7 @@ def atoms(
         yield from rank.layer(layer)
     if pp_rank < grid.pipeline_parallel - 1:
         return
-    yield from rank.plain(None, FINAL_NORM.name, FINAL_NORM.axes)
+    yield from rank.plain(None, FINAL_NORM)
     if not config.tied:
         yield from rank.vocabulary(OUTPUT.name, OUTPUT.name)
     elif grid.pipeline_parallel > 1 and not shared:
@@ -132,18 +123,18 @@ class _RankAtoms:
 
     def layer(self, layer: int) -> Iterator[Atom]:
         for weight in layer_weights(self.source.config):
-            part = megatron_name(weight.name, te_norms=self.te_norms)[1]
-            if part == "q":
-                yield self.qkv(layer, weight.name)
-            elif part not in ("k", "v"):
-                yield from self.plain(layer, weight.name, weight.axes, part)
+            fused = fused_of(weight.name)
+            if fused is None or not fused.by_group:
+                yield from self.plain(layer, weight)
+            elif weight.name.startswith(f"{fused.parts[0]}."):
+                yield self.groups(layer, weight)
 
-    def plain(self, layer: int | None, rest: str, axes: str, part: str = "") -> Iterator[Atom]:
-        """A tensor stored as it is; gate and up are the halves of ``linear_fc1``."""
-        dim, read = split_dim(axes), self.source.read
-        name = rest if layer is None else layer_name(layer, rest)
+    def plain(self, layer: int | None, weight: Weight) -> Iterator[Atom]:
+        """A tensor stored as it is, or one below others."""
+        axes, read, rest = weight.axes, self.source.read, weight.name
+        dim, name = split_dim(axes), rest if layer is None else layer_name(layer, rest)
         sizes = [self.shape.size(axis) * self.shape.rows(axis) for axis in axes]
-        stored, dtype = megatron_name(rest, te_norms=self.te_norms)[0], self.source.dtype(name)
+        stored, dtype = megatron_name(rest, te_norms=self.te_norms), self.source.dtype(name)
         if dim is None:
             if not self.skip_replicated:
                 yield Atom(
@@ -154,31 +145,36 @@ class _RankAtoms:
         whole, rows = sizes[dim], self.shape.rows(axes[dim])
         start, stop = part_range(self.shape.size(axes[dim]), self.part, self.parts)
         sizes[dim] = local = (stop - start) * rows
-        halves, half = (2, int(part == "up")) if part else (1, 0)
+        beside = parts_of(stored, self.source.config)
+        count, at = len(beside), beside.index(rest)
         yield Atom(
             name=stored, layer=layer, shape=tuple(sizes), dtype=dtype, dim=dim,
-            local_start=half * local, local_size=halves * local,
-            global_start=half * whole + start * rows, global_size=halves * whole,
+            local_size=count * local,
+            global_start=at * whole + start * rows, global_size=count * whole,
             pull=lambda: read(name, start, stop),
         )  # fmt: skip
 
-    def qkv(self, layer: int, rest: str) -> Atom:
-        """``linear_qkv``, fused over this rank's groups. ``rest`` is the name of its q part."""
-        shape, read = self.shape, self.source.read
-        q, k, v = (layer_name(layer, rest.replace("linear_q", f"linear_{c}")) for c in "qkv")
+    def groups(self, layer: int, first: Weight) -> Atom:
+        """A tensor fused group by group: this rank's query groups. ``first`` is its first part."""
+        shape, read, config = self.shape, self.source.read, self.source.config
+        stored, fused = megatron_name(first.name, te_norms=self.te_norms), fused_of(first.name)
+        assert fused is not None
         start, stop = part_range(shape.num_query_groups, self.part, self.parts)
-        heads, per_group = shape.heads_per_group, (shape.heads_per_group + 2) * shape.kv_channels
+        per_group = fused.group_rows(shape)
         rows = (stop - start) * per_group
-        trailing = (shape.hidden_size,) if rest.endswith("weight") else ()
+        trailing = (shape.hidden_size,) if first.name.endswith("weight") else ()
+        parts = [layer_name(layer, rest) for rest in parts_of(stored, config)]
 
         def pull() -> Tensor:
-            queries = read(q, start * heads, stop * heads)
-            keys, values = read(k, start, stop), read(v, start, stop)
-            return fuse_qkv(queries, keys, values, stop - start, shape.kv_channels)
+            read_parts = [
+                read(name, start * count, stop * count)
+                for name, count in zip(parts, fused.counts(shape), strict=True)
+            ]
+            return join(read_parts, first.name, shape)
 
         return Atom(
-            name=megatron_name(rest, te_norms=self.te_norms)[0], layer=layer,
-            shape=(rows, *trailing), dtype=self.source.dtype(q), dim=0, local_size=rows,
+            name=stored, layer=layer, shape=(rows, *trailing), dtype=self.source.dtype(parts[0]),
+            dim=0, local_size=rows,
             global_start=start * per_group, global_size=shape.num_query_groups * per_group,
             pull=pull,
         )  # fmt: skip
@@ -193,7 +189,7 @@ class _RankAtoms:
             upto = min(at + step, stop)
             yield Atom(
                 name=stored, layer=None, shape=(upto - at, shape.hidden_size), dtype=dtype, dim=0,
-                local_start=at - start, local_size=stop - start,
+                local_size=stop - start,
                 global_start=at, global_size=padded,
                 pull=partial(padded_rows, self.source.read, name, shape.vocab_size, at, upto),
             )  # fmt: skip
@@ -240,38 +236,3 @@ def check_names(where: object, wanted: Collection[str], held: Collection[str]) -
             f"{unexpected[:3]}; its configuration describes another model, or the copy is not "
             "complete"
         )
-
-
-def plain_piece(
-    load: Callable[[], Tensor], start: int, stop: int, *, dim: int | None, rows: int
-) -> Piece:
-    """A stored block that is a piece of a canonical tensor by itself.
-
-    Args:
-        load: gives the block, a view where possible.
-        start, stop: indices of the split axis it holds; ``rows`` rows of ``dim`` each.
-    """
-
-    def take_rows(a: int, b: int) -> Tensor:
-        return load() if dim is None else load().narrow(dim, a * rows, (b - a) * rows)
-
-    return Piece(start, stop, take_rows)
-
-
-def qkv_piece(
-    load: Callable[[], Tensor], part: str, first_group: int, groups: int, config: ModelConfig
-) -> Piece:
-    """The q, k or v piece of a stored block of ``linear_qkv`` that holds whole groups."""
-    shape = config.shape
-    heads = shape.heads_per_group
-    indices = heads if part == "q" else 1  # indices of the canonical axis per group
-    per_group = (heads + 2) * shape.kv_channels
-
-    def take_rows(a: int, b: int) -> Tensor:
-        first, last = a // indices, -(-b // indices)
-        fused = load().narrow(0, first * per_group, (last - first) * per_group)
-        x = unfuse_qkv(fused, part, heads, shape.kv_channels)
-        at = (a - first * indices) * shape.kv_channels
-        return x.narrow(0, at, (b - a) * shape.kv_channels)
-
-    return Piece(first_group * indices, (first_group + groups) * indices, take_rows)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_prune.errors import CheckpointError, PruneError
-from megatron_prune.families.names import FAMILIES
+from megatron_prune.families import FAMILIES, family_of_arguments
 from megatron_prune.model.grid import ParallelGrid, padded_vocab_size
 from megatron_prune.model.shape import ModelConfig, ModelShape
 
@@ -41,14 +41,14 @@ def megatron_args(config: ModelConfig, grid: ParallelGrid, **more: Any) -> Names
         "window_size": None if config.sliding_window is None else (config.sliding_window - 1, 0),
         "add_bias_linear": config.mlp_bias,
         "add_qkv_bias": config.qkv_bias,
-        "swiglu": True,
+        "swiglu": config.family.is_gated and config.family.activation == "silu",
         "squared_relu": False,
         "untie_embeddings_and_output_weights": not config.tied,
-        "normalization": "RMSNorm",
+        "normalization": config.family.norm,
         "norm_epsilon": config.norm_epsilon,  # to core_r0.15
         "layernorm_epsilon": config.norm_epsilon,  # from core_r0.16
         "apply_layernorm_1p": False,
-        "qk_layernorm": False,
+        "qk_layernorm": config.family.has_qk_norm,
         "apply_query_key_layer_scaling": False,
         "attention_dropout": 0.0,
         "hidden_dropout": 0.0,
@@ -63,7 +63,7 @@ def megatron_args(config: ModelConfig, grid: ParallelGrid, **more: Any) -> Names
         "virtual_pipeline_model_parallel_size": None,
         "consumed_train_samples": 0,
         "consumed_valid_samples": 0,
-        "model_family": config.family,
+        "model_family": config.family.name,
         **more,
     }
     return Namespace(**values)
@@ -110,7 +110,6 @@ _WANTED = {
     "rotary_percent": (1.0, "only full rotary embeddings"),
     "rotary_interleaved": (False, "only half-split rotary embeddings"),
     "num_experts": (None, "no mixture of experts"),
-    "qk_layernorm": (False, "no query/key norms"),
     "apply_layernorm_1p": (False, "no 1+weight norms"),
     "virtual_pipeline_model_parallel_size": (None, "no interleaved pipeline"),
     "window_attn_skip_freq": (None, "the same attention in all layers"),
@@ -145,14 +144,24 @@ def config_from_args(args: Any, where: Path, family: str | None) -> ModelConfig:
     qkv_bias = bool(values.get("add_qkv_bias")) or bool(values.get("add_bias_linear"))
     all_bias = bool(values.get("add_bias_linear"))
     window = _sliding_window(values)
-    guess = "mistral" if window else "qwen2" if qkv_bias and not all_bias else "llama"
-    family = family or values.get("model_family") or guess
-    if family not in FAMILIES:
+    qk_norm = bool(values.get("qk_layernorm"))
+    family = family or values.get("model_family")
+    if family is not None and family not in FAMILIES:
         raise CheckpointError(f"{where}: family {family!r}; wanted one of {', '.join(FAMILIES)}")
-    if window and family != "mistral":
+    told = family_of_arguments(
+        qkv_bias=qkv_bias, all_bias=all_bias, window=bool(window), qk_norm=qk_norm
+    )
+    found = told if family is None else FAMILIES[family]
+    if window and not found.has_windows:
+        known = ", ".join(one.name for one in FAMILIES.values() if one.has_windows)
         raise CheckpointError(
             f"{where}: args.window_size is {values['window_size']}; this reads windows of family "
-            f"mistral, not of {family}"
+            f"{known}, not of {found}"
+        )
+    if qk_norm != found.has_qk_norm:
+        raise CheckpointError(
+            f"{where}: args.qk_layernorm is {qk_norm}; family {found} has "
+            f"{'' if found.has_qk_norm else 'no '}query/key norms"
         )
     try:
         shape = ModelShape(
@@ -167,7 +176,7 @@ def config_from_args(args: Any, where: Path, family: str | None) -> ModelConfig:
     except PruneError as error:
         raise CheckpointError(f"{where}: its arguments: {error}") from None
     return ModelConfig(
-        family=family,
+        family=found,
         shape=shape,
         tied=not values.get("untie_embeddings_and_output_weights", False),
         qkv_bias=qkv_bias,

@@ -16,20 +16,21 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from megatron_prune.data.tokenizers import TRACKER
 from megatron_prune.errors import CheckpointError, DamagedError
-from megatron_prune.families.config import CONFIG, read_config
+from megatron_prune.families import read_config, read_config_as
+from megatron_prune.families.config import CONFIG
+from megatron_prune.files import Hold, hold
 from megatron_prune.model.grid import ParallelGrid
 from megatron_prune.model.shape import ModelConfig
 from megatron_prune.sources.source import REPAIR, Source
 from megatron_prune.store import hf, mcore_dist, mcore_legacy
 from megatron_prune.store.commit import MANIFEST, WRITER, check_manifest, read_manifest
-from megatron_prune.store.hold import Hold, hold
 from megatron_prune.store.lora import LoraSource, read_lora
 from megatron_prune.store.megatron_args import config_from_args, warn_unverified
 from megatron_prune.store.passenger import COMPANIONS, PLAN
 from megatron_prune.store.untrusted import load_untrusted
 
-TRACKER = "latest_checkpointed_iteration.txt"
 _NOT_COMPANIONS = (
     ".safetensors",
     ".bin",
@@ -190,7 +191,7 @@ def _plan_in(directory: Path) -> Path | None:
 def _open_hf(directory: Path) -> Source:
     return hf.HuggingFaceSource(
         directory,
-        read_config(directory / CONFIG),
+        *read_config_as(directory / CONFIG),
         companion_files=companion_files(directory),
         plan_path=_plan_in(directory),
     )

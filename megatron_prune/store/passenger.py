@@ -16,11 +16,11 @@ from typing import Any
 
 from megatron_prune.families.block_configs import CODE, code
 from megatron_prune.families.config import CONFIG, hf_config
+from megatron_prune.files import write_file
 from megatron_prune.model.axes import count_parameters
 from megatron_prune.model.grid import ParallelGrid
 from megatron_prune.model.shape import ModelConfig
 from megatron_prune.sources.source import COMMANDS, REPAIR, Source
-from megatron_prune.store.commit import write_file
 
 COMPANIONS, PLAN = "hf", "plan.json"
 
@@ -109,7 +109,7 @@ class Passenger:
             repaired["repair_digest"] = hashlib.sha256(self.repair).hexdigest()
         return {
             "format": format,
-            "family": self.config.family,
+            "family": self.config.family.name,
             "shape": self.config.shape.as_dict(),
             "parameters": count_parameters(self.config),
             "tied": self.config.tied,

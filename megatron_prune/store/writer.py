@@ -19,10 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_prune.files import FileRecord
 from megatron_prune.model.axes import axes_of, split_dim, split_layer, tensor_shape
 from megatron_prune.model.shape import ModelShape
 from megatron_prune.sources.source import Source
-from megatron_prune.store.commit import FileRecord
 
 BLOCK_BYTES = 32 << 20  # rows are moved in blocks of this size: what a step holds in memory
 

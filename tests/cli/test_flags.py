@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
-import importlib
 import json
 import subprocess
 import sys
@@ -12,9 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_prune.cli import _DOORS, STAGES
-from megatron_prune.cli.flags import add_flags
-from megatron_prune.cli.vocab import ACTIONS
+from megatron_prune.cli import STAGES, VOCAB, stage_parser
 from megatron_prune.errors import ConfigError
 from tests.pico import directory_bytes, ok, refused, run
 
@@ -24,7 +20,9 @@ Models, Shards, Plans = Callable[[str], Path], Callable[..., Path], Callable[[st
 FILE_STAGES = ("convert", "inspect", "plan", "prune", "report", "reshard", "verify", "vocab prune")
 
 
-@pytest.mark.parametrize("stage", sorted({*STAGES, "vocab prune"} - {"vocab"}))
+@pytest.mark.parametrize(
+    "stage", sorted({*STAGES, *(f"vocab {action}" for action in VOCAB)} - {"vocab"})
+)
 def test_help_of_every_stage_explains_it(stage: str) -> None:
     text = ok(*stage.split(), "--help").out
     usage, about, *_ = text.split("\n\n")
@@ -35,16 +33,9 @@ def test_help_of_every_stage_explains_it(stage: str) -> None:
 
 @pytest.mark.parametrize("stage", FILE_STAGES)
 def test_every_flag_has_a_help_and_every_stage_an_example(stage: str) -> None:
-    parser = argparse.ArgumentParser()
-    if stage in _DOORS:
-        place, options, _ = _DOORS[stage]
-        module = importlib.import_module(f"megatron_prune.stages.{place}")
-        add_flags(parser, getattr(module, options))
-    else:
-        module = importlib.import_module(f"megatron_prune.cli.{stage.replace(' ', '_')}")
-        module.add_arguments(parser)
+    parser, *_ = stage_parser(stage)
     assert [action.option_strings for action in parser._actions if not action.help] == []
-    assert f"megatron-prune {stage} " in module.__doc__
+    assert f"megatron-prune {stage} " in str(parser.description)
 
 
 def test_help_lists_every_stage_in_the_order_of_the_walk() -> None:
@@ -55,7 +46,7 @@ def test_help_lists_every_stage_in_the_order_of_the_walk() -> None:
 
 def test_help_of_vocab_lists_its_actions() -> None:
     text = ok("vocab", "--help").out
-    places = [text.index(f"\n  {action} ") for action in ACTIONS]
+    places = [text.index(f"\n  {action} ") for action in VOCAB]
     assert places == sorted(places)
 
 

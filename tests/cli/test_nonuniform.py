@@ -16,7 +16,6 @@ import pytest
 import torch
 
 from megatron_prune.planning.scores import Scores, score_shape, scores_bytes
-from megatron_prune.sources.digest import source_digest
 from megatron_prune.store import open_source
 from tests.cli.test_prune import write_value
 from tests.engine.on_ranks import Job, launch
@@ -40,7 +39,7 @@ FFN = ("--ffn-hidden-size-remain", 48, "--nonuniform", "--nonuniform-scores", "r
 def scores(model: Path, path: Path) -> tuple[object, ...]:
     """The flags of a scores file whose layers differ: the later ones have the better channels."""
     with closing(open_source(model)) as source:
-        shape, digest = source.config.shape, source_digest(source)
+        shape, digest = source.config.shape, source.digest
     random = torch.Generator().manual_seed(5)
     found = {a: torch.rand(score_shape(a, shape), generator=random) for a in "DQKFL"}
     found["F"] *= torch.linspace(1, 4, shape.num_layers)[:, None]

@@ -12,17 +12,17 @@ from typing import Any
 import pytest
 
 from megatron_prune import __version__
-from megatron_prune.cli.quantities import (
+from megatron_prune.errors import ConfigError
+from megatron_prune.families import read_config
+from megatron_prune.model.axes import count_parameters
+from megatron_prune.planning.latency import LatencyTable, LayerTime, OutputTime
+from megatron_prune.planning.score_mass import DEFAULT_WEIGHTS
+from megatron_prune.stages.quantities import (
     parse_latency,
     parse_memory,
     parse_parameters,
     parse_weights,
 )
-from megatron_prune.errors import ConfigError
-from megatron_prune.families.config import read_config
-from megatron_prune.model.axes import count_parameters
-from megatron_prune.planning.latency import LatencyTable, LayerTime, OutputTime
-from megatron_prune.planning.score_mass import DEFAULT_WEIGHTS
 from tests.pico import TEXT, Done, ok, refused, run
 
 Models, Shards = Callable[[str], Path], Callable[..., Path]

@@ -35,7 +35,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def scores(models: Models, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Of gqa: activation (D, Q, F, L), residual-energy (D) and perplexity (L). Read only."""
     path = tmp_path_factory.mktemp("scores") / "gqa.safetensors"
-    names = "activation,residual-energy,perplexity"
+    names = "hidden=residual-energy,heads=activation+2*residual-energy,layers=perplexity"
     given = ("--load", models("gqa"), "--data", text, *SIZES, "--save", path)
     ok("score", *given, "--criterion", names)
     return path

@@ -62,7 +62,7 @@ def test_what_cannot_be_is_refused(tokenizer: Path, text: Path, tmp_path: Path) 
     new, there = tmp_path / "new.npz", tmp_path / "there.npz"
     there.write_bytes(b"kept")
     refused("--tokenizer PATH is missing", "--input", text, "--save", new)
-    refused("not allowed with argument", "--merge", there, "--input", text, "--save", new)
+    refused("--input and --merge: give one of", "--merge", there, "--input", text, "--save", new)
     refused("exists; remove it", "--tokenizer", tokenizer, "--input", text, "--save", there)
     inside = tokenizer / "counts.npz"
     refused("inputs; they never", "--tokenizer", tokenizer, "--input", text, "--save", inside)

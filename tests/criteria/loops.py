@@ -17,7 +17,7 @@ CRITERIA = (
     *("magnitude", "activation", "wanda", "flap", "residual-energy"),
     *("taylor", "fisher", "perplexity", "perplexity-greedy"),
 )
-KINDS = ("gqa", "tied", "all_bias", "qwen")
+KINDS = ("gqa", "tied", "all_bias", "qwen", "qwen3")
 
 
 @dataclass(frozen=True)
@@ -103,6 +103,8 @@ def named_units(scored: Scored) -> dict[str, list[tuple[str, int, Any, list[int]
         "down_proj.bias": [("D", 0, hidden)],
         "embed_tokens.weight": [("D", 1, hidden)],
         "lm_head.weight": [("D", 1, hidden)],
+        "q_norm.weight": [],
+        "k_norm.weight": [],
     }
     found = {}
     for name, _ in scored.model.named_parameters():
@@ -135,8 +137,8 @@ def unit_sums(scored: Scored, values: dict[str, Tensor]) -> dict[str, Tensor]:
                     sums[axis][unit] += part
                 else:
                     sums[axis][layer, unit] += part
-        if owners[0][1] >= 0:
-            sums["L"][owners[0][1]] += values[name].double().sum()
+        if ".layers." in name:
+            sums["L"][int(name.split(".")[2])] += values[name].double().sum()
     per_group = config.num_attention_heads // config.num_key_value_heads
     for head in range(config.num_attention_heads):
         sums["K"][:, head // per_group] += sums["Q"][:, head]

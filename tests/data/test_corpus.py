@@ -14,9 +14,9 @@ import pytest
 
 from megatron_prune.data import corpus
 from megatron_prune.data.corpus import (
-    Chunk,
     Documents,
     Encoder,
+    LineChunk,
     check_inputs,
     map_pieces,
     parse_lines,
@@ -37,7 +37,7 @@ def encoder_for(spm: Path, **options: object) -> Encoder:
     return Encoder(tokenizer=tokenizer, **values)  # type: ignore[arg-type]
 
 
-def flat(parts: Iterator[tuple[Chunk, list[Documents]]]) -> tuple[list[int], ...]:
+def flat(parts: Iterator[tuple[LineChunk, list[Documents]]]) -> tuple[list[int], ...]:
     found = [documents[0] for _, documents in parts]
     return tuple(
         [int(x) for d in found for x in getattr(d, name)]
@@ -217,11 +217,11 @@ def test_the_first_bad_line_is_named_by_any_number_of_workers(
 def test_chunks_are_not_read_far_ahead_of_the_work(spm: Path) -> None:
     drawn = 0
 
-    def endless() -> Iterator[Chunk]:
+    def endless() -> Iterator[LineChunk]:
         nonlocal drawn
         while True:
             drawn += 1
-            yield Chunk(path="x", first_line=1, lines=[b'{"text": "a"}'], file_bytes=0)
+            yield LineChunk(path="x", first_line=1, lines=[b'{"text": "a"}'], file_bytes=0)
 
     found = map_pieces(endless(), encoder_for(spm), workers=2)
     for _ in range(10):
@@ -235,13 +235,13 @@ class _KillsItsWorker:
 
     splitter = None
 
-    def __call__(self, chunk: Chunk) -> list[Documents]:
+    def __call__(self, chunk: LineChunk) -> list[Documents]:
         os.kill(os.getpid(), signal.SIGKILL)
         raise AssertionError
 
 
 def test_a_worker_that_is_killed_ends_the_work_with_a_message() -> None:
-    chunks = [Chunk(path="x", first_line=1, lines=[], file_bytes=0)] * 20
+    chunks = [LineChunk(path="x", first_line=1, lines=[], file_bytes=0)] * 20
     with pytest.raises(DistributedError, match="one of the 2 workers ended without a word"):
         list(map_pieces(chunks, _KillsItsWorker(), workers=2))  # type: ignore[arg-type]
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from megatron_prune import files
 from megatron_prune.data import indexed
 from megatron_prune.data.indexed import (
     SUFFIXES,
@@ -22,6 +23,7 @@ from megatron_prune.data.indexed import (
 )
 from megatron_prune.data.sidecar import check_corpus
 from megatron_prune.errors import ConfigError, DamagedError, StorageError
+from megatron_prune.files import hash_file
 
 FACTS = {"version": 1, "vocab_size": 65000, "tokenizer_digest": "d", "eod": 1}
 Document = list[list[int]]  # sequences of ids
@@ -117,7 +119,7 @@ def test_the_sidecar_tells_counts_and_hashes(tmp_path: Path) -> None:
         file = tmp_path / f"c.{part}"
         assert sidecar[part] == {
             "bytes": file.stat().st_size,
-            "sha256": indexed.file_sha256(file),
+            "sha256": hash_file(file).sha256,
         }
     assert check_corpus(tmp_path / "c", "d", 65000, read_all=True).max_token_id == 40000
 
@@ -164,7 +166,7 @@ def test_a_failure_leaves_the_old_corpus_and_nothing_else(
     def full(self: object, piece: bytes) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(indexed._HashedFile, "write", full)
+    monkeypatch.setattr(files.HashedFile, "write", full)
     with pytest.raises(StorageError, match="No space left") as caught:
         write(tmp_path / "c", OTHERS, overwrite=True)
     assert caught.value.exit_code == 4

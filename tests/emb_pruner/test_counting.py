@@ -105,7 +105,7 @@ def as_dict(counts: Counts) -> dict[int, int]:
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that a small corpus has many pieces, and the table is emptied again and again."""
     monkeypatch.setattr(corpus, "CHUNK_BYTES", 3000)
-    monkeypatch.setattr(reading, "BLOCK_BYTES", 700)
+    monkeypatch.setattr(reading, "TEXT_BLOCK_BYTES", 700)
     monkeypatch.setattr(reading, "IDS", 100)
     monkeypatch.setattr(counting, "TABLE_CHARACTERS", 3000)
 
@@ -141,7 +141,7 @@ def test_workers_count_what_one_process_does(
     name: str, tokenizers: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(corpus, "CHUNK_BYTES", 3000)
-    monkeypatch.setattr(reading, "BLOCK_BYTES", 700)
+    monkeypatch.setattr(reading, "TEXT_BLOCK_BYTES", 700)
     lines, long = documents(60), "".join(documents(60, seed=2))
     write_jsonl(tmp_path / "a.jsonl", lines)
     (tmp_path / "b.txt").write_bytes(long.encode())
@@ -233,7 +233,7 @@ def test_an_input_named_twice_is_refused(tokenizers: dict[str, Path], tmp_path: 
 def test_a_long_text_that_cannot_be_cut_is_refused(
     tokenizers: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(reading, "BLOCK_BYTES", 100)
+    monkeypatch.setattr(reading, "TEXT_BLOCK_BYTES", 100)
     monkeypatch.setattr(reading, "TEXT_BYTES_MAX", 1000)
     (tmp_path / "a.txt").write_text("word " * 1000)
     with pytest.raises(ConfigError, match=r"a\.txt: over 1000 characters without a place"):

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from emb_pruner.prune import vocabulary_axis
 from emb_pruner.vocab_plan import VocabPlan
-from megatron_prune.model.axes import EMBEDDING, OUTPUT
+from megatron_prune.model.blocks import EMBEDDING, OUTPUT
 from megatron_prune.sources.pruned import PrunedSource
-from megatron_prune.sources.source import Source
+from megatron_prune.sources.source import DerivedSource, Source
 from megatron_prune.store import open_source
 from tests import launch
 from tests.emb_pruner.models import (
@@ -215,29 +215,27 @@ def test_two_ranks_write_the_same_bytes(
     assert directory_bytes(tmp_path / "two") == directory_bytes(tmp_path / "one")
 
 
-class Watched(Source):
+class Watched(DerivedSource):
     """A source that remembers how many rows each read asked for."""
 
     def __init__(self, source: Source) -> None:
-        self.path, self.config, self.companion_files = source.path, source.config, {}
-        self.format, self.source, self.rows = source.format, source, list[int]()
-
-    def dtype(self, name: str) -> torch.dtype:
-        return self.source.dtype(name)
+        super().__init__(source)
+        self.rows = list[int]()
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
         self.rows.append((ROWS if stop is None else stop) - start)
-        return self.source.read(name, start, stop)
+        return super().read(name, start, stop)
 
 
 @pytest.mark.parametrize("name", [EMBEDDING.name, OUTPUT.name])
 def test_no_read_spans_more_rows_than_it_is_to_give(name: str, chat: Chat) -> None:
     """Few tokens kept of many would else copy most of a sharded embedding at once."""
-    source = Watched(open_source(chat("gqa.torch_dist")))
+    stored = open_source(chat("gqa.torch_dist"))
+    source = Watched(stored)
     kept = tuple(sorted(random.Random(3).sample(range(ROWS), 60)))
     plan = VocabPlan(kept=kept, source_size=ROWS, tokenizer_digest="", method="random")
     pruned = PrunedSource(source, vocabulary_axis(plan, source))
-    whole = source.source.read(name)
+    whole = stored.read(name)
     for start, stop in ((0, 20), (20, 60), (7, 8), (0, None)):
         source.rows.clear()
         found = pruned.read(name, start, stop)

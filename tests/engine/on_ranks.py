@@ -7,7 +7,6 @@ what it found in a file.
 from __future__ import annotations
 
 import json
-import math
 import os
 import sys
 import time
@@ -109,14 +108,19 @@ def gradients(
     """
     from megatron_prune.engine.forward import weights
     from megatron_prune.engine.forward.loss import real_columns
+    from megatron_prune.engine.forward.microbatches import (
+        Microbatch,
+        Step,
+        forward_backward,
+        lm_loss,
+    )
     from megatron_prune.engine.forward.model import build_model
     from megatron_prune.engine.groups import model_parallel
     from megatron_prune.engine.train import inputs as run_inputs
-    from megatron_prune.engine.train import loop as train
-    from megatron_prune.engine.train.corpora import Microbatch
     from megatron_prune.engine.train.optimizer import build_optimizer, wrap_model
     from megatron_prune.engine.train.options import TrainOptions
     from megatron_prune.model import axes
+    from megatron_prune.model.blocks import EMBEDDING, OUTPUT
     from megatron_prune.store import open_source
 
     tokens = torch.load(ids)
@@ -126,20 +130,21 @@ def gradients(
             load=None, save=Path("nowhere"), data_path=(), train_iters=1, micro_batch_size=1,
             seq_length=tokens.shape[1] - 1, lr=0.0, **options,
         )  # fmt: skip
-        run = train.Training.__new__(train.Training)
-        run.options, run.groups = given, groups
-        run.model = build_model(source.config, groups, run_inputs.model_options(given))
-        weights.load_weights(run.model, source, groups)
-        run.ddp = wrap_model(run.model, given)
-        run.optimizer = build_optimizer(run.ddp, given)
-        run.ddp.zero_grad_buffer()
+        model = build_model(source.config, groups, run_inputs.model_options(given))
+        weights.load_weights(model, source, groups)
+        ddp = wrap_model(model, given)
+        optimizer = build_optimizer(ddp, given)
+        ddp.zero_grad_buffer()
         mine = tokens[groups.dp_rank :: groups.data_parallel]
         mask = torch.ones(1, tokens.shape[1] - 1)
         data = (Microbatch(row[None, :-1], row[None, 1:], mask, mask.sum()) for row in mine)
-        share = run._run(data, len(mine), forward_only=False)
+        step = Step(iteration=1, count=len(mine), rows=1, length=given.seq_length)
+        (share,) = forward_backward(
+            ddp, data, step, groups, lm_loss, ["lm loss"], forward_only=False
+        )
         first = groups.grid.stage_layers(source.config.shape.num_layers, groups.pp_rank).start
         far: dict[str, float] = {}
-        for name, parameter in run.model.named_parameters():
+        for name, parameter in model.named_parameters():
             if given.use_distributed_optimizer:
                 break  # each rank holds a part of the sum only
             layer, rest = axes.split_layer(name)
@@ -147,11 +152,11 @@ def gradients(
             rows = len(parameter)
             expected = weights._local_parameter(whole, rows, source.config, groups, reference.read)
             expected = expected.clone()
-            if rest in (axes.EMBEDDING.name, axes.OUTPUT.name):  # padding learns nothing
+            if rest in (EMBEDDING.name, OUTPUT.name):  # padding learns nothing
                 real = real_columns(source.config.shape.vocab_size, rows, groups.tp_rank)
                 expected[real:] = 0
             far[whole] = float((parameter.main_grad - expected).abs().max())
-        _, norm, _ = run.optimizer.step()
+        _, norm, _ = optimizer.step()
         return {"share": share, "norm": float(norm), "far": far}
 
 
@@ -170,30 +175,11 @@ def divergence(**given: Any) -> dict[str, float]:
 
 
 def poisoned(words: list[str], at: dict[str, str], rank: int = 0) -> int:
-    """``command`` with iteration -> what goes wrong in it, on one rank: see `poison`."""
-    from megatron_prune.engine.train import loop as train
+    """``command`` with iteration -> what goes wrong in it, on one rank."""
+    from tests.engine.wrong_steps import wrong_steps
 
-    original = train.Training._run
-    if int(os.environ["RANK"]) == rank:
-        train.Training._run = poison(original, {int(n): what for n, what in at.items()})
-    try:
+    with wrong_steps({int(n): what for n, what in at.items()}, rank):
         return command(words)
-    finally:
-        train.Training._run = original
-
-
-def poison(original: Any, at: dict[int, str]) -> Any:
-    """``Training._run`` whose ``loss`` becomes nan, or ``high``, or whose ``gradient`` does."""
-
-    def run(self: Any, *args: Any, forward_only: bool) -> float:
-        share: float = original(self, *args, forward_only=forward_only)
-        what = None if forward_only else at.get(self.iteration + 1)
-        if what == "gradient":
-            for parameter in self.model.parameters():  # whichever part this rank's optimizer has
-                parameter.main_grad.view(-1)[0::7] = torch.inf
-        return {"loss": math.nan, "high": share + 100}.get(what or "", share)
-
-    return run
 
 
 CHECKS = {

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from megatron_prune.engine.train import dist_writer
-from megatron_prune.engine.train.loop import Training
-from tests.engine.on_ranks import Job, launch, poison
+from tests.engine.on_ranks import Job, launch
 from tests.engine.runs import losses, told, words
+from tests.engine.wrong_steps import wrong_steps
 from tests.pico import directory_bytes, ok, refused
 
 
@@ -78,14 +78,12 @@ def test_training_goes_on_while_a_slow_disk_is_written(
 
 
 def test_a_run_that_stops_for_its_loss_keeps_the_save_under_way(
-    tmp_path: Path, reference: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, reference: Path, corpus: Path
 ) -> None:
-    monkeypatch.setattr(Training, "_run", poison(Training._run, {4: "loss"}))
     save = tmp_path / "run"
-    refused(
-        *words(reference / "gqa", save, corpus, "--async-save", "--eval-iters", 0),
-        says="iteration 3 is kept", code=3,
-    )  # fmt: skip
+    flags = ("--async-save", "--eval-iters", 0)
+    with wrong_steps({4: "loss"}):
+        refused(*words(reference / "gqa", save, corpus, *flags), says="iteration 3 is kept", code=3)
     assert [path.name for path in save.glob("*iter_*")] == ["iter_0000003"]
 
 

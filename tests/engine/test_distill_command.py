@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from megatron_prune.planning.plan import Kept, PrunePlan
-from megatron_prune.sources.digest import source_digest
 from megatron_prune.store import open_source
 from tests.engine.divergences import plain_losses
 from tests.engine.runs import batches, losses, rows, told, weights, words
@@ -118,7 +117,7 @@ def test_the_teacher_is_left_as_it_is(
     tmp_path: Path, reference: Path, teacher: Path, corpus: Path
 ) -> None:
     from megatron_prune.engine.groups import model_parallel
-    from megatron_prune.engine.objectives.distill_options import DistillOptions
+    from megatron_prune.engine.objectives.distillation import Distillation
     from megatron_prune.engine.train.inputs import open_inputs
     from megatron_prune.engine.train.loop import Training
     from megatron_prune.engine.train.options import TrainOptions
@@ -128,13 +127,13 @@ def test_the_teacher_is_left_as_it_is(
     options = TrainOptions(
         load=reference / "gqa", save=tmp_path / "run", data_path=(str(corpus),), lr=1e-3,
         micro_batch_size=1, global_batch_size=2, seq_length=32, train_iters=2, eval_iters=0,
-        distill=DistillOptions(teachers=(teacher,)),
+        teacher=(teacher,),
     )  # fmt: skip
     before = directory_bytes(teacher)
     with model_parallel(ParallelGrid()) as groups, StopSignals() as signals:
         run = Training(options, groups, open_inputs(options, groups))
-        assert run.distillation is not None
-        (model,) = run.distillation.teachers
+        assert isinstance(run.objective, Distillation)
+        (model,) = run.objective.teachers
         kept = {name: x.clone() for name, x in model.state_dict().items() if x is not None}
         student = {name: x.clone() for name, x in run.model.named_parameters()}
         run.step(signals)
@@ -243,7 +242,7 @@ def restricted(
     source = open_source(reference / "gqa")
     plan = PrunePlan(
         source=source.config.shape, criterion="random", seed=0, prune_type="unbalance",
-        balance_for=1, source_digest=source_digest(source),
+        balance_for=1, source_digest=source.digest,
         kept=Kept(vocab=tuple(kept), ffn={n: tuple(range(60)) for n in range(4)}),
     )  # fmt: skip
     (folder / "plan.json").write_text(plan.to_json())

@@ -33,6 +33,9 @@ LOGITS: list[tuple[str, dict[str, int], int, dict[str, Any]]] = [
     *((kind, TP2, 2, {}) for kind in ("mha", "four", "qwen_tied")),
     *((kind, TP4, 4, {}) for kind in ("four", "qwen_tied")),
     *((kind, PP2, 2, {}) for kind in ("gqa", "tied", "qwen", "llama3")),
+    ("qwen3", TP3, 3, {}),
+    ("qwen3_tied", TP2, 2, {}),
+    ("qwen3", PP2, 2, {}),
     ("tied", UNEVEN, 2, {}),
     ("tied", PP4, 4, {}),
     ("qwen_tied", TP2_PP2, 4, {}),
@@ -41,7 +44,9 @@ LOGITS: list[tuple[str, dict[str, int], int, dict[str, Any]]] = [
 ]
 GRADIENTS: list[tuple[str, dict[str, int], int, dict[str, Any]]] = [
     *((kind, TP3, 3, {}) for kind in ("gqa", "tied", "qwen", "all_bias", "llama3")),
-    *((kind, TP3, 3, SP) for kind in ("gqa", "tied", "all_bias")),
+    *((kind, TP3, 3, SP) for kind in ("gqa", "tied", "all_bias", "qwen3")),
+    ("qwen3_tied", TP2, 2, {}),
+    ("qwen3", PP2, 2, {}),
     *((kind, TP4, 4, {}) for kind in ("four", "qwen_tied")),
     *((kind, PP2, 2, {}) for kind in ("gqa", "tied")),
     ("tied", UNEVEN, 2, {}),

@@ -46,6 +46,8 @@ RUNS: dict[str, tuple[str, int, tuple[object, ...], str]] = {
     "some-tp3": ("sparse", 3, (*TP3, *SOME), "some"),
     "four": ("qwen_tied", 1, (), "four"),
     "four-tp2-pp2": ("qwen_tied", 4, (*TP2, *PP2), "four"),
+    "qwen3": ("qwen3_tied", 1, (), "qwen3"),
+    "qwen3-tp2": ("qwen3_tied", 2, TP2, "qwen3"),
     "taught": ("gqa", 1, ("--teacher", "{twin}"), "taught"),
     "taught-tp3": ("gqa", 3, (*TP3, "--teacher", "{twin}"), "taught"),
     "half": ("gqa", 1, HALF, "alone"),

@@ -241,6 +241,7 @@ def far(found: Path, wanted: dict[str, Tensor], plan_file: Path) -> float:
         ("all_bias", "all", {}),
         ("tied", "heads", {}),
         ("qwen", "ffn", {}),
+        ("qwen3", "all", {"readers": True}),
         ("gqa", "hidden", {}),
         ("gqa", "all", {"target": "dense"}),
         ("all_bias", "all", {"target": "stream"}),

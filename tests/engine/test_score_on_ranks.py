@@ -46,6 +46,8 @@ CASES: dict[str, tuple[str, int, tuple[object, ...]]] = {
     "four-tp2-dp2": ("four", 4, TP2),
     "four-tp2-dp2-sp": ("four", 4, (*TP2, *SP)),  # the second copy's last batch is all filling
     "qwen_tied-tp4": ("qwen_tied", 4, TP4),
+    "qwen3_tied-tp2": ("qwen3_tied", 2, TP2),
+    "qwen3_tied-tp2-sp": ("qwen3_tied", 2, (*TP2, *SP)),
     "qwen_tied-tp2-pp2-sp": ("qwen_tied", 4, (*TP2, *PP2, *SP)),
 }
 NUDGED = 1e-5  # of the largest value; the largest difference seen is 1.3e-6
@@ -148,7 +150,7 @@ def test_the_layout_is_recorded(found: Path) -> None:
 
 FAIL = """
 from megatron_prune.engine.observe import score
-from megatron_prune.store import commit
+from megatron_prune import files
 def fails(*_, **__):
     raise OSError(5, "Input/output error")
 if os.environ["RANK"] == "{rank}":
@@ -156,9 +158,7 @@ if os.environ["RANK"] == "{rank}":
 """
 
 
-@pytest.mark.parametrize(
-    ("rank", "what"), [(0, "commit.replace_file"), (1, "score.weight_squares")]
-)
+@pytest.mark.parametrize(("rank", "what"), [(0, "files.replace_file"), (1, "score.weight_squares")])
 def test_a_rank_that_fails_ends_all_with_its_name(rank: int, what: str, tmp_path: Path) -> None:
     model = make_model(tmp_path / "m", "gqa")
     stage = ("score", "--load", model, "--criterion", "magnitude", "--seq-length", 24)

@@ -13,6 +13,7 @@ import torch
 
 from megatron_prune.data.tokenizers import load_tokenizer
 from tests.engine.runs import batches, losses, rows, told, weights, words
+from tests.engine.wrong_steps import wrong_steps
 from tests.launch import made_once
 from tests.pico import directory_bytes, make_model, ok, refused, run
 
@@ -277,22 +278,12 @@ def test_weights_that_are_no_numbers_are_not_saved(
 
 
 def test_gradients_that_are_no_numbers_stop_before_they_are_applied(
-    tmp_path: Path, reference: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, reference: Path, corpus: Path
 ) -> None:
-    from megatron_prune.engine.train import loop as engine
-
-    original = engine.Training._run
-
-    def poisoned(self: engine.Training, *args: object, forward_only: bool) -> float:
-        share = original(self, *args, forward_only=forward_only)  # type: ignore[arg-type]
-        if self.iteration == 3 and not forward_only:
-            next(iter(self.model.parameters())).main_grad[0] = torch.inf
-        return share
-
-    monkeypatch.setattr(engine.Training, "_run", poisoned)
     save = tmp_path / "run"
-    flags = ("--save-interval", 1)
-    refused(*words(reference / "gqa", save, corpus, *flags), says="iteration 4: gradient", code=3)
+    command = words(reference / "gqa", save, corpus, "--save-interval", 1)
+    with wrong_steps({4: "gradient"}):
+        refused(*command, says="iteration 4: gradient", code=3)
     assert sorted(p.name for p in save.glob("iter_*"))[-1] == "iter_0000003"
 
 

@@ -148,10 +148,10 @@ if os.environ["RANK"] == "1":
         return {instead} if len(calls) == {call} else original(self, *given, **more)
     owner.{method} = skip
 """
-TRAIN, RANKS = "megatron_prune.engine.train.loop", "megatron_prune.ranks"
+GROUPS, RANKS = "megatron_prune.engine.groups", "megatron_prune.ranks"
 DDP = "megatron.core.distributed"
 SKIPPED = {  # where, what it gives instead, in which of its calls
-    "loss": (TRAIN, "Training", "_sum_over_ranks", "list(given)", 8),
+    "loss": (GROUPS, "Groups", "sum_over_ranks", "list(given)", 8),
     "gradients": (DDP, "DistributedDataParallel", "finish_grad_sync", "None", 5),
     "save": (RANKS, "Ranks", "barrier", "None", 1),
 }

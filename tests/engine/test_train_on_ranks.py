@@ -65,6 +65,8 @@ RUNS: dict[str, tuple[str, int, tuple[object, ...]]] = {
     "four-tp4-sp": ("qwen_tied", 4, (*TP4, *SP)),
     "four-tp2-pp2-sp": ("qwen_tied", 4, (*TP2_PP2, *SP)),
     "four-tp2-dp2-sp-split": ("qwen_tied", 4, (*TP2, *SP, *SPLIT)),
+    "qwen3-alone": ("qwen3_tied", 1, ()),
+    "qwen3-tp2-sp": ("qwen3_tied", 2, (*TP2, *SP)),
     "random-alone": ("tied", 1, ("--init-random",)),
     "random-tp3": ("tied", 3, ("--init-random", *TP3)),
 }
@@ -124,6 +126,7 @@ ALIKE = {  # -> the run of one process
     **dict.fromkeys(["four-tp2-pp2", "four-tp2-dp2", "four-pp2-dp2"], "four-alone"),
     **dict.fromkeys(["four-tp4-sp", "four-tp2-pp2-sp", "four-tp2-dp2-sp-split"], "four-alone"),
     "four-dp4-split": "four-alone-4",
+    "qwen3-tp2-sp": "qwen3-alone",
 }
 
 

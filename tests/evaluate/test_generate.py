@@ -31,7 +31,7 @@ def by_transformers(folder: Path, prompt: str = PROMPT) -> str:
     return str(text).removesuffix("</s>")
 
 
-@pytest.mark.parametrize("kind", ["gqa", "tied", "qwen"])
+@pytest.mark.parametrize("kind", ["gqa", "tied", "qwen", "qwen3"])
 def test_one_process_says_what_transformers_says(models, kind: str) -> None:
     wanted = by_transformers(models(kind))
     assert wanted.startswith(PROMPT) and len(wanted) > len(PROMPT)

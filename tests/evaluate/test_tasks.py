@@ -14,7 +14,8 @@ import pytest
 
 from megatron_prune.cli.recipe import expand_recipe
 from megatron_prune.errors import ConfigError
-from megatron_prune.evaluate.tasks import parse_tasks
+from megatron_prune.evaluate.options import EvaluateOptions
+from megatron_prune.evaluate.tasks import wanted_tasks
 from tests.engine.on_ranks import Job, launch
 from tests.launch import environment
 from tests.pico import TEXT, ok, refused
@@ -246,16 +247,21 @@ def test_refused(models, flags: tuple[object, ...], says: str) -> None:
     refused("evaluate", "--load", models("gqa"), *flags, says=says)
 
 
+def _wanted(*tasks: str, num_fewshot: int | None = None) -> dict[str, int | None]:
+    options = EvaluateOptions(load=Path("model"), tasks=tasks, num_fewshot=num_fewshot)
+    return wanted_tasks(options)
+
+
 def test_examples_by_task() -> None:
-    assert parse_tasks(["a,b:25", "c"], 3) == {"a": 3, "b": 25, "c": 3}
+    assert _wanted("a,b:25", "c", num_fewshot=3) == {"a": 3, "b": 25, "c": 3}
     with pytest.raises(ConfigError, match="stands twice"):
-        parse_tasks(["a", "a"], None)
+        _wanted("a", "a")
 
 
 def test_the_recipe_is_the_list_of_the_field() -> None:
     recipe = REPOSITORY / "recipes" / "standard_tasks.yaml"
     words = expand_recipe("evaluate", ["--config", str(recipe)])
-    tasks = parse_tasks(words[1 : words.index("--config")], None)
+    tasks = _wanted(*words[1 : words.index("--config")])
     shots = {"arc_challenge": 25, "hellaswag": 10, "boolq": 32, "mmlu": 5}
     zero = dict.fromkeys(("sciq", "piqa", "winogrande", "arc_easy", "logiqa"), 0)
     assert tasks == {**zero, **shots}

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from megatron_prune.errors import CheckpointError
+from megatron_prune.families import FAMILIES, read_config
 from megatron_prune.families.block_configs import block_configs, read_block_configs
-from megatron_prune.families.config import hf_config, read_config
+from megatron_prune.families.config import hf_config
 from megatron_prune.model.shape import ModelShape
 
 SHAPE = ModelShape(
@@ -75,7 +76,7 @@ def test_what_was_written_is_read_back(widths: tuple[int, ...], tmp_path: Path) 
 def test_equal_widths_are_a_plain_llama(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(config(None)))
     found = read_config(tmp_path / "config.json")
-    assert found.shape == replace(SHAPE, ffn_per_layer=None) and found.family == "llama"
+    assert found.shape == replace(SHAPE, ffn_per_layer=None) and found.family.name == "llama"
     assert hf_config(found)["model_type"] == "llama"
     assert "block_configs" not in hf_config(found)
 
@@ -84,7 +85,7 @@ def test_only_llama_is_written_so(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(config()))
     for family in ("mistral", "qwen2"):
         with pytest.raises(CheckpointError, match=f"family {family}: .* only in family llama"):
-            hf_config(replace(read_config(tmp_path / "config.json"), family=family))
+            hf_config(replace(read_config(tmp_path / "config.json"), family=FAMILIES[family]))
 
 
 @pytest.mark.parametrize(

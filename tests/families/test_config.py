@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from megatron_prune.families.config import hf_config, read_config
+from megatron_prune.families import read_config
+from megatron_prune.families.config import hf_config
 from megatron_prune.model.shape import ModelConfig
 from tests.pico import KINDS, LLAMA3
 

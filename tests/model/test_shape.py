@@ -5,12 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-import torch
 
 from megatron_prune.errors import ShapeError
-from megatron_prune.model.grid import part_range
 from megatron_prune.model.shape import ModelShape
-from megatron_prune.model.tensors import fuse_qkv
 
 SHAPE = ModelShape(
     num_layers=4,
@@ -76,22 +73,6 @@ def test_every_tensor_parallel_size_from_1_to_16_divides_or_is_refused_with_thos
             message = str(caught.value)
             assert f"tensor-model-parallel-size {tp} does not divide" in message
             assert message.endswith("legal for this shape: " + ", ".join(map(str, legal)))
-
-
-def test_fusing_each_ranks_groups_is_fusing_all_and_splitting_for_every_legal_size() -> None:
-    for heads, groups in ALL:
-        if heads % groups:
-            continue
-        q, k, v = torch.arange(heads), torch.arange(groups) + 100, torch.arange(groups) + 200
-        whole = fuse_qkv(q, k, v, groups, 1)
-        for tp in (n for n in range(1, 17) if groups % n == 0):
-            parts = []
-            for rank in range(tp):
-                a, b = part_range(groups, rank, tp)
-                per = heads // groups
-                parts.append(fuse_qkv(q[a * per : b * per], k[a:b], v[a:b], b - a, 1))
-            assert torch.equal(torch.cat(parts), whole)
-            assert len({len(part) for part in parts}) == 1
 
 
 WIDTHS = (96, 24, 60, 96)

@@ -1,4 +1,4 @@
-"""`take` and fused storage against plain loops."""
+"""`take` against plain loops."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_prune.model.tensors import expand_rows, fuse_qkv, take, unfuse_qkv
+from megatron_prune.model.tensors import expand_rows, take
 
 SIZES = st.integers(1, 4)
 
@@ -50,21 +50,3 @@ def test_take_equals_a_plain_loop(
 def test_take_of_everything_is_no_copy() -> None:
     x = torch.zeros(4, 6)
     assert take(x, "DF", {}, {}) is x
-
-
-@given(SIZES, SIZES, SIZES, st.sampled_from([(), (1,), (3,)]))
-def test_fuse_and_unfuse_are_inverse(
-    groups: int, heads_per_group: int, kv_channels: int, trailing: tuple[int, ...]
-) -> None:
-    q = torch.randn(groups * heads_per_group * kv_channels, *trailing)
-    k, v = (torch.randn(groups * kv_channels, *trailing) for _ in range(2))
-    fused = fuse_qkv(q, k, v, groups, kv_channels)
-    assert fused.shape == (groups * (heads_per_group + 2) * kv_channels, *trailing)
-    for part, x in (("q", q), ("k", k), ("v", v)):
-        assert torch.equal(unfuse_qkv(fused, part, heads_per_group, kv_channels), x)
-
-
-def test_linear_qkv_lies_as_megatron_lays_it() -> None:
-    """Per query group: its q heads, then k, then v. Two groups of two heads, one channel each."""
-    q, k, v = torch.tensor([0, 1, 2, 3]), torch.tensor([10, 11]), torch.tensor([20, 21])
-    assert fuse_qkv(q, k, v, 2, 1).tolist() == [0, 1, 10, 20, 2, 3, 11, 21]

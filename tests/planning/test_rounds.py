@@ -19,7 +19,6 @@ from megatron_prune.model.shape import ModelShape
 from megatron_prune.planning.choose import Targets, check_targets, make_plan
 from megatron_prune.planning.plan import PrunePlan, compose
 from megatron_prune.planning.rounds import remaining_shape, round_targets, targets_after
-from megatron_prune.sources.digest import source_digest
 from megatron_prune.sources.pruned import PrunedSource
 from megatron_prune.sources.source import Source
 from megatron_prune.store import open_source
@@ -117,7 +116,7 @@ TWICE = {
 def plan_of(source: Source, seed: int, targets: dict[str, Any], ranks: int = 1) -> PrunePlan:
     return make_plan(
         source.config.shape, Targets(**targets), random_scores, criterion_name=f"c{seed}",
-        seed=seed, prune_type="balance", balance_for=ranks, source_digest=source_digest(source),
+        seed=seed, prune_type="balance", balance_for=ranks, source_digest=source.digest,
     )  # fmt: skip
 
 

@@ -13,7 +13,14 @@ from safetensors.torch import load_file, save_file
 
 from megatron_prune.errors import DamagedError, PlanError
 from megatron_prune.model.shape import ModelShape
-from megatron_prune.planning.scores import Criterion, Scores, load_scores, score_shape, scores_bytes
+from megatron_prune.planning.scores import (
+    Criterion,
+    Scores,
+    criteria_in,
+    load_scores,
+    score_shape,
+    scores_bytes,
+)
 
 SHAPE = ModelShape(
     num_layers=3, hidden_size=8, ffn_hidden_size=10, num_attention_heads=6, num_query_groups=3,
@@ -57,6 +64,26 @@ def _rewritten(file: Path, tensors: dict[str, Any] | None = None, **header: Any)
 
 
 # ---- the file ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "names"),
+    [
+        ("a, b,a", "ab"),
+        ("a+2*b", "ab"),
+        ("-1*b,c", "bc"),
+        ("hidden=b,heads=a+0.5*c,ffn=b,layers=d", "bacd"),
+        (",", ""),
+    ],
+)
+def test_a_list_or_an_expression_names_criteria(text: str, names: str) -> None:
+    assert criteria_in(text) == tuple(names)
+
+
+@pytest.mark.parametrize("text", ["a,x*b", "width=a", "hidden=a,hidden=b"])
+def test_what_is_neither_is_refused(text: str) -> None:
+    with pytest.raises(PlanError, match="--criterion "):
+        criteria_in(text)
 
 
 def test_a_file_reads_back_as_it_was_written(file: Path) -> None:

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from megatron_prune.criteria.random import random_scores
 from megatron_prune.errors import PlanError, ShapeError
+from megatron_prune.families.llama import LLAMA
 from megatron_prune.model.axes import count_parameters
 from megatron_prune.model.costs import parameters_at, serving_bytes, sizes_of
 from megatron_prune.model.shape import ModelConfig, ModelShape
@@ -51,7 +52,7 @@ SMOL = ModelShape(
 
 
 def config_of(shape: ModelShape, **facts: Any) -> ModelConfig:
-    return ModelConfig(family="llama", shape=shape, tied=False, hf_config={}, **facts)
+    return ModelConfig(family=LLAMA, shape=shape, tied=False, hf_config={}, **facts)
 
 
 def parameters_budget(shape: ModelShape, limit: float) -> Budget:

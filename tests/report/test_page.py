@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_prune.families.llama import LLAMA
 from megatron_prune.model.axes import count_parameters
 from megatron_prune.model.shape import ModelConfig
 from megatron_prune.planning.choose import Targets
@@ -33,7 +34,8 @@ from tests.report.inputs import (
 )
 
 SECTIONS = {
-    "overview": "Overview",
+    "result": "Result",
+    "plan": "What the plan keeps",
     "attention-heads": "Attention heads",
     "query-groups": "Query groups",
     "ffn-channels": "FFN channels",
@@ -41,7 +43,9 @@ SECTIONS = {
     "layers": "Layers",
     "overlap": "Overlap between criteria",
     "search": "What the budget search tried",
+    "files": "Files and digests",
 }
+WITHOUT_PICTURES = ("result", "files")
 VOID = {"meta", "br", "hr", "img", "link", "input"}
 
 
@@ -125,7 +129,7 @@ def test_the_page_has_every_section_and_links_to_it(report: Report) -> None:
     assert links == [f"#{anchor}" for anchor in SECTIONS]
     for anchor, title in SECTIONS.items():
         assert report.reader.texts[anchor].startswith(title)
-    assert report.text.count("<svg ") >= len(SECTIONS) - 1
+    assert report.text.count("<svg ") >= len(SECTIONS) - len(WITHOUT_PICTURES)
 
 
 def test_the_page_needs_nothing_but_itself(report: Report) -> None:
@@ -145,7 +149,7 @@ def test_ids_are_unique_and_every_reference_has_its_target(report: Report) -> No
     assert used <= set(ids), used - set(ids)
 
 
-def test_the_overview_shows_digests_provenance_shapes_and_costs(report: Report) -> None:
+def test_the_page_shows_digests_provenance_shapes_and_costs(report: Report) -> None:
     plan, tables = plan_of(make_scores()), report.reader.tables
     files = {row[0]: row[2] for row in tables["Files this page was made from"][1:]}
     assert files == {
@@ -157,18 +161,32 @@ def test_the_overview_shows_digests_provenance_shapes_and_costs(report: Report) 
     assert facts["data_digest"] == "da7a" * 16 and facts["layout"] == "pp: 1, tp: 3"
     assert facts["criteria (axes)"] == "activation (DFLQ), perplexity (L), wanda (DFQ)"
     decided = dict(tables["Plans"][1:])
-    assert decided["digest"] == plan.digest and decided["selection"] == "balance, TP=3"
+    assert facts["digest of plan.json"] == plan.digest and decided["selection"] == "balance, TP=3"
     assert decided["dropped layers"] == str(({0, 1, 2, 3} - set(plan.layers)).pop())
     (sizes,) = (rows for caption, rows in tables.items() if caption.startswith("Shapes"))
     shown = {row[0]: row[1:] for row in sizes[1:]}
     for name, size in SHAPE.as_dict().items():
         assert shown[name] == [f"{size:,}", f"{plan.target.as_dict()[name]:,}"]
     for tied, what in ((True, "tied"), (False, "of its own")):
-        config = ModelConfig(family="llama", shape=SHAPE, tied=tied, hf_config={})
+        config = ModelConfig(family=LLAMA, shape=SHAPE, tied=tied, hf_config={})
         counts = [count_parameters(replace(config, shape=s)) for s in (SHAPE, plan.target)]
         assert shown[f"parameters, output {what}"] == [f"{n:,}" for n in counts]
         assert shown[f"bytes in bf16, output {what}"] == [f"{2 * n:,}" for n in counts]
         assert shown[f"share of the source, output {what}"][1] == f"{counts[1] / counts[0]:.1%}"
+
+
+def test_the_result_says_what_the_plan_keeps(
+    report: Report, models: Callable[[str], Path], plans: Callable[[str], Path], tmp_path: Path
+) -> None:
+    assert " ".join(report.reader.texts["result"].split()) == (
+        "Result plan.json keeps 3 of 4 layers, 36 of 48 hidden channels, 3 of 6 attention heads, "
+        "60 of 96 FFN channels in a layer."
+    )
+    page, count = tmp_path / "page.html", json.loads(ok("inspect", models("gqa"), "--json").out)
+    ok("report", plans("gqa"), "--load", models("gqa"), "--save", page)
+    reader = Reader(page.read_text())
+    kept = {row[0]: row[2] for row in reader.tables["Shapes and what they cost"][1:]}["parameters"]
+    assert f": {kept} of {count['parameters']:,} parameters (" in reader.texts["result"]
 
 
 @pytest.mark.parametrize(("axis", "name"), [("Q", "attention-heads"), ("F", "ffn-channels")])
@@ -225,7 +243,9 @@ def test_the_search_is_shown_measured_shapes_first(report: Report) -> None:
 
 def test_every_picture_and_sheet_lies_in_the_png_dir(report: Report) -> None:
     names = {path.name for path in (report.folder / "png").iterdir()}
-    assert {f"{name}.csv" for name in SECTIONS if name not in ("overview", "search")} <= names
+    assert {
+        f"{name}.csv" for name in SECTIONS if name not in (*WITHOUT_PICTURES, "plan", "search")
+    } <= names
     assert "shapes.csv" in names and "attention-heads-plan-activation.png" in names
     assert len([name for name in names if name.endswith(".png")]) == report.text.count("<svg ")
     for path in (report.folder / "png").glob("*.png"):
@@ -258,12 +278,12 @@ def test_the_same_inputs_give_the_same_page_and_overwrite_is_asked_for(tmp_path:
 def test_scores_alone_a_plan_alone_and_a_search_alone_are_shown(tmp_path: Path) -> None:
     scores = make_scores()
     for path, wanted in (
-        (write_scores(tmp_path / "s", scores), set(SECTIONS) - {"overlap", "search"}),
+        (write_scores(tmp_path / "s", scores), set(SECTIONS) - {"result", "overlap", "search"}),
         (
             write_plan(tmp_path / "p", plan_of(scores)),
             set(SECTIONS) - {"overlap", "search", "query-groups"},
         ),
-        (write_search(tmp_path / "c"), {"overview", "search"}),
+        (write_search(tmp_path / "c"), {"search", "files"}),
     ):
         ok("report", path, "--save", tmp_path / "page.html", "--overwrite")
         reader = Reader((tmp_path / "page.html").read_text())

@@ -16,6 +16,7 @@ from megatron_prune.report.unit_pictures import (
     binned,
     kept_strip,
     layer_bars,
+    plan_map,
     sorted_scores,
     unit_map,
     wide_map,
@@ -60,6 +61,17 @@ def test_wide_maps_take_scores_that_are_not_positive_and_plans_without_scores() 
     kept = scores > 0
     (share,) = meshes(wide_map(INK, scores=None, kept=kept, dropped=(), unit="channel"))
     assert share.mean() == pytest.approx(0.5)
+
+
+def test_a_plan_map_shows_each_axis_s_share() -> None:
+    heads = torch.tensor([[True, False, True], [False, False, False]])
+    wide = torch.arange(400).repeat(2, 1) % 2 == 0
+    kept = {"Q": heads, "F": wide, "D": torch.arange(8) < 6}
+    figure = plan_map(INK, kept=kept, dropped=(1,))
+    hidden, of_heads, of_ffn = meshes(figure)
+    assert hidden.tolist() == [[1] * 6 + [0] * 2] and of_heads.tolist() == heads.double().tolist()
+    assert np.allclose(of_ffn, binned(wide).numpy()) and of_ffn.shape == (2, 192)
+    assert [text.get_text() for text in figure.axes[1].get_yticklabels()] == ["0", "1 ✕"]
 
 
 @pytest.mark.parametrize("width", [5, 192, 193, 1000])

@@ -12,8 +12,9 @@ from typing import Any
 
 import pytest
 
-from megatron_prune.report.run_pictures import COLORS
-from megatron_prune.report.runs import read_run, thinned
+from megatron_prune.errors import ConfigError
+from megatron_prune.report.run_pictures import COLORS, smoothed
+from megatron_prune.report.runs import read_rows, read_run, thinned
 from tests.pico import ok, refused
 from tests.report.test_page import CHROMIUM, Reader
 
@@ -85,7 +86,7 @@ def test_the_page_shows_runs_with_their_numbers_beside_it(
     given = [f"{name}={folder}" for name, folder in runs.items()]
     ok("report", *given, "--save", page, *where)
     reader = Reader(page.read_text())
-    assert list(reader.texts)[1:6] == ["overview", "training-loss", "course", "domains", "again"]
+    assert list(reader.texts)[1:6] == ["training-loss", "course", "domains", "files", "again"]
     told = {row[0]: row[1:] for row in reader.tables["Runs"][1:]}
     assert told["plain"][:5] == ["3", "768", "1.3333", "1.5000", "200"]
     assert told["full"][:5] == ["20", "5,120", "0.2000", "-", "1,050"]
@@ -133,9 +134,54 @@ def test_before_and_after_are_the_numbers_of_evaluate(models, tmp_path: Path) ->
     facts = json.loads((pruned / "manifest.json").read_text())
     assert (after[0], after[1]) == ("after", f"{facts['parameters']:,}")
     wanted = json.loads((tmp_path / "dense.json").read_text())
-    assert before[2:4] == ["100.0%", f"{wanted['loss']:.4f}"]
+    assert before[2:5] == ["100.0%", f"{wanted['loss']:.4f}", "-"]
+    measured = json.loads((tmp_path / "pruned-model.json").read_text())["loss"]
+    assert after[4] == f"{measured - wanted['loss']:+.4f}"
+    said = (
+        f"dense.json {wanted['loss']:.3f}, after {measured:.3f} ({measured - wanted['loss']:+.3f})"
+    )
+    assert said in reader.texts["result"]
     assert after[2] == f"{facts['parameters'] / wanted['parameters']:.1%}"
     assert float(read_csv(csvs / "judged.csv")[0]["loss"]) == wanted["loss"]
+
+
+def test_what_training_won_back_is_told_of_one_text_alone(tmp_path: Path) -> None:
+    page = tmp_path / "page.html"
+    for data, says in (
+        ("text", "Of what cut lost, back has won back 75%."),
+        ("other", "different"),
+    ):
+        for name, loss in (("dense", 2.0), ("cut", 4.0), ("back", 2.5)):
+            values = {"loss": loss, "perplexity": 1, "bits_per_byte": 1, "load": name}
+            values["data"] = data if name == "back" else "text"
+            (tmp_path / f"{name}.json").write_text(json.dumps(values))
+        files = [f"{name}={tmp_path / name}.json" for name in ("dense", "cut", "back")]
+        ok("report", *files, "--save", page, "--overwrite")
+        assert says in Reader(page.read_text()).texts["result"]
+    assert "won back" not in page.read_text()
+
+
+def test_smoothed_is_the_mean_of_the_last_values() -> None:
+    assert smoothed([4.0, 2.0, 6.0], 2) == [4.0, 3.0, 4.0]
+
+
+def test_half_a_line_in_the_middle_is_refused_with_its_number(tmp_path: Path) -> None:
+    path = tmp_path / "m.jsonl"
+    path.write_text(
+        '{"iteration": 1, "lm loss": 4.0}\n{"iterat\n{"iteration": 3, "lm loss": 4.0}\n'
+    )
+    with pytest.raises(ConfigError, match="m.jsonl, line 2: wanted a JSON object"):
+        read_rows(path)
+    with pytest.raises(ConfigError, match="wanted the metrics.jsonl of a run"):
+        read_rows(tmp_path / "nowhere.jsonl")
+
+
+def test_rows_are_sorted_and_those_of_one_iteration_joined(tmp_path: Path) -> None:
+    path = tmp_path / "m.jsonl"
+    rows = ({"iteration": 2, "lm loss": 3.0}, {"iteration": 1, "lm loss": 4.0})
+    rows += ({"iteration": 2, "validation loss": 3.5},)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"iterat')
+    assert read_rows(path) == [rows[1], rows[0] | rows[2]]
 
 
 def test_task_results_stand_side_by_side(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_prune import files
 from megatron_prune.errors import StorageError
 from megatron_prune.ranks import Ranks
 from megatron_prune.store import commit, passenger
@@ -287,14 +288,14 @@ def test_modes_honour_the_umask(target: str, umask: int, models: Models, tmp_pat
 
 def test_replace_file_is_all_or_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "f"
-    commit.replace_file(path, b"old")
+    files.replace_file(path, b"old")
 
     def fail(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "replace", fail)
     with pytest.raises(StorageError, match=f"{path}: No space left on device; nothing was changed"):
-        commit.replace_file(path, b"new")
+        files.replace_file(path, b"new")
     assert path.read_bytes() == b"old" and names(tmp_path) == ["f"]
 
 
@@ -327,11 +328,11 @@ def test_a_small_file_is_locked_while_it_is_written(
 
     def other_writer_first(*args: Path) -> None:
         monkeypatch.setattr(os, "replace", replace)
-        commit.replace_file(path, b"second")
+        files.replace_file(path, b"second")
         replace(*args)
 
     monkeypatch.setattr(os, "replace", other_writer_first)
-    commit.replace_file(path, b"first")
+    files.replace_file(path, b"first")
     assert path.read_bytes() == b"first" and names(tmp_path) == ["state"]
 
 

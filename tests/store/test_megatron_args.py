@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from megatron_prune.errors import CheckpointError
+from megatron_prune.families import FAMILIES
 from megatron_prune.model.grid import ParallelGrid
 from megatron_prune.model.shape import ModelConfig, ModelShape
 from megatron_prune.store.megatron_args import (
@@ -37,7 +38,9 @@ def config(**more: Any) -> ModelConfig:
         num_layers=2, hidden_size=48, ffn_hidden_size=96, num_attention_heads=6,
         num_query_groups=3, kv_channels=8, vocab_size=379,
     )  # fmt: skip
-    return ModelConfig(**{"family": "llama", "shape": shape, "tied": True, "hf_config": {}, **more})
+    return ModelConfig(
+        **{"family": FAMILIES["llama"], "shape": shape, "tied": True, "hf_config": {}, **more}
+    )
 
 
 def stock(**more: Any) -> Namespace:
@@ -57,8 +60,8 @@ def read(args: Namespace, family: str | None = None) -> ModelConfig:
     [
         {},
         {"tied": False, "norm_epsilon": 1e-6, "rotary_base": 500000.0, "dtype": "bf16"},
-        {"family": "qwen2", "qkv_bias": True},
-        {"family": "mistral", "sliding_window": 16},
+        {"family": FAMILIES["qwen2"], "qkv_bias": True},
+        {"family": FAMILIES["mistral"], "sliding_window": 16},
         {"qkv_bias": True, "proj_bias": True, "mlp_bias": True},
         {"rope_scaling": LLAMA3},
         {"rope_scaling": {**LLAMA3, "factor": 32.0}},
@@ -90,7 +93,7 @@ def test_stock_rope_scaling_is_what_stock_computes_not_what_its_flag_says() -> N
 
 def test_a_window_makes_a_mistral_and_is_refused_elsewhere() -> None:
     found = read(stock(window_size=(15, 0)))
-    assert (found.family, found.sliding_window) == ("mistral", 16)
+    assert (found.family, found.sliding_window) == (FAMILIES["mistral"], 16)
     assert read(stock(window_size=(-1, 0))).sliding_window is None
     with pytest.raises(CheckpointError, match=r"window_size is \(15, 0\).*mistral, not of llama"):
         read(stock(window_size=(15, 0)), "llama")

@@ -37,11 +37,19 @@ from torch.nn import Parameter
 
 from megatron_prune.engine.forward.weights import canonical_name, generator_of
 from megatron_prune.engine.groups import Groups
+from megatron_prune.model.fusion import fused_of
 from megatron_prune.model.grid import ParallelGrid
-from megatron_prune.model.lora import PARTS, A, B, Lora, factor_shapes, is_factor, merged
+from megatron_prune.model.lora import (
+    PARTS,
+    ROW_PARALLEL,
+    A,
+    B,
+    Lora,
+    factor_shapes,
+    is_factor,
+    merged,
+)
 from megatron_prune.model.shape import ModelConfig, ModelShape
-
-_ROW_PARALLEL = ("linear_proj", "linear_fc2")
 
 
 class _WithFactors(torch.autograd.Function):
@@ -146,8 +154,9 @@ def adapt_spec(layer_spec: Any, lora: Lora) -> None:
     for target in lora.targets:
         module = PARTS[target][0].partition(".")[0]
         linears = getattr(layer_spec.submodules, module).submodules
-        kind = AdaptedRow if target in _ROW_PARALLEL else AdaptedColumn
-        given = {"lora": lora, "is_gated": target == "linear_fc1"}
+        kind = AdaptedRow if target in ROW_PARALLEL else AdaptedColumn
+        fused = fused_of(PARTS[target][0])
+        given = {"lora": lora, "is_gated": fused is not None and not fused.by_group}
         setattr(linears, target, ModuleSpec(module=kind, params=given))
 
 
@@ -183,6 +192,6 @@ def factor_parameters(lora: Lora, shape: ModelShape, grid: ParallelGrid, pp_rank
     per_layer = 0
     for target in lora.targets:
         for name, (rows, columns) in factor_shapes(target, shape, lora.rank).items():
-            split = name == (A if target in _ROW_PARALLEL else B)
+            split = name == (A if target in ROW_PARALLEL else B)
             per_layer += rows * columns // (grid.tensor_parallel if split else 1)
     return per_layer * len(grid.stage_layers(shape.num_layers, pp_rank))

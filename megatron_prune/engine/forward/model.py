@@ -34,7 +34,9 @@ from megatron_prune.engine.forward.lora import adapt_spec
 from megatron_prune.engine.forward.loss import real_columns, token_losses
 from megatron_prune.engine.forward.rope import inverse_frequencies, rope_kind
 from megatron_prune.engine.groups import Groups
+from megatron_prune.engine.running import Runs
 from megatron_prune.errors import ConfigError, ShapeError
+from megatron_prune.model.family import Family
 from megatron_prune.model.grid import padded_vocab_size
 from megatron_prune.model.lora import Lora, check_rank
 from megatron_prune.model.shape import ModelConfig
@@ -42,17 +44,23 @@ from megatron_prune.sources.source import DTYPES
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelOptions:
+class ModelOptions(Runs):
     """How the model is run, as opposed to what it is (`ModelConfig`)."""
 
     seq_length: int
-    dtype: str = "fp32"
-    transformer_impl: str = "auto"
-    sequence_parallel: bool = False
     recompute_granularity: str | None = None
     recompute_method: str | None = None
     recompute_num_layers: int | None = None
     lora: Lora | None = None
+
+    @classmethod
+    def of(cls, run: Runs, seq_length: int) -> ModelOptions:
+        return cls(
+            seq_length=seq_length,
+            dtype=run.dtype,
+            transformer_impl=run.transformer_impl,
+            sequence_parallel=run.sequence_parallel,
+        )
 
 
 def check_model(config: ModelConfig, options: ModelOptions, tensor_parallel: int) -> None:
@@ -148,10 +156,11 @@ def transformer_config(
         num_attention_heads=shape.num_attention_heads,
         num_query_groups=shape.num_query_groups,
         kv_channels=shape.kv_channels,
-        normalization="RMSNorm",
+        normalization=config.family.norm,
         layernorm_epsilon=config.norm_epsilon,
-        gated_linear_unit=True,
-        activation_func=F.silu,
+        qk_layernorm=config.family.has_qk_norm,
+        gated_linear_unit=config.family.is_gated,
+        activation_func=getattr(F, config.family.activation),
         add_bias_linear=config.proj_bias or config.mlp_bias,
         add_qkv_bias=config.qkv_bias,
         hidden_dropout=0.0,
@@ -182,13 +191,16 @@ def transformer_config(
     )
 
 
-def _block_spec(layers: int, choice: str, lora: Lora | None) -> Any:
+def _block_spec(family: Family, layers: int, choice: str, lora: Lora | None) -> Any:
     if uses_transformer_engine(choice):
         assert lora is None, "its linears have no factors"
-        return get_gpt_layer_with_transformer_engine_spec()
-    spec = get_gpt_layer_local_spec(normalization="RMSNorm")
+        return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=family.has_qk_norm)
+    spec = get_gpt_layer_local_spec(normalization=family.norm, qk_layernorm=family.has_qk_norm)
     parts = spec.submodules
-    parts.self_attention.submodules.core_attention = SdpaAttention
+    attention = parts.self_attention.submodules
+    attention.core_attention = SdpaAttention
+    if family.has_qk_norm:
+        attention.q_layernorm = attention.k_layernorm = RMSNorm
     parts.self_attention.params = {"attn_mask_type": AttnMaskType.causal}
     parts.input_layernorm = parts.pre_mlp_layernorm = RMSNorm
     if lora is not None:
@@ -215,7 +227,7 @@ def _drop_bias(module: torch.nn.Module) -> None:
 
 
 def _drop_unwanted_biases(model: GPTModel, config: ModelConfig) -> None:
-    """Megatron has one switch for the biases that Llama's configuration switches apart."""
+    """Megatron has one switch for biases that a configuration may switch apart."""
     for layer in model.decoder.layers:
         attention, mlp = layer.self_attention, layer.mlp
         if not config.qkv_bias and attention.linear_qkv.bias is not None:
@@ -255,7 +267,7 @@ def build_model(config: ModelConfig, groups: Groups, options: ModelOptions) -> L
     layers = len(groups.grid.stage_layers(config.shape.num_layers, groups.pp_rank))
     model = LanguageModel(
         megatron,
-        _block_spec(layers, options.transformer_impl, options.lora),
+        _block_spec(config.family, layers, options.transformer_impl, options.lora),
         vocab_size=padded_vocab_size(config.shape.vocab_size, groups.grid.tensor_parallel),
         max_sequence_length=options.seq_length,
         position_embedding_type="rope",

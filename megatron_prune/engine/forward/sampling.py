@@ -9,21 +9,21 @@ import torch
 from torch import Tensor
 
 from megatron_prune.errors import ConfigError
+from megatron_prune.flags import flag
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How tokens are chosen; temperature 0 is greedy, whatever the other fields say.
+    """How tokens are chosen; temperature 0 is greedy, whatever the other fields say."""
 
-    Attributes:
-        top_k: only the k likeliest, 0 for all.
-        top_p: only the likeliest that together have this probability, 1 for all.
-    """
-
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    seed: int = 1234
+    temperature: float = flag("of the drawing; 0 is greedy", default=0.0, metavar="T")
+    top_k: int = flag("draw among the K likeliest; 0: all", default=0, metavar="K")
+    top_p: float = flag(
+        "draw among the likeliest that together have probability P; 1: all",
+        default=1.0,
+        metavar="P",
+    )
+    seed: int = flag("of the drawing", default=1234)
 
     def check(self) -> None:
         """Raises:

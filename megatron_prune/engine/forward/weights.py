@@ -16,12 +16,12 @@ from torch.nn import Module
 
 from megatron_prune.engine.failures import together
 from megatron_prune.engine.groups import Groups
-from megatron_prune.families.names import TE_NORMS
 from megatron_prune.model import axes
+from megatron_prune.model.blocks import EMBEDDING, OUTPUT
+from megatron_prune.model.fusion import TE_NORMS, join, parts_of
 from megatron_prune.model.grid import part_range
 from megatron_prune.model.lora import is_factor
 from megatron_prune.model.shape import ModelConfig
-from megatron_prune.model.tensors import fuse_qkv
 from megatron_prune.sources.source import Source
 from megatron_prune.store.megatron import Read, padded_rows
 
@@ -51,15 +51,10 @@ def _local_parameter(
         whole = rest if layer is None else axes.layer_name(layer, rest)
         return _local_slice(whole, config, groups, rows, read)
 
-    if ".linear_qkv." in rest:
-        q, k, v = (part(rest.replace("linear_qkv", f"linear_{c}")) for c in "qkv")
-        local_groups = config.shape.num_query_groups // groups.grid.tensor_parallel
-        return fuse_qkv(q, k, v, local_groups, config.shape.kv_channels)
-    if ".linear_fc1." in rest:
-        return torch.cat([part(rest.replace("linear_fc1", f"linear_{c}")) for c in ("gate", "up")])
-    if rest == axes.OUTPUT.name and config.tied:
-        rest = axes.EMBEDDING.name  # the last pipeline stage's own copy
-    return part(rest)
+    if rest == OUTPUT.name and config.tied:
+        rest = EMBEDDING.name  # the last pipeline stage's own copy
+    names = parts_of(rest, config)
+    return join([part(name) for name in names], names[0], config.shape)
 
 
 def canonical_name(name: str, config: ModelConfig, groups: Groups) -> str:
@@ -131,7 +126,7 @@ def draw_weights(model: Module, config: ModelConfig, groups: Groups, seed: int) 
         if len(shape) == 1:
             whole = torch.zeros(shape) if name.endswith("bias") else torch.ones(shape)
         else:
-            is_output = name.endswith(("linear_proj.weight", "linear_fc2.weight"))
+            is_output = axes.axes_of(name)[0] == "D"
             std = scaled if is_output else config.init_method_std
             whole = torch.randn(shape, generator=generator_of(seed, name)) * std
         split = axes.split_dim(axes.axes_of(name))

@@ -6,10 +6,20 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from megatron_prune.engine.objectives.divergence import Softening
 from megatron_prune.errors import ConfigError
+from megatron_prune.flags import Group, flag, flag_name, given, positive
 from megatron_prune.model.grid import ParallelGrid
+
+if TYPE_CHECKING:
+    from megatron_prune.engine.objectives.divergence import Softening
+
+_DISTILLATION = Group(
+    "distillation",
+    "The loss is W x LM loss + (1 - W) x T^2 x KL(teacher || student), W the LM weight.",
+    is_last=True,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,41 +30,87 @@ class DistillOptions:
     language-model loss to add nothing to it when a pruned model learns from its source.
 
     Attributes:
-        teacher_weights: None for equal ones; any positive numbers, of which the share counts.
-        hidden_layers: (student's layer, teacher's layer), whose outputs are compared; from 0.
+        teacher_weights: any positive numbers, of which the share counts.
     """
 
-    teachers: tuple[Path, ...]
-    teacher_weights: tuple[float, ...] | None = None
-    lm_weight: float = 0.0
-    temperature: float = 1.0
-    top_k: int | None = None
-    hidden_weight: float = 0.0
-    hidden_layers: tuple[tuple[int, int], ...] = ()
+    teacher: tuple[Path, ...] = flag(
+        "learn from these models' predictions; any format and layout",
+        default=(),
+        group=_DISTILLATION,
+        metavar="CKPT",
+    )
+    teacher_weights: tuple[float, ...] = flag(
+        "of several teachers' probabilities in their mixture (default: equal)",
+        default=(),
+        group=_DISTILLATION,
+        metavar="W",
+    )
+    distill_lm_weight: float = flag(
+        "share of the LM loss; 0: the logits alone", default=0.0, group=_DISTILLATION, metavar="W"
+    )
+    distill_temperature: float = flag(
+        "divides the logits of both", default=1.0, group=_DISTILLATION, metavar="T"
+    )
+    distill_top_k: int | None = flag(
+        "the teacher's K likeliest tokens, the rest as one (default: all)",
+        default=None,
+        group=_DISTILLATION,
+        metavar="K",
+        parse=positive,
+    )
+    distill_hidden_weight: float = flag(
+        "of 1 - cosine of hidden states, added", default=0.0, group=_DISTILLATION, metavar="W"
+    )
+    distill_hidden_layers: str | None = flag(
+        "layers, from 0, whose outputs are compared",
+        default=None,
+        group=_DISTILLATION,
+        metavar="STUDENT:TEACHER,...",
+    )
+
+    @property
+    def distill(self) -> DistillOptions | None:
+        """These options; None without a teacher.
+
+        Raises:
+            ConfigError: an option that needs ``--teacher``.
+        """
+        if self.teacher:
+            return self
+        for name in given(self, DistillOptions):
+            raise ConfigError(
+                f"{flag_name(name)} needs --teacher CKPT: there is nothing to learn from"
+            )
+        return None
+
+    @property
+    def hidden_layers(self) -> tuple[tuple[int, int], ...]:
+        """(student's layer, teacher's layer), whose outputs are compared; from 0.
+
+        Raises:
+            ConfigError: not pairs of numbers from 0.
+        """
+        if self.distill_hidden_layers is None:
+            return ()
+        pairs = [part.split(":") for part in self.distill_hidden_layers.split(",")]
+        if any(len(pair) != 2 or not all(n.strip().isdecimal() for n in pair) for pair in pairs):
+            raise ConfigError(
+                f"--distill-hidden-layers {self.distill_hidden_layers!r}; wanted "
+                "STUDENT:TEACHER,... such as 3:7,11:23"
+            )
+        return tuple((int(student), int(teacher)) for student, teacher in pairs)
 
     @property
     def softening(self) -> Softening:
-        given = self.teacher_weights or (1.0,) * len(self.teachers)
+        from megatron_prune.engine.objectives.divergence import Softening
+
+        weights = self.teacher_weights or (1.0,) * len(self.teacher)
         return Softening(
-            lm_weight=self.lm_weight,
-            temperature=self.temperature,
-            top_k=self.top_k,
-            teacher_weights=tuple(weight / sum(given) for weight in given),
+            lm_weight=self.distill_lm_weight,
+            temperature=self.distill_temperature,
+            top_k=self.distill_top_k,
+            teacher_weights=tuple(weight / sum(weights) for weight in weights),
         )
-
-
-def parse_layers(text: str) -> tuple[tuple[int, int], ...]:
-    """``STUDENT:TEACHER,...`` as ``--distill-hidden-layers`` takes it.
-
-    Raises:
-        ConfigError: not pairs of numbers from 0.
-    """
-    pairs = [part.split(":") for part in text.split(",")]
-    if any(len(pair) != 2 or not all(n.strip().isdecimal() for n in pair) for pair in pairs):
-        raise ConfigError(
-            f"--distill-hidden-layers {text!r}; wanted STUDENT:TEACHER,... such as 3:7,11:23"
-        )
-    return tuple((int(student), int(teacher)) for student, teacher in pairs)
 
 
 def check_distill(
@@ -65,22 +121,26 @@ def check_distill(
     Raises:
         ConfigError: with the flag, its value and what was wanted.
     """
-    if not 0 <= options.lm_weight <= 1:
-        raise ConfigError(f"--distill-lm-weight is {options.lm_weight}; wanted 0 to 1")
-    if not 0 < options.temperature < math.inf:
-        raise ConfigError(f"--distill-temperature is {options.temperature}; wanted more than 0")
-    if options.top_k is not None and options.top_k < 1:
-        raise ConfigError(f"--distill-top-k is {options.top_k}; wanted 1 or more")
-    _check_weights(options.teacher_weights, len(options.teachers))
-    if not 0 <= options.hidden_weight < math.inf:
-        raise ConfigError(f"--distill-hidden-weight is {options.hidden_weight}; wanted 0 or more")
-    if bool(options.hidden_weight) != bool(options.hidden_layers):
+    if not 0 <= options.distill_lm_weight <= 1:
+        raise ConfigError(f"--distill-lm-weight is {options.distill_lm_weight}; wanted 0 to 1")
+    if not 0 < options.distill_temperature < math.inf:
+        raise ConfigError(
+            f"--distill-temperature is {options.distill_temperature}; wanted more than 0"
+        )
+    if options.distill_top_k is not None and options.distill_top_k < 1:
+        raise ConfigError(f"--distill-top-k is {options.distill_top_k}; wanted 1 or more")
+    _check_weights(options.teacher_weights, len(options.teacher))
+    if not 0 <= options.distill_hidden_weight < math.inf:
+        raise ConfigError(
+            f"--distill-hidden-weight is {options.distill_hidden_weight}; wanted 0 or more"
+        )
+    if bool(options.distill_hidden_weight) != bool(options.hidden_layers):
         raise ConfigError("--distill-hidden-weight and --distill-hidden-layers: give both or none")
     if not options.hidden_layers:
         return
-    if len(options.teachers) > 1:
+    if len(options.teacher) > 1:
         raise ConfigError(
-            f"--distill-hidden-layers with {len(options.teachers)} teachers; wanted one --teacher"
+            f"--distill-hidden-layers with {len(options.teacher)} teachers; wanted one --teacher"
         )
     if grid.pipeline_parallel > 1:
         raise ConfigError(
@@ -93,8 +153,8 @@ def check_distill(
         )
 
 
-def _check_weights(weights: Sequence[float] | None, teachers: int) -> None:
-    if weights is None:
+def _check_weights(weights: Sequence[float], teachers: int) -> None:
+    if not weights:
         return
     told = " ".join(f"{weight:g}" for weight in weights)
     if len(weights) != teachers:

@@ -9,22 +9,26 @@ random number depends on there being a teacher. Validation is the student's alon
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from megatron_prune.engine.forward.loss import token_losses
+from megatron_prune.engine.forward.microbatches import (
+    Microbatch,
+    Step,
+    forward_backward,
+    lm_loss,
+)
 from megatron_prune.engine.forward.model import LanguageModel, ModelOptions
 from megatron_prune.engine.groups import Groups
 from megatron_prune.engine.objectives.distill_options import DistillOptions
 from megatron_prune.engine.objectives.divergence import distillation_losses
 from megatron_prune.engine.objectives.hidden_loss import HiddenLoss
+from megatron_prune.engine.objectives.objective import LM_LOSS
 from megatron_prune.engine.objectives.teachers import load_teacher
-from megatron_prune.engine.train.corpora import Microbatch
 from megatron_prune.model.grid import ParallelGrid, padded_vocab_size
 from megatron_prune.sources.source import DTYPES, Source
 
@@ -39,12 +43,7 @@ def kept_logits_bytes(
 
 
 class Distillation:
-    """The teachers of a run, the losses of the microbatch under way, and what was not yet logged.
-
-    Attributes:
-        names: of the losses beside the language-model loss, as they are logged.
-        shares: of the step, this rank's; those of all ranks sum to the mean.
-    """
+    """The teachers of a run and the losses of the microbatch under way; an `Objective`."""
 
     def __init__(
         self,
@@ -52,28 +51,27 @@ class Distillation:
         run: ModelOptions,
         groups: Groups,
         sources: Sequence[Source],
-        student: LanguageModel,
         seed: int,
     ) -> None:
-        self.options, self._groups, self._student = options, groups, student
-        self.teachers = [load_teacher(source, groups, run) for source in sources]
-        for teacher in self.teachers:
-            teacher.criterion = self._capture
-        student.criterion = self._compare
+        self.options, self._run, self._groups, self._seed = options, run, groups, seed
+        self._sources = sources
+        self.names: tuple[str, ...] = (
+            ("kl loss", "hidden loss") if options.hidden_layers else ("kl loss",)
+        )
         self._hidden: HiddenLoss | None = None
-        self._projected: list[list[int]] = []
-        if options.hidden_layers:
-            self._hidden = HiddenLoss(
-                options.hidden_layers, student, self.teachers[0], groups, seed
-            )
-            if self._hidden.is_projected:
-                self._projected = [list(pair) for pair in options.hidden_layers]
-        self.names = ("kl loss", "hidden loss") if self._hidden else ("kl loss",)
-        self.shares = (0.0,) * len(self.names)
-        self._logged: list[list[float]] = []
         self._captured: list[Tensor] = []
         self._taught: list[Tensor] = []
         self._parts: tuple[Tensor, Tensor] | None = None
+
+    def attach(self, model: LanguageModel) -> None:
+        """Load the teachers, and look at the student's logits and hidden states."""
+        groups, pairs = self._groups, self.options.hidden_layers
+        self.teachers = [load_teacher(source, groups, self._run) for source in self._sources]
+        for teacher in self.teachers:
+            teacher.criterion = self._capture
+        self._vocab_size, model.criterion = model.true_vocab_size, self._compare
+        if pairs:
+            self._hidden = HiddenLoss(pairs, model, self.teachers[0], groups, self._seed)
 
     # ---- the teachers ------------------------------------------------------------------------
 
@@ -81,64 +79,44 @@ class Distillation:
         self._captured.append(logits_sbV)
         return torch.zeros(labels_sb.shape, device=logits_sbV.device)
 
-    def beside(
-        self, data: Iterator[Microbatch], count: int, rows: int
-    ) -> Iterator[tuple[Any, ...]]:
-        """The microbatches, each with what the teachers make of it, which the last stage has.
-
-        Args:
-            count, rows: microbatches of the step, samples of each.
-        """
+    def beside(self, batches: Iterator[Microbatch], step: Step) -> Iterator[Microbatch]:
+        """The microbatches; before the last stage's student sees one, the teachers have."""
         if self._groups.grid.pipeline_parallel == 1:
-            return self._one_by_one(data)
+            return self._one_by_one(batches)
         inside = not (self._groups.is_first_stage or self._groups.is_last_stage)
-        batches = [] if inside else list(data)
-        logits = [self._through_pipeline(one, batches, count, rows) for one in self.teachers]
-        # popped, so that the logits go when the student has used them
-        return ((*batch, [found.pop(0) for found in logits if found]) for batch in batches)
+        held = [] if inside else list(batches)
+        return self._in_turn(held, [self._logits(one, held, step) for one in self.teachers])
 
-    def _one_by_one(self, data: Iterator[Microbatch]) -> Iterator[tuple[Any, ...]]:
-        for batch in data:
+    def _one_by_one(self, batches: Iterator[Microbatch]) -> Iterator[Microbatch]:
+        for batch in batches:
             with torch.no_grad():
                 for teacher in self.teachers:
                     teacher(batch.tokens, None, None, labels=batch.labels)
-            found, self._captured = self._captured, []
-            yield *batch, found
+            self._taught, self._captured = self._captured, []
+            yield batch
 
-    def _through_pipeline(
-        self, teacher: LanguageModel, batches: Sequence[Microbatch], count: int, rows: int
+    def _in_turn(
+        self, batches: Sequence[Microbatch], logits: Sequence[list[Tensor]]
+    ) -> Iterator[Microbatch]:
+        for batch in batches:
+            # popped, so that the logits go when the student has used them
+            self._taught = [found.pop(0) for found in logits if found]
+            yield batch
+
+    @torch.no_grad()
+    def _logits(
+        self, teacher: LanguageModel, batches: Sequence[Microbatch], step: Step
     ) -> list[Tensor]:
         """The last stage's logits of every microbatch, in order; nothing on other stages."""
-
-        def forward(data: Iterator[Microbatch], model: Any) -> tuple[Tensor, Any]:
-            groups = self._groups
-            if not (groups.is_first_stage or groups.is_last_stage):
-                return model(None, None, None), None
-            batch = next(data)
-            losses = model(batch.tokens, None, None, labels=batch.labels)
-            return losses, lambda zeros: (zeros.sum(), {})
-
-        with torch.no_grad():
-            get_forward_backward_func()(
-                forward_step_func=forward,
-                data_iterator=iter(batches),
-                model=teacher,
-                num_microbatches=count,
-                seq_length=teacher.max_sequence_length,
-                micro_batch_size=rows,
-                forward_only=True,
-            )
+        groups = self._groups
+        forward_backward(teacher, iter(batches), step, groups, _nothing, forward_only=True)
         found, self._captured = self._captured, []
         return found
 
     # ---- the losses --------------------------------------------------------------------------
 
-    def teach(self, taught: list[Tensor]) -> None:
-        """What the student's next forward pass is compared with; nothing for validation."""
-        self._taught = taught
-
     def _compare(self, logits_sbV: Tensor, labels_sb: Tensor) -> Tensor:
-        vocabulary, group = self._student.true_vocab_size, self._groups.tp_group
+        vocabulary, group = self._vocab_size, self._groups.tp_group
         taught, self._taught = self._taught, []
         if not taught:
             return token_losses(logits_sbV, labels_sb, vocab_size=vocabulary, group=group)
@@ -149,52 +127,24 @@ class Distillation:
         self._parts = lm, kl
         return loss
 
-    def loss(
-        self, mean: Tensor, mask_bs: Tensor, counted: Tensor
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss of the microbatch just seen, of which ``mean`` is the logits'; and its parts.
-
-        All are this context-parallel rank's share: sums over its tokens, divided by ``counted``.
-        """
+    def loss(self, losses_bs: Tensor, batch: Microbatch) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of the microbatch just seen, and its parts."""
         assert self._parts is not None, "no forward pass with a teacher came before"
-        lm, kl = ((part_sb.detach().t() * mask_bs).sum() / counted for part_sb in self._parts)
+        mean, _ = lm_loss(losses_bs, batch)
+        parts = [(one_sb.detach().t() * batch.mask).sum() / batch.counted for one_sb in self._parts]
         self._parts = None
-        told = {"lm loss": lm, "kl loss": kl}
+        told = dict(zip((LM_LOSS, "kl loss"), parts))
         if self._hidden is not None:
-            mine, told["hidden loss"] = self._hidden.take(mask_bs, counted)
-            mean = mean + self.options.hidden_weight * mine
+            mine, told["hidden loss"] = self._hidden.take(batch.mask, batch.counted)
+            mean = mean + self.options.distill_hidden_weight * mine
         return mean, told
 
-    # ---- telling -----------------------------------------------------------------------------
-
-    def keep_shares(self, found: Sequence[Mapping[str, Tensor]], shares: float) -> None:
-        """Of a step's microbatches; ``shares`` is what a sum over them is divided by."""
-        self.shares = tuple(sum(float(one[n]) for one in found) / shares for n in self.names)
-
-    def advance(self, values: Sequence[float]) -> str | None:
-        """One more step is done; its losses, in the order of ``names``.
-
-        Returns:
-            Which of them is not a number; that step is not counted.
-        """
-        for name, value in zip(self.names, values):
-            if not math.isfinite(value):
-                return f"{name} is {value}"
-        self._logged.append(list(values))
-        return None
-
-    def take_means(self) -> dict[str, float]:
-        """Means since the last logged iteration."""
-        steps, self._logged = self._logged, []
-        return {name: sum(all) / len(all) for name, all in zip(self.names, zip(*steps))}
-
     def state(self) -> dict[str, Any]:
-        """What a run that continues needs; plain types only."""
-        return {
-            "taught losses": [list(step) for step in self._logged],
-            "projections": self._projected,
-        }
+        """Which layers have projections: a run that continues must have the same."""
+        has_projections = self._hidden is not None and self._hidden.is_projected
+        pairs = self.options.hidden_layers if has_projections else ()
+        return {"projections": [list(pair) for pair in pairs]}
 
-    def load(self, state: Mapping[str, Any]) -> None:
-        steps = state.get("taught losses", [])
-        self._logged = [list(step) for step in steps if len(step) == len(self.names)]
+
+def _nothing(zeros_bs: Tensor, batch: Microbatch) -> tuple[Tensor, dict[str, Tensor]]:
+    return zeros_bs.sum(), {}

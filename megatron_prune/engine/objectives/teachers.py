@@ -26,7 +26,6 @@ from megatron_prune.engine.groups import Groups
 from megatron_prune.errors import ConfigError, PruneError
 from megatron_prune.model.grid import ParallelGrid
 from megatron_prune.planning.plan import Kept, PrunePlan, load_plan
-from megatron_prune.sources.digest import source_digest
 from megatron_prune.sources.pruned import PrunedSource
 from megatron_prune.sources.source import VOCAB_PLAN, Source
 from megatron_prune.store import open_source
@@ -92,7 +91,7 @@ def _in_vocabulary(teacher: Source, student: Source, tokenizer: Path | None) -> 
         seed=0,
         prune_type="unbalance",
         balance_for=1,
-        source_digest=source_digest(teacher),
+        source_digest=teacher.digest,
     )
     return PrunedSource(teacher, vocabulary)
 

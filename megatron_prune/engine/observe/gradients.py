@@ -22,9 +22,10 @@ from megatron_prune.engine.forward.weights import canonical_name
 from megatron_prune.engine.groups import Groups
 from megatron_prune.errors import DamagedError
 from megatron_prune.model import axes
+from megatron_prune.model.blocks import OUTPUT
+from megatron_prune.model.fusion import parts_of, split
 from megatron_prune.model.grid import part_range
 from megatron_prune.model.shape import ModelConfig
-from megatron_prune.model.tensors import unfuse_qkv
 
 
 def _parts(
@@ -32,33 +33,25 @@ def _parts(
 ) -> Iterator[tuple[str, Tensor, int]]:
     """A parameter taken apart: canonical name, this rank's values, first index of its axis."""
     layer, rest = axes.split_layer(name)
-    shape, parts = config.shape, groups.grid.tensor_parallel
-
-    def part(rest: str, x: Tensor) -> tuple[str, Tensor, int]:
-        whole = rest if layer is None else axes.layer_name(layer, rest)
-        split = axes.split_dim(axes.axes_of(whole))
-        axis = None if split is None else axes.axes_of(whole)[split]
-        if axis is None or axis == "V":
-            return whole, x, 0
-        return whole, x, part_range(shape.size(axis), groups.tp_rank, parts)[0]
-
-    if ".linear_qkv." in rest:
-        for c in "qkv":
-            x = unfuse_qkv(value, c, shape.heads_per_group, shape.kv_channels)
-            yield part(rest.replace("linear_qkv", f"linear_{c}"), x)
-    elif ".linear_fc1." in rest:
-        for c, x in zip(("gate", "up"), value.chunk(2), strict=True):
-            yield part(rest.replace("linear_fc1", f"linear_{c}"), x)
-    else:
-        yield part(rest, value)
+    shape, ranks = config.shape, groups.grid.tensor_parallel
+    for part in parts_of(rest, config):
+        letters = axes.axes_of(part)
+        dim = axes.split_dim(letters)
+        axis = "V" if dim is None else letters[dim]
+        first = 0 if axis == "V" else part_range(shape.size(axis), groups.tp_rank, ranks)[0]
+        yield axes.in_layer(layer, part), split(value, part, shape), first
 
 
 def _join_gradients(model: LanguageModel, groups: Groups) -> None:
-    """Sum what ranks hold parts of: norms under sequence parallelism, tied copies under PP."""
-    if model.config.sequence_parallel:
-        for parameter in model.parameters():
-            if getattr(parameter, "sequence_parallel", False) and parameter.grad is not None:
-                dist.all_reduce(parameter.grad, group=groups.tp_group)
+    """Sum what ranks hold parts of: norms under sequence parallelism, those of queries and keys of
+    a rank's heads always, tied copies under PP."""
+    for name, parameter in model.named_parameters():
+        of_heads = name.endswith(("q_layernorm.weight", "k_layernorm.weight"))
+        of_tokens = model.config.sequence_parallel and getattr(
+            parameter, "sequence_parallel", False
+        )
+        if (of_heads or of_tokens) and parameter.grad is not None:
+            dist.all_reduce(parameter.grad, group=groups.tp_group)
     tied = model.share_embeddings_and_output_weights
     if (
         tied
@@ -134,11 +127,9 @@ def _add(
     for name, parameter in model.named_parameters():
         whole = canonical_name(name, config, groups)
         _, rest = axes.split_layer(whole)
-        copy = (
-            config.tied and rest == axes.OUTPUT.name
-        )  # the last stage's; the first has counted it
-        split = axes.split_dim(_axes_of_parameter(rest))
-        if parameter.grad is None or copy or (split is None and groups.tp_rank):
+        copy = config.tied and rest == OUTPUT.name  # the last stage's; the first has counted it
+        cut = axes.split_dim(axes.axes_of(parts_of(rest, config)[0]))
+        if parameter.grad is None or copy or (cut is None and groups.tp_rank):
             continue
         change = parameter.detach().float() * parameter.grad.float()
         if not bool(torch.isfinite(change).all()):
@@ -154,10 +145,6 @@ def _check(bad: list[str]) -> None:
             f"the gradient of {bad[0]} is not finite on the calibration text; a weight or an "
             "activation of the model is too large"
         )
-
-
-def _axes_of_parameter(rest: str) -> str:
-    return axes.axes_of(rest.replace("linear_qkv", "linear_q").replace("linear_fc1", "linear_gate"))
 
 
 def _reduced(sums: UnitSums, groups: Groups) -> dict[str, Tensor]:

@@ -26,8 +26,12 @@ from megatron_prune.engine.forward.model import LanguageModel
 from megatron_prune.engine.forward.windows import window_losses
 from megatron_prune.engine.groups import Groups
 from megatron_prune.errors import DamagedError
+from megatron_prune.model.axes import layer_name, norm_names
+from megatron_prune.model.blocks import FINAL_NORM
+from megatron_prune.model.family import Half
+from megatron_prune.model.fusion import stored_reader
 from megatron_prune.model.grid import part_range
-from megatron_prune.model.shape import ModelShape
+from megatron_prune.model.shape import ModelConfig
 
 Hook = Callable[[Tensor], None]
 
@@ -41,10 +45,12 @@ class _Observer:
     """
 
     def __init__(
-        self, model: LanguageModel, shape: ModelShape, groups: Groups, samples: int, per_call: int
+        self, model: LanguageModel, config: ModelConfig, groups: Groups, samples: int, per_call: int
     ) -> None:
-        self.sums = Observed.nothing(shape)
-        self._model, self._shape, self._groups = model, shape, groups
+        self.sums = Observed.nothing(config)
+        self._model, self._config, self._groups = model, config, groups
+        self._shape = config.shape
+        self._norms = {name: number for number, name in enumerate(norm_names(config))}
         self._samples, self._per_call = samples, per_call
         self._calls = -1
         self._sequence_parallel = bool(model.config.sequence_parallel)
@@ -68,8 +74,8 @@ class _Observer:
         mean_bn = sums_bn.double() / (x_sbn.shape[0] * parts)
         return mean_bn.square().sum(0) / parts  # of which every rank adds its share
 
-    def _norm(self, number: int, weight_D: Tensor) -> Hook:
-        weight = weight_D.detach().double().cpu()
+    def _norm(self, name: str, weight_D: Tensor) -> Hook:
+        number, weight = self._norms[name], weight_D.detach().double().cpu()
 
         def hook(x_sbD: Tensor) -> None:
             x = self._live(x_sbD)
@@ -146,15 +152,17 @@ class _Observer:
                         )
                     ).remove
                 )
-                for place, (norm, behind) in enumerate(norm_sites(layer)):
+                for half in self._config.family.halves:
+                    norm, behind = norm_site(layer, half)
                     fused = hasattr(behind, "layer_norm_weight")
                     weight = behind.layer_norm_weight if fused else norm.weight
-                    on(behind if fused else norm, self._norm(2 * number + place, weight))
-                on(layer.self_attention.linear_proj, self._linear("proj", number, "Q"))
-                on(layer.mlp.linear_fc2, self._linear("fc2", number, "F"))
+                    name = layer_name(number, f"{half.norm}.weight")
+                    on(behind if fused else norm, self._norm(name, weight))
+                    prefix = half.projection.removeprefix("linear_")
+                    on(layer.get_submodule(half.output), self._linear(prefix, number, half.axis))
             if groups.is_last_stage:
                 norm = model.decoder.final_layernorm
-                on(norm, self._norm(2 * self._shape.num_layers, norm.weight))
+                on(norm, self._norm(FINAL_NORM.name, norm.weight))
             yield
 
     def reduced(self) -> Observed:
@@ -185,17 +193,14 @@ def _squares(x_sbn: Tensor) -> Tensor:
     return torch.linalg.vector_norm(x_sbn, dim=0).double().square().sum(0)
 
 
-def norm_sites(layer: Any) -> tuple[tuple[Any, Any], tuple[Any, Any]]:
-    """A layer's norms, each with the linear behind it, which holds the weight where it is fused."""
-    return (
-        (layer.input_layernorm, layer.self_attention.linear_qkv),
-        (layer.pre_mlp_layernorm, layer.mlp.linear_fc1),
-    )
+def norm_site(layer: torch.nn.Module, half: Half) -> tuple[Any, Any]:
+    """A half's norm, and the linear behind it, which holds the weight where it is fused."""
+    return layer.get_submodule(half.norm), layer.get_submodule(stored_reader(half))
 
 
 def observe(
     model: LanguageModel,
-    shape: ModelShape,
+    config: ModelConfig,
     windows_WS: Tensor,
     groups: Groups,
     *,
@@ -213,7 +218,7 @@ def observe(
     Raises:
         DamagedError: a statistic is not finite; names it.
     """
-    observer = _Observer(model, shape, groups, len(windows_WS), micro_batch_size)
+    observer = _Observer(model, config, groups, len(windows_WS), micro_batch_size)
     with observer.watching():
         losses = window_losses(
             model, windows_WS, groups, micro_batch_size=micro_batch_size, progress=progress

@@ -14,7 +14,7 @@ Shape suffixes: s sequence, b batch (1), D hidden, n this rank's inputs of a pro
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -26,33 +26,13 @@ from megatron_prune.engine.forward.model import ModelOptions, build_model
 from megatron_prune.engine.forward.weights import load_layer
 from megatron_prune.engine.groups import Groups
 from megatron_prune.errors import DamagedError
-from megatron_prune.model.axes import EMBEDDING, FINAL_NORM, layer_name
+from megatron_prune.model.axes import norm_names
+from megatron_prune.model.blocks import ATTENTION, EMBEDDING
+from megatron_prune.model.family import Half
 from megatron_prune.model.shape import ModelConfig
 from megatron_prune.sources.source import DTYPES, Source
 
 _BLOCK_TOKENS = 8192  # embedding rows read at once
-
-
-@dataclass(frozen=True, kw_only=True)
-class Half:
-    """Attention or MLP of a layer: Megatron's modules, and the projection back into the stream."""
-
-    module: str
-    norm: str
-    projection: str
-    axis: str  # of the projection's inputs
-
-    @property
-    def output(self) -> str:
-        """The projection's canonical name in a layer, without ``.weight``."""
-        return f"{self.module}.{self.projection}"
-
-
-ATTENTION = Half(
-    module="self_attention", norm="input_layernorm", projection="linear_proj", axis="Q"
-)
-MLP = Half(module="mlp", norm="pre_mlp_layernorm", projection="linear_fc2", axis="F")
-HALVES = (ATTENTION, MLP)
 
 
 class Layer:
@@ -72,9 +52,6 @@ class Layer:
         """Take over a layer's weights."""
         load_layer(self._layer, source, layer, self._groups)
 
-    def _projection(self, half: Half) -> Any:
-        return getattr(getattr(self._layer, half.module), half.projection)
-
     @torch.no_grad()
     def run(
         self, half: Half, x_sbD: Tensor, watch: Callable[[Tensor], None] | None = None
@@ -90,12 +67,14 @@ class Layer:
         """
         layer = self._layer
         # Transformer Engine's spec has the norm inside the linear that follows, and none here
-        normed = (layer.input_layernorm if half is ATTENTION else layer.pre_mlp_layernorm)(x_sbD)
+        normed = getattr(layer, half.norm)(x_sbD)
         hooks = []
         if watch is not None:
             show = watch
             hooks.append(
-                self._projection(half).register_forward_pre_hook(lambda _, args: show(args[0]))
+                layer.get_submodule(half.output).register_forward_pre_hook(
+                    lambda _, args: show(args[0])
+                )
             )
         try:
             if half is ATTENTION:
@@ -174,8 +153,8 @@ def norm_energy(
         progress: told of each layer done.
 
     Returns:
-        [2 L + 1, D] float32 on the host, the same on every rank: input and pre-MLP norm of each
-        layer, then the final one. Every row is 1 on average.
+        [N, D] float32 on the host, the same on every rank, in the order of `axes.norm_names`.
+        Every row is 1 on average.
 
     Raises:
         DamagedError: the hidden states are not finite; names the norm.
@@ -184,8 +163,8 @@ def norm_energy(
     def squares(x_TD: Tensor) -> Tensor:
         return x_TD.square().sum(0, dtype=torch.float64)
 
-    rows = list(_norm_means(squares, source, windows_WS, groups, options, progress))
-    return torch.stack(rows).float().cpu()
+    means = _norm_means(squares, source, windows_WS, groups, options, progress)
+    return torch.stack([energy_D for _, energy_D in means]).float().cpu()
 
 
 def norm_moment(
@@ -212,9 +191,9 @@ def norm_moment(
 
     size = source.config.shape.hidden_size
     total = torch.zeros(size, size, dtype=torch.float64, device=groups.device)
-    for moment in _norm_means(products, source, windows_WS, groups, options, progress):
+    for _, moment in _norm_means(products, source, windows_WS, groups, options, progress):
         total += moment
-    return total.cpu() / (2 * source.config.shape.num_layers + 1)
+    return total.cpu() / len(norm_names(source.config))
 
 
 def _norm_means(
@@ -224,14 +203,14 @@ def _norm_means(
     groups: Groups,
     options: ModelOptions,
     progress: Callable[[int], object],
-) -> Iterator[Tensor]:
-    """For each norm in the forward pass's order: its input, normalised, measured, per token.
+) -> Iterator[tuple[str, Tensor]]:
+    """Each norm in the forward pass's order, with its input, normalised, measured, per token.
 
     Args:
         measure: [T, D] float32 of one window -> a sum over its tokens, float64.
     """
 
-    def mean(norm: str) -> Tensor:
+    def mean(norm: str) -> tuple[str, Tensor]:
         total = measure(torch.zeros(1, source.config.shape.hidden_size, device=groups.device))
         for x in stream:  # none where there are more ranks than windows
             total += measure(normalised(x, epsilon))
@@ -242,18 +221,19 @@ def _norm_means(
                 "calibration text; its weights hold values that are not finite, or the precision "
                 "is too narrow for it"
             )
-        return total / windows_WS.numel()
+        return norm, total / windows_WS.numel()
 
     epsilon = source.config.norm_epsilon
     layer = Layer(source.config, groups, options)
     stream = Stream(source, windows_WS, groups, options.dtype)
+    norms = iter(norm_names(source.config))
     for number in range(source.config.shape.num_layers):
         layer.load(source, number)
-        for half in HALVES:
-            yield mean(layer_name(number, f"{half.norm}.weight"))
+        for half in source.config.family.halves:
+            yield mean(next(norms))
             stream.advance(layer, half)
         progress(1)
-    yield mean(FINAL_NORM.name)
+    yield mean(next(norms))
 
 
 def normalised(x_sbD: Tensor, epsilon: float) -> Tensor:

@@ -21,7 +21,7 @@ from megatron_prune.engine.forward.windows import window_losses
 from megatron_prune.engine.groups import Groups
 from megatron_prune.errors import DamagedError
 
-Inputs = dict[int, list[Tensor]]
+LayerInputs = dict[int, list[Tensor]]
 """Number of a layer of this stage -> its input in every call, [s, b, D]."""
 
 
@@ -58,8 +58,8 @@ def _next_of(calls: Iterator[Tensor], _: Tensor) -> Tensor:
 
 
 @contextmanager
-def _recording(model: LanguageModel, groups: Groups, num_layers: int) -> Iterator[Inputs]:
-    inputs: Inputs = {}
+def _recording(model: LanguageModel, groups: Groups, num_layers: int) -> Iterator[LayerInputs]:
+    inputs: LayerInputs = {}
     with ExitStack() as stack:
         for number, layer in _layers(model, groups, num_layers):
             calls = inputs.setdefault(number, [])
@@ -78,7 +78,7 @@ def _without(
     model: LanguageModel,
     removed: int,
     gone: Collection[int],
-    inputs: Inputs,
+    inputs: LayerInputs,
     groups: Groups,
     num_layers: int,
 ) -> Iterator[None]:

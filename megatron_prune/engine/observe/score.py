@@ -1,14 +1,14 @@
 """Scores of a model: calibration windows through the sharded model, criteria from what was seen.
 
-What a criterion needs decides what runs: weights are read once, one forward pass gives the
-statistics, one backward pass a sample the gradients, one forward pass a layer the removals. Each
-finished criterion is handed on at once, so a run that is started again does not repeat it.
+The evidence that a criterion needs decides what runs: weights are read once, one forward pass gives
+the statistics, one backward pass a sample the gradients, one forward pass a layer the removals.
+Each finished criterion is handed on at once, so a run that is started again does not repeat it.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,13 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from megatron_prune.criteria import SCORED
-from megatron_prune.criteria.activation import activation_scores
-from megatron_prune.criteria.magnitude import magnitude_scores
-from megatron_prune.criteria.observed import Observed, WeightSquares, weight_squares
-from megatron_prune.criteria.perplexity import greedy_scores, perplexity_scores
-from megatron_prune.criteria.residual_energy import residual_energy_scores
-from megatron_prune.criteria.taylor import taylor_scores
-from megatron_prune.criteria.wanda import flap_scores, wanda_scores
+from megatron_prune.criteria.observed import Gradients, weight_squares
 from megatron_prune.data.windows import data_digest
 from megatron_prune.engine.failures import on_first_rank, together
 from megatron_prune.engine.forward.model import LanguageModel, ModelOptions, build_model
@@ -33,28 +27,24 @@ from megatron_prune.engine.groups import Groups
 from megatron_prune.engine.observe.gradients import unit_gradients
 from megatron_prune.engine.observe.hooks import observe
 from megatron_prune.engine.observe.removal import greedy_removal, losses_without
+from megatron_prune.engine.running import ScoreRuns
 from megatron_prune.errors import ConfigError, DamagedError
 from megatron_prune.model.axes import count_parameters
 from megatron_prune.planning.scores import Scores
-from megatron_prune.sources.digest import source_digest
 from megatron_prune.sources.source import Source
 
-Saver = Callable[[Scores], object]
-Found = dict[str, dict[str, Tensor]]
+SaveScores = Callable[[Scores], object]
 
 
 @dataclass(frozen=True, kw_only=True)
-class ScoreOptions:
+class ScoreOptions(ScoreRuns):
     """What is scored and how; see ``megatron-prune score --help``."""
 
     criteria: tuple[str, ...]
     model: ModelOptions
-    micro_batch_size: int = 1
-    removal_samples: int = 8
-    removal_layers: int | None = None
 
     def __post_init__(self) -> None:
-        if self.model.dtype == "fp16" and (names := self.needs("backward")):
+        if self.model.dtype == "fp16" and (names := self.needing("gradients")):
             raise ConfigError(
                 f"--fp16 with --criterion {','.join(names)}: the gradients of a mean loss vanish "
                 "in float16, and nothing scales the loss here; use --bf16, or neither"
@@ -63,30 +53,31 @@ class ScoreOptions:
     def removal_facts(self, samples: int, layers: int) -> dict[str, int]:
         """What criteria that remove layers depend on beyond the calibration: provenance."""
         facts = {}
-        if self.needs("removal"):
+        if any(SCORED[name].removal for name in self.criteria):
             facts["removal_samples"] = min(self.removal_samples, samples)
-        if "perplexity-greedy" in self.criteria:
+        if self.needing("removed"):
             facts["removal_layers"] = self.removed_layers(layers)
         return facts
 
     def removed_layers(self, num_layers: int) -> int:
-        """How many layers perplexity-greedy removes.
+        """How many layers are removed greedily.
 
         Raises:
             ConfigError: none would be left.
         """
         count = max(1, num_layers // 4) if self.removal_layers is None else self.removal_layers
-        greedy = "perplexity-greedy" in self.criteria
-        if not 1 <= count < num_layers and (greedy or self.removal_layers is not None):
+        if not 1 <= count < num_layers and (
+            self.needing("removed") or self.removal_layers is not None
+        ):
             raise ConfigError(
                 f"--removal-layers {count}: the model has {num_layers} layers; wanted 1 to "
                 f"{num_layers - 1}"
             )
         return count
 
-    def needs(self, what: str) -> list[str]:
-        """The criteria that need ``forward``, ``backward``, ``weights`` or ``removal``."""
-        return [name for name in self.criteria if getattr(SCORED[name], what)]
+    def needing(self, evidence: str) -> list[str]:
+        """The criteria that need some evidence."""
+        return [name for name in self.criteria if evidence in SCORED[name].needs]
 
 
 class _Run:
@@ -99,10 +90,11 @@ class _Run:
         groups: Groups,
         windows_WS: Tensor,
         scores: Scores,
-        save: Saver,
+        save: SaveScores,
     ) -> None:
         self.source, self.options, self.groups = source, options, groups
         self.windows, self.scores, self._save = windows_WS, scores, save
+        self._evidence: dict[str, Any] = {}
         self.shape = source.config.shape
         self._model: LanguageModel | None = None
 
@@ -128,19 +120,34 @@ class _Run:
         return tqdm(total=total, desc=what, unit=unit, unit_scale=unit != "sample",
                     disable=quiet, file=sys.stderr)  # fmt: skip
 
-    def keep(self, found: Found, statistics: Mapping[str, Tensor] | None = None) -> None:
-        """Hand on what was asked for of what was found."""
-        asked = {n: axes for n, axes in found.items() if n in self.options.criteria}
-        assert all({*axes} == {*SCORED[name].axes} for name, axes in asked.items())
-        self.scores = replace(
-            self.scores,
-            criteria={**self.scores.criteria, **asked},
-            statistics={**self.scores.statistics, **(statistics or {})},
-        )
-        if asked:
+    def gather(self) -> None:
+        """All evidence that is needed, cheapest first; what it suffices for is scored at once."""
+        needed = {one for name in self.options.criteria for one in SCORED[name].needs}
+        if "weights" in needed:
+            self.weights()
+        if "observed" in needed:
+            self.forward()
+        if "gradients" in needed:
+            self.backward()
+        if any(SCORED[name].removal for name in self.options.criteria):
+            self.removal(needed)
+
+    def found(self, **evidence: Any) -> None:
+        """Score by, and hand on, what new evidence completes."""
+        self._evidence |= evidence
+        made = {}
+        for name, scoring in SCORED.items():
+            is_asked = name in self.options.criteria and not evidence.keys().isdisjoint(
+                scoring.needs
+            )
+            if is_asked and self._evidence.keys() >= {*scoring.needs}:
+                made[name] = scoring.scores(**{n: self._evidence[n] for n in scoring.needs})
+                assert {*made[name]} == {*scoring.axes}, name
+        if made:
+            self.scores = replace(self.scores, criteria={**self.scores.criteria, **made})
             on_first_rank(self.groups.ranks, lambda: self._save(self.scores))
 
-    def weights(self) -> WeightSquares:
+    def weights(self) -> None:
         """Every rank reads its share."""
         ranks = self.groups.ranks
         total = count_parameters(self.source.config) // ranks.world_size
@@ -155,20 +162,21 @@ class _Run:
             moved = x.to(self.groups.device)
             dist.all_reduce(moved)
             x.copy_(moved)
-        return found
+        self.found(weights=found)
 
-    def forward(self, weights: WeightSquares | None) -> None:
+    def forward(self) -> None:
         model = self.model
         with self.bar(len(self.windows), "statistics") as bar:
             seen, losses = observe(
-                model, self.shape, self.windows, self.groups,
+                model, self.source.config, self.windows, self.groups,
                 micro_batch_size=self.options.micro_batch_size, progress=bar.update,
             )  # fmt: skip
         statistics = {
             "norm_energy": seen.norm_energy / seen.tokens,
             "calibration_loss": losses.mean().reshape(1),
         }
-        self.keep(from_observed(seen, weights), statistics)
+        self.scores = replace(self.scores, statistics={**self.scores.statistics, **statistics})
+        self.found(observed=seen)
 
     def backward(self) -> None:
         model = self.model
@@ -176,24 +184,21 @@ class _Run:
             first, second = unit_gradients(
                 model, self.source.config, self.windows, self.groups, progress=bar.update
             )
-        samples = len(self.windows)
-        self.keep(
-            {"taylor": taylor_scores(first, samples), "fisher": taylor_scores(second, samples)}
-        )
+        self.found(gradients=Gradients(first=first, second=second, samples=len(self.windows)))
 
-    def removal(self, kinds: Sequence[str]) -> None:
+    def removal(self, needed: Collection[str]) -> None:
         model, layers = self.model, self.shape.num_layers
         facts = self.options.removal_facts(len(self.windows), layers)
         windows = self.windows[: facts["removal_samples"]]
         self.scores = replace(self.scores, provenance={**self.scores.provenance, **facts})
-        if "perplexity" in kinds:
+        if "losses_without" in needed:
             with self.bar(layers * len(windows), "without each layer") as bar:
                 losses = losses_without(
                     model, layers, windows, self.groups,
                     micro_batch_size=self.options.micro_batch_size, progress=bar.update,
                 )  # fmt: skip
-            self.keep({"perplexity": perplexity_scores(losses)})
-        if "perplexity-greedy" in kinds:
+            self.found(losses_without=losses)
+        if "removed" in needed:
             count = facts["removal_layers"]
             total = sum(layers - gone for gone in range(count))
             with self.bar(total * len(windows), "layer by layer") as bar:
@@ -201,19 +206,7 @@ class _Run:
                     model, layers, count, windows, self.groups,
                     micro_batch_size=self.options.micro_batch_size, progress=bar.update,
                 )  # fmt: skip
-            self.keep({"perplexity-greedy": greedy_scores(removed, losses)})
-
-
-def from_observed(seen: Observed, weights: WeightSquares | None) -> Found:
-    """Every criterion that follows from one forward pass (and the sizes of weights)."""
-    found = {
-        "activation": activation_scores(seen),
-        "residual-energy": residual_energy_scores(seen),
-    }
-    if weights is not None:
-        found["wanda"] = wanda_scores(seen, weights)
-        found["flap"] = flap_scores(seen, weights)
-    return found
+            self.found(removed=removed, last_losses=losses)
 
 
 def score(
@@ -223,7 +216,7 @@ def score(
     windows_WS: Tensor | None,
     *,
     known: Scores | None,
-    save: Saver,
+    save: SaveScores,
 ) -> Scores:
     """Score a model; the same result on every rank and, within fp32 rounding, at every layout.
 
@@ -240,7 +233,7 @@ def score(
     windows = torch.zeros(0, 2, dtype=torch.int64) if windows_WS is None else windows_WS
     start = Scores(
         shape=source.config.shape,
-        source_digest=source_digest(source),
+        source_digest=source.digest,
         criteria={} if known is None else known.criteria,
         provenance={
             "data_digest": data_digest(windows),
@@ -256,14 +249,5 @@ def score(
     if known is not None and known.provenance.get("tokens"):
         start = known  # else it has no calibration of its own, and may be given one
     run = _Run(source, options, groups, windows, start, save)
-    weights = None
-    if options.needs("weights"):
-        weights = run.weights()
-        run.keep({"magnitude": magnitude_scores(weights)})
-    if options.needs("forward"):
-        run.forward(weights)
-    if options.needs("backward"):
-        run.backward()
-    if kinds := options.needs("removal"):
-        run.removal(kinds)
+    run.gather()
     return run.scores

@@ -25,24 +25,24 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from torch.distributed.checkpoint.api import CheckpointException
 
+from megatron_prune.data.tokenizers import TRACKER
 from megatron_prune.engine.failures import is_lost_rank, together
 from megatron_prune.engine.groups import Groups
 from megatron_prune.engine.train.dist_writer import ShardedWrite
 from megatron_prune.engine.train.options import TrainOptions
 from megatron_prune.errors import ConfigError, DamagedError, StorageError
+from megatron_prune.files import replace_file, try_lock
 from megatron_prune.ranks import Ranks
 from megatron_prune.store.commit import (
     atomic_directory,
     check_manifest,
-    replace_file,
     sweep_beside,
-    try_lock,
     write_manifest,
 )
 from megatron_prune.store.lora import LORA, lora_record
 from megatron_prune.store.mcore_dist import COMMON, read_index
 from megatron_prune.store.megatron_args import megatron_args
-from megatron_prune.store.open import TRACKER, read_facts
+from megatron_prune.store.open import read_facts
 from megatron_prune.store.passenger import Passenger
 from megatron_prune.store.untrusted import load_untrusted
 

@@ -9,13 +9,12 @@ cached in a directory of our own, never beside the corpora.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-import torch
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.blended_megatron_dataset_config import (
     convert_split_vector_to_split_matrix,
@@ -23,12 +22,9 @@ from megatron.core.datasets.blended_megatron_dataset_config import (
 )
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.datasets.indexed_dataset import IndexedDataset
-from torch import Tensor
 
 from megatron_prune.data.sidecar import CorpusFacts, check_corpus
 from megatron_prune.data.tokenizers import load_tokenizer
-from megatron_prune.engine.forward.context import own_part
-from megatron_prune.engine.groups import Groups
 from megatron_prune.engine.train.options import TrainOptions
 from megatron_prune.errors import ConfigError
 
@@ -216,34 +212,3 @@ def clean_cache(path: Path) -> None:
         except (ValueError, OSError, EOFError) as error:
             print(f"{file}: not an index ({error}); built again", file=sys.stderr)
             file.unlink()
-
-
-class Microbatch(NamedTuple):
-    """Some samples, of each the part that this context-parallel rank holds.
-
-    Attributes:
-        tokens, labels: [b, s] int64.
-        mask: [b, s] float32, what each token's loss counts.
-        counted: [] float32, the sum of the mask over the whole sequences, at least 1.
-    """
-
-    tokens: Tensor
-    labels: Tensor
-    mask: Tensor
-    counted: Tensor
-
-
-def microbatches(
-    dataset: Any, consumed: int, count: int, micro_batch_size: int, groups: Groups
-) -> Iterator[Microbatch]:
-    """This data-parallel rank's next ``count`` microbatches, in Megatron's order."""
-    for index in range(count):
-        first = consumed + (index * groups.data_parallel + groups.dp_rank) * micro_batch_size
-        samples = [dataset[first + i] for i in range(micro_batch_size)]
-        tokens, labels, mask = (
-            torch.stack([sample[key] for sample in samples]).to(groups.device, non_blocking=True)
-            for key in ("tokens", "labels", "loss_mask")
-        )
-        counted = mask.sum().clamp(min=1)
-        tokens, labels, mask = own_part(groups.cp_group, tokens, labels, mask)
-        yield Microbatch(tokens, labels, mask, counted)

@@ -14,7 +14,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 from megatron.core import dist_checkpointing
@@ -28,28 +27,9 @@ from torch.distributed.checkpoint.filesystem import SerializationFormat
 
 from megatron_prune.engine.failures import together
 from megatron_prune.engine.groups import Groups
-from megatron_prune.store.commit import FileRecord, HashedFile
+from megatron_prune.files import FileRecord, HashedFile
 
 _FILES_PER_RANK = 1
-
-
-class _Stream(HashedFile):
-    """A hashed file that tells where it is, as DCP's writer asks.
-
-    It keeps the error of the disk, in place of which `torch.save` raises one of its own.
-    """
-
-    failure: OSError | None = None
-
-    def write(self, data: bytes | memoryview) -> int:
-        try:
-            return super().write(data)
-        except OSError as error:
-            self.failure = error
-            raise
-
-    def tell(self) -> int:
-        return self.position
 
 
 class _InProcessWriter(filesystem_async.FileSystemWriterAsync):
@@ -73,7 +53,7 @@ class _InProcessWriter(filesystem_async.FileSystemWriterAsync):
         found: dict[int, list[Any]] = {}
         with ThreadPoolExecutor(1) as pool:
             for index, (path, name, (bytes_data, tensor_data)) in enumerate(write_buckets):
-                stream = _Stream(Path(path), pool)
+                stream = HashedFile.create(Path(path), pool)
                 try:
                     found[index] = [
                         write_item(
@@ -91,12 +71,20 @@ class _InProcessWriter(filesystem_async.FileSystemWriterAsync):
 
 @contextmanager
 def _without_processes(records: dict[str, FileRecord]) -> Iterator[None]:
+    """Megatron's strategy finds its writer and queue by their names, which mean ours meanwhile."""
     _InProcessWriter.records = records
-    with (
-        mock.patch.object(torch_strategy, "FileSystemWriterAsync", _InProcessWriter),
-        mock.patch.object(filesystem_async, "_get_write_results_queue", queue.Queue),
-    ):
+    ours: tuple[tuple[Any, str, Any], ...] = (
+        (torch_strategy, "FileSystemWriterAsync", _InProcessWriter),
+        (filesystem_async, "_get_write_results_queue", queue.Queue),
+    )
+    theirs = [getattr(module, name) for module, name, _ in ours]
+    for module, name, mine in ours:
+        setattr(module, name, mine)
+    try:
         yield
+    finally:
+        for (module, name, _), found in zip(ours, theirs):
+            setattr(module, name, found)
 
 
 class ShardedWrite:

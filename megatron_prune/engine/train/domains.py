@@ -38,7 +38,7 @@ from megatron_prune.data.domains import (
 from megatron_prune.data.sidecar import CorpusFacts, check_corpus
 from megatron_prune.data.tokenizers import load_tokenizer
 from megatron_prune.engine.failures import on_first_rank
-from megatron_prune.engine.forward.context import own_part
+from megatron_prune.engine.forward.microbatches import microbatch
 from megatron_prune.engine.forward.windows import microbatch_results, microbatches_at_once
 from megatron_prune.engine.groups import Groups
 from megatron_prune.engine.train.checkpoint import Start
@@ -286,14 +286,12 @@ def _batches(
 ) -> Iterator[tuple[Tensor, ...]]:
     for step in range(first, first + count):
         begin = (step * groups.data_parallel + groups.dp_rank) * micro
-        places = range(begin, begin + micro)
-        rows = [samples[windows[at if at < len(windows) else 0]] for at in places]
-        tokens, labels, mask = (
-            torch.stack([row[key] for row in rows]).to(groups.device)
-            for key in ("tokens", "labels", "loss_mask")
-        )
-        counts = torch.tensor([at < len(windows) for at in places], device=groups.device)
-        yield own_part(groups.cp_group, tokens, labels, mask * counts[:, None])
+        rows = [samples[window] for window in windows[begin : begin + micro]]
+        if len(rows) < micro:
+            first_row = samples[windows[0]]
+            filler = {**first_row, "loss_mask": torch.zeros_like(first_row["loss_mask"])}
+            rows += [filler] * (micro - len(rows))
+        yield microbatch(rows, groups)[:3]
 
 
 def _nats_and_tokens(losses_bs: Tensor, mask_bs: Tensor) -> Tensor:
@@ -330,7 +328,7 @@ class DomainLoading:
         training = build_domains(self.recipe, cut, facts, vocab_size, part="training")
         sizes = {name: len(samples) for name, samples in training.items()}
         self.order = DomainOrder(sizes, self.recipe.weights, options.seed)
-        self.train_data = DomainMix(training, self.order)
+        self.train = DomainMix(training, self.order)
         self._valid: dict[str, Joined] = {}
         if options.eval_iters:
             self._valid = build_domains(self.recipe, cut, facts, vocab_size, part="validation")
@@ -341,13 +339,13 @@ class DomainLoading:
         self._epochs = self.order.epochs(consumed)  # whole ones, that were told
 
     def state(self, consumed: int) -> dict[str, Any]:
-        return self.order.state(consumed)
+        return {"domains": self.order.state(consumed)}
 
     def is_due(self, iteration: int) -> bool:
         """Whether the weights change after this step."""
         return self.is_dynamic and iteration % self._options.domain_update_interval == 0
 
-    def tell_epochs(self, log: MetricsLog, consumed: int) -> None:
+    def tell(self, log: MetricsLog, consumed: int) -> None:
         """Say which domains have been drawn from once more in whole."""
         told, self._epochs = self._epochs, self.order.epochs(consumed)
         for name, epochs in self._epochs.items():

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
+from megatron_prune.engine.objectives.objective import LM_LOSS
 from megatron_prune.engine.train.options import TrainOptions
 
 
@@ -33,12 +34,18 @@ class StepGuard:
             "losses": list(self._losses),
         }
 
-    def wrong_loss(self, loss: float) -> str | None:
-        """Why a step with this loss is not taken; None: it is."""
-        if not math.isfinite(loss):
-            return f"lm loss is {loss}"
+    def wrong_loss(self, loss: float, others: Iterable[tuple[str, float]] = ()) -> str | None:
+        """Why a step with this loss, and ``others`` by name, is not taken; None: it is."""
+        if wrong := self._spike(loss):
+            return wrong
+        for name, value in ((LM_LOSS, loss), *others):
+            if not math.isfinite(value):
+                return f"{name} is {value}"
+        return None
+
+    def _spike(self, loss: float) -> str | None:
         factor, window = self.options.loss_spike_factor, self.options.loss_spike_window
-        if factor is None or len(self._losses) < window:
+        if factor is None or len(self._losses) < window or not math.isfinite(loss):
             return None
         usual = statistics.median(self._losses)
         if loss <= factor * usual:

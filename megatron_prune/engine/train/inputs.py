@@ -101,10 +101,10 @@ def open_run_teachers(
     if options.distill is None:
         check_projections(start.directory, saved, [])
         return []
-    tokenizer, paths = _tokenizer_of(options, source, start), options.distill.teachers
+    tokenizer, paths = _tokenizer_of(options, source, start), options.teacher
     run = model_options(options)
     teachers = open_teachers(paths, source, tokenizer, grid, run, options.family)
-    pairs = options.distill.hidden_layers
+    pairs = options.hidden_layers
     check_layers(pairs, source, teachers[0])
     if start.state is not None:
         check_projections(start.directory, saved, projected_layers(pairs, source, teachers))

@@ -9,31 +9,25 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-import torch
-import torch.distributed as dist
-from megatron.core.pipeline_parallel import get_forward_backward_func
-from torch import Tensor
 from tqdm import tqdm
 
 from megatron_prune.engine.failures import on_first_rank
 from megatron_prune.engine.forward.lora import start_factors
+from megatron_prune.engine.forward.microbatches import forward_backward, microbatches
 from megatron_prune.engine.forward.model import build_model
 from megatron_prune.engine.forward.weights import draw_weights, load_weights
 from megatron_prune.engine.groups import Groups
 from megatron_prune.engine.objectives.distillation import Distillation
-from megatron_prune.engine.train.checkpoint import (
-    Start,
-    find_start,
-    load_checkpoint,
-)
-from megatron_prune.engine.train.corpora import build_datasets, clean_cache, microbatches
+from megatron_prune.engine.objectives.objective import LM_LOSS, LanguageModelLoss, Objective
+from megatron_prune.engine.train.checkpoint import Start, find_start, load_checkpoint
+from megatron_prune.engine.train.corpora import clean_cache
 from megatron_prune.engine.train.domains import DomainLoading
 from megatron_prune.engine.train.guard import StepGuard
 from megatron_prune.engine.train.inputs import RunInputs, model_options, open_inputs
-from megatron_prune.engine.train.metrics import Lapse, MetricsLog, record_command
+from megatron_prune.engine.train.metrics import Lapse, MetricsLog, StepLosses, record_command
 from megatron_prune.engine.train.optimizer import (
     build_optimizer,
     build_scheduler,
@@ -46,6 +40,7 @@ from megatron_prune.engine.train.optimizer import (
 )
 from megatron_prune.engine.train.options import TrainOptions
 from megatron_prune.engine.train.run_lock import only_writer
+from megatron_prune.engine.train.samples import BlendedSamples, Samples, step_of
 from megatron_prune.engine.train.saving import Saver
 from megatron_prune.engine.train.signals import StopSignals
 from megatron_prune.errors import DamagedError, Interrupted
@@ -55,61 +50,61 @@ from megatron_prune.store.passenger import Passenger
 _SKIPPED_STEPS_MAX = 50  # fp16: halving the loss scale from 2**32 to 1 takes 33 steps
 
 
+def choose_guests(
+    options: TrainOptions, groups: Groups, inputs: RunInputs
+) -> tuple[Objective, Samples]:
+    """What the options ask for: what is minimised, and on what."""
+    objective: Objective = LanguageModelLoss()
+    if options.distill is not None:
+        run, teachers = model_options(options), inputs.teachers
+        objective = Distillation(options.distill, run, groups, teachers, options.seed)
+    config, facts = inputs.source.config, inputs.facts
+    # rank 0 clears what a kill has cut short before any rank looks into the cache
+    on_first_rank(groups.ranks, lambda: clean_cache(options.cache_path))
+    if options.domains is not None:
+        return objective, DomainLoading(options, groups, config, facts, inputs.start.state)
+    return objective, BlendedSamples(options, groups, facts, config.shape.vocab_size)
+
+
 class Training:
-    """One run: its model, optimizer, data and how far it has come."""
+    """One run: its model, optimizer, objective, samples, and how far it has come."""
 
-    distillation: Distillation | None = None
-
-    def __init__(self, options: TrainOptions, groups: Groups, inputs: RunInputs) -> None:
+    def __init__(
+        self,
+        options: TrainOptions,
+        groups: Groups,
+        inputs: RunInputs,
+        objective: Objective | None = None,
+    ) -> None:
+        """``objective`` is minimised in the place of what the options ask for."""
         start, source = inputs.start, inputs.source
+        state = start.state or {}
         self.options, self.groups, self.config = options, groups, source.config
         self.passenger = Passenger.of(CastSource(source, options.dtype))
-        self.iteration, self.consumed = 0, 0
-        self.validated_at, self.saved_at = 0, None if start.state is None else start.iteration
+        self.iteration, self.consumed = state.get("iteration", 0), state.get("consumed_samples", 0)
+        self.validated_at = state.get("validated_at", 0)
+        self.saved_at = None if start.state is None else start.iteration
         self.saver = Saver(options, groups, self.passenger, say=self._say)
         self._all_written = True
-        self._losses: list[float] = []  # since the last logged iteration
         self._skipped = 0  # in a row, by fp16's loss scale
-        self.guard = StepGuard(options, None if start.state is None else start.state.get("guard"))
         self._at = self._batch = 0  # of the step under way: its iteration and its samples
-        self._build_data(inputs)
+        chosen, self.samples = choose_guests(options, groups, inputs)
+        self.objective = objective or chosen
+        self.losses = StepLosses(self.objective.names, state)
+        self.guard = StepGuard(options, state.get("guard"))
         self._build_model(inputs)
         source.close()
 
-    def _build_data(self, inputs: RunInputs) -> None:
-        options, facts = self.options, inputs.facts
-        copies = self.groups.data_parallel
-        samples = (
-            options.samples_after(options.train_iters, copies),
-            options.eval_iters * options.batch_size(copies),
-        )
-        # rank 0 clears what a kill has cut short before any rank looks into the cache
-        on_first_rank(self.groups.ranks, lambda: clean_cache(options.cache_path))
-        self.domains: DomainLoading | None = None
-        if options.domains is not None:
-            self.domains = DomainLoading(
-                options, self.groups, self.config, facts, inputs.start.state
-            )
-            self.train_data, self.valid_data = self.domains.train_data, None
-            return
-        self.train_data, self.valid_data = build_datasets(
-            options, facts, samples, self.config.shape.vocab_size
-        )
-
     def _build_model(self, inputs: RunInputs) -> None:
         options, groups, start = self.options, self.groups, inputs.start
-        built_as = model_options(options)
-        self.model = build_model(self.config, groups, built_as)
+        self.model = build_model(self.config, groups, model_options(options))
         if start.state is None and options.init_random:
             draw_weights(self.model, self.config, groups, options.seed)
         elif start.state is None:
             load_weights(self.model, inputs.source, groups)
         if options.lora is not None:
             start_factors(self.model, self.config, groups, options.seed)
-        if options.distill is not None:
-            self.distillation = Distillation(
-                options.distill, built_as, groups, inputs.teachers, self.model, options.seed
-            )
+        self.objective.attach(self.model)
         self.ddp = wrap_model(self.model, options)
         self.optimizer = build_optimizer(self.ddp, options)
         self.scheduler = build_scheduler(self.optimizer, options, groups.data_parallel)
@@ -117,20 +112,14 @@ class Training:
             self._continue(start)
 
     def _continue(self, start: Start) -> None:
-        """Take up a saved run."""
-        options, state = self.options, start.state
-        assert state is not None
+        """Take up the weights, the optimizer's state and the schedule of a saved run."""
+        options = self.options
         optimizer = None if options.no_load_optim else self.optimizer
         if optimizer is not None:
             prepare_to_load(optimizer)
         saved, schedule = load_checkpoint(
             start, options, self.groups, model=self.model, optimizer=optimizer
         )
-        self.iteration, self.consumed = state["iteration"], state["consumed_samples"]
-        self.validated_at = state["validated_at"]
-        self._losses = list(state["losses"])
-        if self.distillation is not None:
-            self.distillation.load(state)
         if saved is not None:
             load_optimizer(self.optimizer, saved)
             load_scheduler(self.scheduler, schedule, options)
@@ -144,9 +133,9 @@ class Training:
             "iteration": self.iteration,
             "consumed_samples": self.consumed,
             "validated_at": self.validated_at,
-            "losses": list(self._losses),
-            "domains": None if self.domains is None else self.domains.state(self.consumed),
-            **({} if self.distillation is None else self.distillation.state()),
+            **self.losses.state(),
+            **self.samples.state(self.consumed),
+            **self.objective.state(),
             "guard": self.guard.state(),
             "dtype": self.options.dtype,
             "use_distributed_optimizer": self.options.use_distributed_optimizer,
@@ -154,91 +143,45 @@ class Training:
 
     # ---- one step ----------------------------------------------------------------------------
 
-    def _run(self, data: Iterator[Any] | None, count: int, *, forward_only: bool) -> float:
-        """Forward and backward over ``count`` microbatches; this rank's share of the mean loss.
-
-        Shares of all ranks sum to the mean over microbatches and data-parallel ranks.
-        """
-        options, groups, distillation = self.options, self.groups, self.distillation
-        if distillation is not None and data is not None and not forward_only:
-            data = distillation.beside(data, count, options.micro_batch_size)
-
-        def forward(data: Iterator[Any], model: Any) -> tuple[Tensor, Any]:
-            tokens, labels, mask, counted, *taught = next(data)
-            if distillation is not None and taught:
-                distillation.teach(*taught)
-            losses = model(tokens, None, None, labels=labels)
-
-            def loss(losses_bs: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-                mean = (losses_bs * mask).sum() / counted  # this rank's share of it
-                if distillation is not None and taught:
-                    return distillation.loss(mean, mask, counted)
-                return mean, {"lm loss": mean.detach().clone()}
-
-            return losses, loss
-
-        def forward_inside(_: Any, model: Any) -> tuple[Tensor, Any]:
-            return model(None, None, None), None  # a stage that sees no tokens
-
-        is_inside = not (groups.is_first_stage or groups.is_last_stage)
-        found = get_forward_backward_func()(
-            forward_step_func=forward_inside if is_inside else forward,
-            data_iterator=data,
-            model=self.ddp,
-            num_microbatches=count,
-            seq_length=options.seq_length,
-            micro_batch_size=options.micro_batch_size,
-            forward_only=forward_only,
-        )
-        if distillation is not None and not forward_only:
-            ranks = groups.data_parallel * groups.grid.tensor_parallel
-            distillation.keep_shares(found, count * ranks)
-        total = sum(float(one["lm loss"]) for one in found)
-        return total / count / groups.data_parallel / groups.grid.tensor_parallel
-
-    def _sum_over_ranks(self, *values: float) -> list[float]:
-        exchanged = torch.tensor(values, dtype=torch.float64, device=self.groups.device)
-        dist.all_reduce(exchanged)
-        summed: list[float] = exchanged.tolist()
-        return summed
-
     def step(self, signals: StopSignals) -> tuple[float, float | None, bool]:
         """One iteration: the loss, the gradient norm (None when skipped), stop asked for.
 
         Raises:
             DamagedError: more wrong steps in a row than may be skipped; none has been applied.
         """
+        groups, objective = self.groups, self.objective
         self._at = self.iteration + 1
         self.ddp.train()
-        batch = self._batch = self.options.batch_size_after(
-            self.consumed, self.groups.data_parallel
-        )
-        count = batch // (self.options.micro_batch_size * self.groups.data_parallel)
-        data = microbatches(
-            self.train_data, self.consumed, count, self.options.micro_batch_size, self.groups
-        )
+        batch = self._batch = self.options.batch_size_after(self.consumed, groups.data_parallel)
+        step = step_of(self.options, groups, self._at, batch)
+        data = microbatches(self.samples.train, self.consumed, step, groups)
         self.ddp.zero_grad_buffer()
         self.optimizer.zero_grad()
-        share = self._run(data, count, forward_only=False)
-        told = () if self.distillation is None else self.distillation.shares
-        loss, stops, writing, *taught = self._sum_over_ranks(
-            share, float(signals.received is not None), float(self.saver.is_writing), *told
+        shares = forward_backward(
+            self.ddp,
+            objective.beside(data, step),
+            step,
+            groups,
+            objective.loss,
+            (LM_LOSS, *objective.names),
+            forward_only=False,
         )
-        self._all_written = not writing
-        norm = self._apply(loss, taught)
+        asked, writing = signals.received is not None, self.saver.is_writing
+        stops, still_writing, loss, *others = groups.sum_over_ranks(asked, writing, *shares)
+        self._all_written = not still_writing
+        norm = self._apply(loss, others)
         if norm is not None:
             self.scheduler.step(batch)
         self.iteration += 1
         self.consumed += batch
         return loss, norm, stops > 0
 
-    def _apply(self, loss: float, taught: Sequence[float]) -> float | None:
+    def _apply(self, loss: float, others: Sequence[float]) -> float | None:
         """Change the weights unless the step is wrong; the gradient norm, None when skipped."""
-        wrong, norm = self.guard.wrong_loss(loss), None
-        if self.distillation is not None:
-            wrong = wrong or self.distillation.advance(taught)
+        wrong, norm = self.guard.wrong_loss(loss, zip(self.objective.names, others)), None
+        self.losses.add(loss, None if wrong else others)
         if wrong is None:
-            norm = step_optimizer(self.optimizer, lambda norm: self._sum_over_ranks(norm)[0])
+            norm = step_optimizer(self.optimizer, lambda norm: self.groups.sum_over_ranks(norm)[0])
             self._count_skipped(norm is not None)
             if norm is not None and not math.isfinite(norm):
                 wrong, norm = f"gradient norm is {norm}", None
@@ -269,37 +212,17 @@ class Training:
     # ---- the loop ----------------------------------------------------------------------------
 
     def validate(self, log: MetricsLog) -> None:
-        """Loss on the first ``--eval-iters`` batches of the validation part: always the same."""
-        if self.domains is None:
-            loss = self._validation_loss()
-        else:
-            loss = self.domains.validate(self.model, log, self.iteration, self.consumed)
+        loss = self.samples.validate(self.model, log, self.iteration, self.consumed)
         self.validated_at = self.iteration
         log.validation(self.iteration, self.consumed, loss)
-
-    def _validation_loss(self) -> float:
-        options, groups = self.options, self.groups
-        count = options.batch_size(groups.data_parallel) // (
-            options.micro_batch_size * groups.data_parallel
-        )
-        self.ddp.eval()
-        share = 0.0
-        with torch.no_grad():
-            for index in range(options.eval_iters):
-                first = index * options.batch_size(groups.data_parallel)
-                data = microbatches(self.valid_data, first, count, options.micro_batch_size, groups)
-                share += self._run(data, count, forward_only=True)
-        (loss,) = self._sum_over_ranks(share / options.eval_iters)
-        return loss
 
     def _is_due(self, interval: int | None) -> bool:
         return interval is not None and self.iteration % interval == 0
 
     def _must_validate(self) -> bool:
         last = self.iteration == self.options.train_iters
-        due = self._is_due(self.options.eval_interval) or last
-        due = due or (self.domains is not None and self.domains.is_due(self.iteration))
-        due = due and self.iteration > 0
+        due = self._is_due(self.options.eval_interval) or self.samples.is_due(self.iteration)
+        due = (due or last) and self.iteration > 0
         return bool(self.options.eval_iters) and due and self.validated_at != self.iteration
 
     def save(self, log: MetricsLog) -> None:
@@ -308,14 +231,18 @@ class Training:
             return
         self._finish_save()
         wrong = sum(not bool(p.isfinite().all()) for p in self.model.parameters())
-        (wrong_everywhere,) = self._sum_over_ranks(float(wrong))
+        (wrong_everywhere,) = self.groups.sum_over_ranks(wrong)
         if wrong_everywhere:
             self._stop_for(f"{wrong_everywhere:.0f} parameters hold values that are not finite")
         log.sync()
-        parts = {"model": self.model, "optimizer": self.optimizer, "scheduler": self.scheduler}
-        self.saver.begin(self.state(), **parts)
+        self.begin_save()
         if not self.options.async_save:
             self._finish_save()
+
+    def begin_save(self) -> None:
+        """The first half of a save, see `Saver.begin`."""
+        parts = {"model": self.model, "optimizer": self.optimizer, "scheduler": self.scheduler}
+        self.saver.begin(self.state(), **parts)
 
     def _finish_save(self) -> None:
         done = self.saver.finish()
@@ -334,6 +261,7 @@ class Training:
         log = MetricsLog(
             options.save,
             options.tensorboard_path,
+            losses=(LM_LOSS, *self.objective.names),
             start=self.iteration,
             train_iters=options.train_iters,
             active=active,
@@ -352,15 +280,13 @@ class Training:
         lapse = Lapse(self.consumed)
         while self.iteration < options.train_iters:
             rate = learning_rate(self.optimizer)
-            loss, norm, stop = self.step(signals)
-            self._losses.append(loss)
+            _, norm, stop = self.step(signals)
             log.advance()
             if self._all_written:
                 self._finish_save()
             if self._is_due(options.log_interval):
                 self._log(log, rate, norm, lapse)
-            if self.domains is not None:
-                self.domains.tell_epochs(log, self.consumed)
+            self.samples.tell(log, self.consumed)
             if not stop and self._must_validate():
                 self.validate(log)
                 lapse.restart(self.consumed)
@@ -383,13 +309,11 @@ class Training:
 
     def _log(self, log: MetricsLog, rate: float, norm: float | None, lapse: Lapse) -> None:
         seconds, samples = lapse.take(self.consumed)
-        steps, self._losses = self._losses, []
-        finite = [loss for loss in steps if math.isfinite(loss)]
+        steps = len(self.losses)
         log.training(
             {
                 "iteration": self.iteration,
-                "lm loss": sum(finite) / len(finite) if finite else None,
-                **({} if self.distillation is None else self.distillation.take_means()),
+                **self.losses.take_means(),
                 "learning-rate": rate,
                 "grad-norm": norm,
                 "loss-scale": float(self.optimizer.get_loss_scale()),
@@ -397,17 +321,23 @@ class Training:
                 "batch-size": self._batch,
                 "consumed-samples": self.consumed,
                 "consumed-tokens": self.consumed * self.options.seq_length,
-                "seconds": seconds / len(steps),
+                "seconds": seconds / steps,
                 "tokens-per-second": samples * self.options.seq_length / seconds,
             }
         )
 
 
-def train(options: TrainOptions, groups: Groups, command: Sequence[str] = ()) -> None:
+def train(
+    options: TrainOptions,
+    groups: Groups,
+    command: Sequence[str] = (),
+    objective: Objective | None = None,
+) -> None:
     """Check everything, then train.
 
     Args:
         command: what the user typed, to be recorded.
+        objective: minimised in the place of what the options ask for.
 
     Raises:
         PruneError: whatever cannot be used, before the first weight is read.
@@ -418,7 +348,7 @@ def train(options: TrainOptions, groups: Groups, command: Sequence[str] = ()) ->
         if on_first_rank(groups.ranks, lambda: find_start(options, mend=False)) != inputs.start:
             inputs.close()
             inputs = open_inputs(options, groups)  # a run has just ended there
-        training = Training(options, groups, inputs)
+        training = Training(options, groups, inputs, objective)
         if groups.ranks.is_first:
             processes = groups.ranks.world_size
             record_command(options.save, command, iteration=training.iteration, processes=processes)

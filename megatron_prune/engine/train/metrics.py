@@ -9,21 +9,20 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
 from megatron_prune import __version__
+from megatron_prune.engine.objectives.objective import LM_LOSS
+from megatron_prune.files import flush_file, replace_file
 from megatron_prune.sources.source import COMMANDS
-from megatron_prune.store.commit import replace_file
 
 METRICS = "metrics.jsonl"
-_DISTILLED = ("kl loss", "hidden loss")  # of a run with a teacher
 
 
 def record_command(save: Path, argv: Sequence[str], *, iteration: int, processes: int) -> None:
@@ -51,9 +50,16 @@ class MetricsLog:
     """The metrics of one run; does something on the rank that ``active`` is true on."""
 
     def __init__(
-        self, save: Path, tensorboard: Path, *, start: int, train_iters: int, active: bool
+        self,
+        save: Path,
+        tensorboard: Path,
+        *,
+        losses: Sequence[str],
+        start: int,
+        train_iters: int,
+        active: bool,
     ) -> None:
-        self.active = active
+        self.active, self._losses = active, losses
         self._train_iters, self._start, self._began = train_iters, start, time.monotonic()
         self._bar: tqdm[Any] | None = None
         if not active:
@@ -84,14 +90,7 @@ class MetricsLog:
             return
         self._write(row)
         iteration, samples = row["iteration"], row["consumed-samples"]
-        for name in (
-            "lm loss",
-            *_DISTILLED,
-            "learning-rate",
-            "grad-norm",
-            "batch-size",
-            "loss-scale",
-        ):
+        for name in (*self._losses, "learning-rate", "grad-norm", "batch-size", "loss-scale"):
             if row.get(name) is not None:
                 self._board.add_scalar(name, row[name], iteration)
                 self._board.add_scalar(f"{name} vs samples", row[name], samples)
@@ -149,8 +148,7 @@ class MetricsLog:
     def sync(self) -> None:
         """Flush to disk: a checkpoint must not be newer than its metrics."""
         if self.active:
-            self._file.flush()
-            os.fsync(self._file.fileno())
+            flush_file(self._file)
 
     def close(self) -> None:
         if self.active:
@@ -158,6 +156,38 @@ class MetricsLog:
             self._board.close()
             if self._bar is not None:
                 self._bar.close()
+
+
+class StepLosses:
+    """The losses of the steps since the last logged iteration."""
+
+    def __init__(self, names: Sequence[str], state: Mapping[str, Any]) -> None:
+        """``names``: of those beside the language-model loss; ``state``: a checkpoint's."""
+        self._names = names
+        self._lm = list(state.get("losses", []))
+        steps = state.get("taught losses", [])
+        self._others = [list(step) for step in steps if len(step) == len(names)]
+
+    def add(self, loss: float, others: Sequence[float] | None) -> None:
+        """One more step; ``others`` is None when the step was wrong."""
+        self._lm.append(loss)
+        if self._names and others is not None:
+            self._others.append(list(others))
+
+    def __len__(self) -> int:
+        return len(self._lm)
+
+    def take_means(self) -> dict[str, float | None]:
+        """By name; None for a language-model loss that was never a number."""
+        finite = [loss for loss in self._lm if math.isfinite(loss)]
+        means = {name: sum(all) / len(all) for name, all in zip(self._names, zip(*self._others))}
+        self._lm, self._others = [], []
+        return {LM_LOSS: sum(finite) / len(finite) if finite else None, **means}
+
+    def state(self) -> dict[str, Any]:
+        """The keys in the checkpoint, the second of a run that has other losses."""
+        others = {"taught losses": [list(step) for step in self._others]} if self._names else {}
+        return {"losses": list(self._lm), **others}
 
 
 class Lapse:

@@ -1,102 +1,246 @@
-"""What a training run is asked to do, and every check that needs no file and no process.
+"""What a training run is asked to do; see `checks` for what cannot be asked.
 
-The fields carry the names and the defaults of Megatron's flags.
+The fields are the flags of ``train``, with Megatron's names and defaults.
 """
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from megatron_prune.data.domains import WEIGHTINGS
-from megatron_prune.engine.groups import data_parallel_size
-from megatron_prune.engine.objectives.distill_options import DistillOptions, check_distill
-from megatron_prune.errors import ConfigError, ShapeError
-from megatron_prune.model.grid import ParallelGrid
-from megatron_prune.model.lora import Lora, check_lora
+from megatron_prune.engine.objectives.distill_options import DistillOptions
+from megatron_prune.engine.running import Engine
+from megatron_prune.families import FAMILIES
+from megatron_prune.flags import Group, flag, positive
+from megatron_prune.model.lora import LoraOptions
 
 LR_DECAY_STYLES = ("constant", "linear", "cosine", "inverse-square-root", "WSD")
 WSD_DECAY_STYLES = ("exponential", "linear", "cosine", "minus_sqrt")
 
+_DATA = Group("data")
+_DOMAINS = Group("domains, instead of --data-path")
+_BATCHES = Group("batches")
+_LR = Group("learning rate")
+_OPTIMIZER = Group("optimizer")
+_TELLING = Group("telling and saving")
+
 
 @dataclass(frozen=True, kw_only=True)
-class TrainOptions:
-    """One run of ``train``; see ``megatron-prune train --help`` for each field."""
+class TrainOptions(Engine, LoraOptions, DistillOptions):
+    """One run of ``train``.
 
-    load: Path | None
-    save: Path
-    data_path: tuple[str, ...]
-    train_iters: int
-    micro_batch_size: int
-    seq_length: int
-    lr: float
-    global_batch_size: int | None = None
-    rampup_batch_size: tuple[int, int, int] | None = None
-    # where training starts
-    init_random: bool = False
-    finetune: bool = False
-    no_load_optim: bool = False
-    seed: int = 1234
-    family: str | None = None
-    # data
-    split: str = "969,30,1"
-    data_cache_path: Path | None = None
-    tokenizer_model: Path | None = None
-    eod_mask_loss: bool = False
-    domains: Path | None = None
-    domain_weighting: str = "dynamic"
-    domain_update_interval: int = 400
-    domain_eta: float = 1.0
-    domain_smoothing: float = 1e-4
-    domain_weight_floor: float = 0.0
-    domain_weight_cap: float = 1.0
-    domain_clip: bool = False
-    # precision and layers
-    dtype: str = "fp32"
-    transformer_impl: str = "auto"
-    sequence_parallel: bool = False
-    context_parallel_size: int = 1
-    recompute_granularity: str | None = None
-    recompute_method: str | None = None
-    recompute_num_layers: int | None = None
-    distill: DistillOptions | None = None
-    lora: Lora | None = None
-    # optimizer and learning rate
-    min_lr: float = 0.0
-    lr_decay_style: str = "linear"
-    lr_decay_iters: int | None = None
-    lr_warmup_iters: int = 0
-    lr_warmup_fraction: float | None = None
-    lr_warmup_init: float = 0.0
-    lr_wsd_decay_style: str = "exponential"
-    lr_wsd_decay_iters: int | None = None
-    override_opt_param_scheduler: bool = False
-    use_checkpoint_opt_param_scheduler: bool = False
-    weight_decay: float = 0.01
-    clip_grad: float = 1.0
-    adam_beta1: float = 0.9
-    adam_beta2: float = 0.999
-    adam_eps: float = 1e-8
-    loss_scale: float | None = None
-    initial_loss_scale: float = 2.0**32
-    min_loss_scale: float = 1.0
-    loss_scale_window: int = 1000
-    hysteresis: int = 2
-    use_distributed_optimizer: bool = False
-    # which steps are not taken
-    skip_nonfinite: int = 0
-    loss_spike_factor: float | None = None
-    loss_spike_window: int = 100
-    # telling and saving
-    log_interval: int = 100
-    eval_interval: int = 1000
-    eval_iters: int = 100
-    save_interval: int | None = None
-    keep_last: int | None = None
-    async_save: bool = False
-    exit_interval: int | None = None
-    tensorboard_dir: Path | None = None
+    Attributes:
+        command: what was typed, to be recorded; ranks may differ in it.
+    """
+
+    command: tuple[str, ...] = field(default=(), repr=False)
+    load: Path | None = flag("where the weights come from", default=None, metavar="CKPT")
+    save: Path = flag("checkpoints and metrics.jsonl", metavar="DIR")
+    init_random: bool = flag("the shape of --load, weights from --seed", default=False)
+    finetune: bool = flag("from --load take the weights only, start at 0", default=False)
+    no_load_optim: bool = flag("continue without the optimizer's state", default=False)
+    seed: int = flag("of weights and samples", default=1234, metavar="N")
+    dry_run: bool = flag("check everything, say what would happen, stop", default=False)
+    family: str | None = flag(
+        "of a stock Megatron checkpoint whose arguments do not tell",
+        default=None,
+        choices=tuple(FAMILIES),
+    )
+
+    data_path: tuple[str, ...] = flag(
+        "corpora of preprocess, without .bin; with weights to blend them",
+        default=(),
+        group=_DATA,
+        metavar="[WEIGHT] PREFIX",
+    )
+    split: str = flag("training, validation, test", default="969,30,1", group=_DATA)
+    data_cache_path: Path | None = flag(
+        "sample indices (default: SAVE/.cache)", default=None, group=_DATA, metavar="DIR"
+    )
+    tokenizer_model: Path | None = flag(
+        "to check the corpora by (default: the checkpoint's own)",
+        default=None,
+        group=_DATA,
+        metavar="PATH",
+    )
+    eod_mask_loss: bool = flag("do not learn to predict EOD", default=False, group=_DATA)
+
+    domains: Path | None = flag(
+        "domains, their corpora, weights and targets", default=None, group=_DOMAINS, metavar="YAML"
+    )
+    domain_weighting: str = flag(
+        "dynamic: towards domains above their target; or constant",
+        default="dynamic",
+        group=_DOMAINS,
+        metavar="HOW",
+    )
+    domain_update_interval: int = flag(
+        "steps between changes of the weights",
+        default=400,
+        group=_DOMAINS,
+        metavar="N",
+        parse=positive,
+    )
+    domain_eta: float = flag("how strongly losses count", default=1.0, group=_DOMAINS)
+    domain_smoothing: float = flag(
+        "spread evenly over all domains", default=1e-4, group=_DOMAINS, metavar="SHARE"
+    )
+    domain_weight_floor: float = flag(
+        "no domain has less", default=0.0, group=_DOMAINS, metavar="SHARE"
+    )
+    domain_weight_cap: float = flag(
+        "no domain has more", default=1.0, group=_DOMAINS, metavar="SHARE"
+    )
+    domain_clip: bool = flag(
+        "do not take weight from domains below their target", default=False, group=_DOMAINS
+    )
+
+    train_iters: int = flag("steps of the whole run", group=_BATCHES, metavar="N", parse=positive)
+    micro_batch_size: int = flag(
+        "sequences of one forward pass on one data-parallel rank",
+        group=_BATCHES,
+        metavar="N",
+        parse=positive,
+    )
+    global_batch_size: int | None = flag(
+        "sequences of a step (default: micro batch x data parallel)",
+        default=None,
+        group=_BATCHES,
+        metavar="N",
+        parse=positive,
+    )
+    rampup_batch_size: tuple[int, int, int] | None = flag(
+        "grow the global batch from START by INCREMENT over SAMPLES",
+        default=None,
+        group=_BATCHES,
+        metavar=("START", "INCREMENT", "SAMPLES"),
+    )
+    seq_length: int = flag("tokens of a sequence", group=_BATCHES, metavar="N", parse=positive)
+    context_parallel_size: int = flag(
+        "ranks that share a sequence", default=1, group=_BATCHES, metavar="N", parse=positive
+    )
+    recompute_granularity: str | None = flag(
+        "full or selective (default: nothing is computed again)",
+        default=None,
+        group=_BATCHES,
+        metavar="WHAT",
+    )
+    recompute_method: str | None = flag(
+        "uniform or block", default=None, group=_BATCHES, metavar="HOW"
+    )
+    recompute_num_layers: int | None = flag(
+        "of a stage, for that method", default=None, group=_BATCHES, metavar="N", parse=positive
+    )
+
+    lr: float = flag("peak learning rate", group=_LR)
+    min_lr: float = flag("where the decay ends", default=0.0, group=_LR)
+    lr_decay_style: str = flag(
+        f"one of {', '.join(LR_DECAY_STYLES)}", default="linear", group=_LR, metavar="STYLE"
+    )
+    lr_decay_iters: int | None = flag(
+        "steps of the decay (default: --train-iters)",
+        default=None,
+        group=_LR,
+        metavar="N",
+        parse=positive,
+    )
+    lr_warmup_iters: int = flag("steps up to --lr", default=0, group=_LR, metavar="N")
+    lr_warmup_fraction: float | None = flag(
+        "of --lr-decay-iters, instead", default=None, group=_LR, metavar="SHARE"
+    )
+    lr_warmup_init: float = flag("where the warm-up begins", default=0.0, group=_LR)
+    lr_wsd_decay_style: str = flag(
+        f"of WSD's last part: one of {', '.join(WSD_DECAY_STYLES)}",
+        default="exponential",
+        group=_LR,
+        metavar="STYLE",
+    )
+    lr_wsd_decay_iters: int | None = flag(
+        "length of WSD's last part", default=None, group=_LR, metavar="N", parse=positive
+    )
+    override_opt_param_scheduler: bool = flag(
+        "flags win over the checkpoint", default=False, group=_LR
+    )
+    use_checkpoint_opt_param_scheduler: bool = flag(
+        "the checkpoint wins over the flags", default=False, group=_LR
+    )
+
+    weight_decay: float = flag("of matrices", default=0.01, group=_OPTIMIZER)
+    clip_grad: float = flag("largest gradient norm; 0: any", default=1.0, group=_OPTIMIZER)
+    adam_beta1: float = flag("of the mean of gradients", default=0.9, group=_OPTIMIZER)
+    adam_beta2: float = flag("of the mean of their squares", default=0.999, group=_OPTIMIZER)
+    adam_eps: float = flag("added to the root of that mean", default=1e-8, group=_OPTIMIZER)
+    loss_scale: float | None = flag(
+        "fp16: fixed instead of dynamic", default=None, group=_OPTIMIZER
+    )
+    initial_loss_scale: float = flag(
+        "fp16: where it begins (default: 2**32)", default=2.0**32, group=_OPTIMIZER
+    )
+    min_loss_scale: float = flag("fp16: the least", default=1.0, group=_OPTIMIZER)
+    loss_scale_window: int = flag(
+        "fp16: good steps until the scale doubles",
+        default=1000,
+        group=_OPTIMIZER,
+        metavar="N",
+        parse=positive,
+    )
+    hysteresis: int = flag(
+        "fp16: bad steps until the scale halves",
+        default=2,
+        group=_OPTIMIZER,
+        metavar="N",
+        parse=positive,
+    )
+    skip_nonfinite: int = flag(
+        "skip a step whose loss or gradient is no number, stop after more than K in a row; 0: stop "
+        "at the first",
+        default=0,
+        group=_OPTIMIZER,
+        metavar="K",
+    )
+    loss_spike_factor: float | None = flag(
+        "skip as well a step with more than X times the median loss (default: none)",
+        default=None,
+        group=_OPTIMIZER,
+        metavar="X",
+    )
+    loss_spike_window: int = flag(
+        "steps the median is of", default=100, group=_OPTIMIZER, metavar="N", parse=positive
+    )
+    use_distributed_optimizer: bool = flag(
+        "split the optimizer's state over data-parallel ranks", default=False, group=_OPTIMIZER
+    )
+
+    log_interval: int = flag(
+        "steps between lines", default=100, group=_TELLING, metavar="N", parse=positive
+    )
+    eval_interval: int = flag(
+        "steps between validations", default=1000, group=_TELLING, metavar="N", parse=positive
+    )
+    eval_iters: int = flag(
+        "batches of a validation; 0: none", default=100, group=_TELLING, metavar="N"
+    )
+    save_interval: int | None = flag(
+        "steps between checkpoints (default: at the end only)",
+        default=None,
+        group=_TELLING,
+        metavar="N",
+        parse=positive,
+    )
+    async_save: bool = flag(
+        "write checkpoints from a copy in host memory while training goes on",
+        default=False,
+        group=_TELLING,
+    )
+    keep_last: int | None = flag(
+        "checkpoints (default: all)", default=None, group=_TELLING, metavar="N", parse=positive
+    )
+    exit_interval: int | None = flag(
+        "save, and exit with 0", default=None, group=_TELLING, metavar="N", parse=positive
+    )
+    tensorboard_dir: Path | None = flag(
+        "(default: SAVE/tensorboard)", default=None, group=_TELLING, metavar="DIR"
+    )
 
     @property
     def cache_path(self) -> Path:
@@ -130,189 +274,8 @@ class TrainOptions:
         return consumed
 
 
-def _at_least(options: TrainOptions, least: float, *names: str) -> None:
-    for name in names:
-        value = getattr(options, name)
-        if value is not None and not (math.isfinite(value) and value >= least):
-            flag = "--" + name.replace("_", "-")
-            raise ConfigError(f"{flag} is {value}; wanted {least:g} or more")
-
-
-def check_options(options: TrainOptions, grid: ParallelGrid, processes: int) -> None:
-    """Refuse options that cannot work together, before any file is opened.
-
-    Raises:
-        ConfigError: with the flag, its value and what was wanted.
-        ShapeError: the processes do not fit the layout.
-    """
-    _at_least(options, 1, "train_iters", "micro_batch_size", "global_batch_size", "log_interval")
-    _at_least(options, 1, "eval_interval", "save_interval", "keep_last", "exit_interval")
-    _at_least(options, 1, "recompute_num_layers", "loss_scale_window", "hysteresis")
-    _at_least(options, 1, "lr_decay_iters", "lr_wsd_decay_iters")
-    _at_least(options, 0, "eval_iters", "lr_warmup_iters", "lr", "min_lr", "lr_warmup_init")
-    _at_least(options, 0, "weight_decay", "clip_grad", "seed", "skip_nonfinite")
-    _at_least(options, 1, "loss_spike_factor", "loss_spike_window")
-    if options.loss_spike_factor is not None and not options.skip_nonfinite:
-        raise ConfigError(
-            "--loss-spike-factor needs --skip-nonfinite K: how many steps in a row may be skipped"
-        )
-    if options.load is None:
-        raise ConfigError("--load is missing: the model to train, or with --init-random its shape")
-    _check_data_flags(options)
-    for name in ("adam_beta1", "adam_beta2"):
-        if not 0 <= getattr(options, name) < 1:
-            value = getattr(options, name)
-            raise ConfigError(f"--{name.replace('_', '-')} is {value}; wanted 0 <= beta < 1")
-    if not options.adam_eps > 0:
-        raise ConfigError(f"--adam-eps is {options.adam_eps}; wanted more than 0")
-    _check_context(options, grid)
-    _check_batches(options, data_parallel_size(grid, processes, options.context_parallel_size))
-    _check_learning_rate(options)
-    _check_recompute(options)
-    if options.distill is not None:
-        check_distill(options.distill, grid, options.recompute_granularity)
-    if options.lora is not None:
-        _check_lora(options, options.lora)
-
-
-def _check_lora(options: TrainOptions, lora: Lora) -> None:
-    check_lora(lora)
-    if options.init_random:
-        raise ConfigError(
-            "--lora-rank and --init-random: factors adapt weights that have been trained; give one"
-        )
-    if options.transformer_impl == "transformer_engine":
-        raise ConfigError(
-            "--lora-rank and --transformer-impl transformer_engine: its linears have no factors; "
-            "use local, which auto takes with --lora-rank"
-        )
-
-
-def _check_data_flags(options: TrainOptions) -> None:
-    if options.domains is None:
-        if not options.data_path:
-            raise ConfigError(
-                "--data-path is missing: prefixes that preprocess wrote; or a recipe of --domains"
-            )
-        for field in fields(options):
-            if field.name.startswith("domain_") and getattr(options, field.name) != field.default:
-                flag = "--" + field.name.replace("_", "-")
-                raise ConfigError(f"{flag} goes with --domains, which is missing")
-        return
-    if options.data_path:
-        raise ConfigError("--data-path and --domains: give one; the recipe lists the corpora")
-    if options.domain_weighting not in WEIGHTINGS:
-        raise ConfigError(
-            f"--domain-weighting {options.domain_weighting!r}; wanted {' or '.join(WEIGHTINGS)}"
-        )
-    _at_least(options, 1, "domain_update_interval")
-    _at_least(options, 0, "domain_eta", "domain_smoothing")
-    if options.domain_smoothing > 1:
-        raise ConfigError(
-            f"--domain-smoothing is {options.domain_smoothing}; wanted a share, 0 to 1"
-        )
-    if options.domain_weighting == "dynamic" and not options.eval_iters:
-        raise ConfigError(
-            "--eval-iters 0: the weights of domains follow their validation losses; give 1 or "
-            "more, or --domain-weighting constant"
-        )
-
-
-def _check_context(options: TrainOptions, grid: ParallelGrid) -> None:
-    """Each rank of a context-parallel group has two chunks; --sequence-parallel cuts them on."""
-    contexts, seq = options.context_parallel_size, options.seq_length
-    if contexts == 1:
-        return
-    parts = 2 * contexts
-    if options.sequence_parallel:
-        parts = math.lcm(parts, contexts * grid.tensor_parallel)
-    if seq % parts:
-        raise ShapeError(
-            f"--context-parallel-size {contexts}: --seq-length {seq} is not a multiple of {parts}; "
-            f"use {max(seq // parts, 1) * parts}"
-        )
-
-
-def _check_batches(options: TrainOptions, data_parallel: int) -> None:
-    micro = options.micro_batch_size * data_parallel
-    total = options.batch_size(data_parallel)
-    if total % micro:
-        raise ConfigError(
-            f"--global-batch-size {total} is not a multiple of --micro-batch-size "
-            f"{options.micro_batch_size} x {data_parallel} data-parallel ranks = {micro}"
-        )
-    if options.rampup_batch_size is None:
-        return
-    start, increment, samples = options.rampup_batch_size
-    if start < 1 or increment < 1 or samples < 0 or start > total or (total - start) % increment:
-        raise ConfigError(
-            f"--rampup-batch-size {start} {increment} {samples}: wanted a start of 1 or more that "
-            f"reaches --global-batch-size {total} in whole steps of the increment"
-        )
-    if start % micro or increment % micro:
-        raise ConfigError(
-            f"--rampup-batch-size {start} {increment} {samples}: start and increment must be "
-            f"multiples of --micro-batch-size x data-parallel ranks = {micro}"
-        )
-
-
 def warmup_iters(options: TrainOptions) -> int:
     """Steps of linear warm-up."""
     if options.lr_warmup_fraction is None:
         return options.lr_warmup_iters
     return int(options.lr_warmup_fraction * (options.lr_decay_iters or options.train_iters))
-
-
-def _check_learning_rate(options: TrainOptions) -> None:
-    if options.lr_decay_style not in LR_DECAY_STYLES:
-        raise ConfigError(
-            f"--lr-decay-style {options.lr_decay_style!r}; wanted one of "
-            f"{', '.join(LR_DECAY_STYLES)}"
-        )
-    if not options.min_lr <= options.lr or not options.lr_warmup_init <= options.lr:
-        raise ConfigError(
-            f"--lr {options.lr} is below --min-lr {options.min_lr} or --lr-warmup-init "
-            f"{options.lr_warmup_init}"
-        )
-    if options.lr_warmup_fraction is not None:
-        if options.lr_warmup_iters:
-            raise ConfigError("--lr-warmup-iters and --lr-warmup-fraction: give one of them")
-        if not 0 <= options.lr_warmup_fraction < 1:
-            raise ConfigError(f"--lr-warmup-fraction {options.lr_warmup_fraction}; wanted 0 to 1")
-    decay = options.lr_decay_iters or options.train_iters
-    if warmup_iters(options) >= decay:
-        raise ConfigError(
-            f"--lr-warmup-iters {warmup_iters(options)} is not below the {decay} steps over which "
-            "the learning rate decays (--lr-decay-iters, default --train-iters)"
-        )
-    if options.lr_decay_style == "WSD":
-        if options.lr_wsd_decay_style not in WSD_DECAY_STYLES:
-            raise ConfigError(
-                f"--lr-wsd-decay-style {options.lr_wsd_decay_style!r}; wanted one of "
-                f"{', '.join(WSD_DECAY_STYLES)}"
-            )
-        if options.lr_wsd_decay_iters is None or options.lr_wsd_decay_iters > decay:
-            raise ConfigError(
-                f"--lr-decay-style WSD needs --lr-wsd-decay-iters, at most {decay}; found "
-                f"{options.lr_wsd_decay_iters}"
-            )
-    if options.override_opt_param_scheduler and options.use_checkpoint_opt_param_scheduler:
-        raise ConfigError(
-            "--override-opt_param-scheduler and --use-checkpoint-opt_param-scheduler: give one"
-        )
-
-
-def _check_recompute(options: TrainOptions) -> None:
-    granularity, method = options.recompute_granularity, options.recompute_method
-    if granularity not in (None, "full", "selective"):
-        raise ConfigError(f"--recompute-granularity {granularity!r}; wanted full or selective")
-    if granularity == "full":
-        if method not in ("uniform", "block") or options.recompute_num_layers is None:
-            raise ConfigError(
-                "--recompute-granularity full needs --recompute-method uniform or block, and "
-                "--recompute-num-layers N"
-            )
-    elif method is not None or options.recompute_num_layers is not None:
-        raise ConfigError(
-            "--recompute-method and --recompute-num-layers go with --recompute-granularity full"
-        )

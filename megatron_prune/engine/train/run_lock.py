@@ -6,7 +6,6 @@ left.
 
 from __future__ import annotations
 
-import fcntl
 import os
 import socket
 from collections.abc import Iterator
@@ -15,6 +14,7 @@ from pathlib import Path
 
 from megatron_prune.engine.failures import together
 from megatron_prune.errors import ConfigError, StorageError
+from megatron_prune.files import lies_at, lock
 from megatron_prune.ranks import Ranks
 
 LOCK = ".lock"
@@ -28,16 +28,17 @@ def _take(save: Path) -> int:
             handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
         except OSError as error:
             raise StorageError(f"{path}: {error.strerror}") from error
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        is_locked = lock(handle)
+        if is_locked is False:
             holder = os.read(handle, 200).decode(errors="replace").strip() or "another process"
             os.close(handle)
             raise ConfigError(
                 f"--save {save}: {holder} is training there; wait for it, or train into another "
                 "directory"
-            ) from None
-        if os.fstat(handle).st_nlink:
+            )
+        if is_locked is None:
+            raise StorageError(f"{path}: cannot be locked; choose a file system that can (flock)")
+        if lies_at(path, handle):
             break
         os.close(handle)  # its last holder has removed it meanwhile
     os.ftruncate(handle, 0)

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from emb_pruner.formats import Vocabulary, open_vocabulary
-from emb_pruner.formats.ranks import read_ranks
+from emb_pruner.formats.rank_files import read_ranks
 from megatron_prune.data.tokenizers import transformers_tokenizer
 from tests.emb_pruner.formats.conftest import prose
 from tests.emb_pruner.formats.promises import (

@@ -20,7 +20,8 @@ from megatron_prune.criteria.observed import Observed
 from megatron_prune.engine.forward.model import LanguageModel, ModelOptions, build_model
 from megatron_prune.engine.forward.weights import load_weights
 from megatron_prune.engine.groups import Groups, model_parallel
-from megatron_prune.engine.observe.hooks import norm_sites, observe
+from megatron_prune.engine.observe.hooks import norm_site, observe
+from megatron_prune.model.blocks import HALVES
 from megatron_prune.model.grid import ParallelGrid
 from megatron_prune.sources.source import Source
 from megatron_prune.store import open_source
@@ -48,7 +49,7 @@ def _fuse(model: LanguageModel) -> list[Fused]:
     """Fuse all norms but the final one, as Transformer Engine's layer spec does."""
     fused = []
     for layer in model.decoder.layers:
-        (first, qkv), (second, fc1) = norm_sites(layer)
+        (first, qkv), (second, fc1) = (norm_site(layer, half) for half in HALVES)
         layer.self_attention.linear_qkv = Fused(first, qkv)
         layer.mlp.linear_fc1 = Fused(second, fc1)
         layer.input_layernorm = layer.pre_mlp_layernorm = torch.nn.Identity()
@@ -72,7 +73,8 @@ def _observed(models: Models, fused: bool, ids: Tensor) -> tuple[Observed, Tenso
         if fused:
             behind: list[Any] = list(_fuse(model))
         else:
-            behind = [linear for x in model.decoder.layers for _, linear in norm_sites(x)]
+            layers = model.decoder.layers
+            behind = [norm_site(x, half)[1] for x in layers for half in HALVES]
         for number, module in enumerate(behind):
 
             def hook(_: Any, args: Any, number: int = number) -> None:
@@ -80,7 +82,7 @@ def _observed(models: Models, fused: bool, ids: Tensor) -> tuple[Observed, Tenso
                 naive[number] = naive.get(number, 0) + size
 
             module.register_forward_pre_hook(hook)
-        seen, losses = observe(model, source.config.shape, ids, groups)
+        seen, losses = observe(model, source.config, ids, groups)
         hooks = [m for m in model.modules() if m._forward_pre_hooks or m._forward_hooks]
         assert [m for m in hooks if m not in behind] == [], "observe left a hook behind"
     return seen, losses, torch.stack([naive[number] for number in range(len(behind))])

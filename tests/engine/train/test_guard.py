@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from megatron_prune.engine.train import loop as engine
 from megatron_prune.engine.train.guard import StepGuard
 from megatron_prune.engine.train.options import TrainOptions
-from tests.engine.on_ranks import Job, launch, poison
+from tests.engine.on_ranks import Job, launch
 from tests.engine.runs import rows, told, words
+from tests.engine.wrong_steps import wrong_steps
 from tests.pico import directory_bytes, ok, refused
 
 EVERY = ("--save-interval", 1, "--eval-iters", 0)
@@ -30,14 +30,13 @@ def test_a_skipped_step_changes_nothing_but_the_data_position(
     tmp_path: Path,
     reference: Path,
     corpus: Path,
-    monkeypatch: pytest.MonkeyPatch,
     what: str,
     flags: tuple[str, ...],
 ) -> None:
     save, clean = tmp_path / "run", tmp_path / "clean"
     ok(*words(reference / "gqa", clean, corpus, *EVERY, *flags))
-    monkeypatch.setattr(engine.Training, "_run", poison(engine.Training._run, {3: what, 4: what}))
-    done = ok(*words(reference / "gqa", save, corpus, *SKIP, *flags))
+    with wrong_steps({3: what, 4: what}):
+        done = ok(*words(reference / "gqa", save, corpus, *SKIP, *flags))
     assert done.err.count("; skipped") == 2 and "iteration 3: " in done.err
     assert _state_bytes(save, 2) == _state_bytes(clean, 2) == _state_bytes(save, 4)
     assert _state_bytes(save, 5) != _state_bytes(save, 4)
@@ -50,31 +49,29 @@ def test_a_skipped_step_changes_nothing_but_the_data_position(
 
 
 def test_more_than_k_in_a_row_stop_and_the_count_goes_over_a_resume(
-    tmp_path: Path, reference: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, reference: Path, corpus: Path
 ) -> None:
     bad = {2: "loss", 4: "gradient", 5: "loss", 6: "loss"}
-    monkeypatch.setattr(engine.Training, "_run", poison(engine.Training._run, bad))
     save = tmp_path / "run"
     command = words(reference / "gqa", save, corpus, *SKIP)
-    ok(*command, "--exit-interval", 5)
-    refused(*command, says="iteration 6: lm loss is nan; 3 such steps in a row", code=3)
-    assert sorted(path.name for path in save.glob("iter_*"))[-1] == "iter_0000005"
-    refused(*words(reference / "gqa", tmp_path / "first", corpus), says="iteration 2", code=3)
+    with wrong_steps(bad):
+        ok(*command, "--exit-interval", 5)
+        refused(*command, says="iteration 6: lm loss is nan; 3 such steps in a row", code=3)
+        assert sorted(path.name for path in save.glob("iter_*"))[-1] == "iter_0000005"
+        refused(*words(reference / "gqa", tmp_path / "first", corpus), says="iteration 2", code=3)
 
 
 def test_a_spike_is_skipped_and_resume_remembers_the_losses(
-    tmp_path: Path, reference: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, reference: Path, corpus: Path
 ) -> None:
-    monkeypatch.setattr(
-        engine.Training, "_run", poison(engine.Training._run, {2: "high", 5: "high"})
-    )
     flags = (*SKIP, "--loss-spike-factor", 2, "--loss-spike-window", 3)
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    done = ok(*words(reference / "gqa", whole, corpus, *flags))
+    with wrong_steps({2: "high", 5: "high"}):
+        done = ok(*words(reference / "gqa", whole, corpus, *flags))
+        for _ in range(2):
+            ok(*words(reference / "gqa", broken, corpus, *flags, "--exit-interval", 4))
     assert done.err.count("; skipped") == 1, "the window was not full at iteration 2"
     assert "iteration 5: lm loss" in done.err and "the median of 3 steps" in done.err
-    for _ in range(2):
-        ok(*words(reference / "gqa", broken, corpus, *flags, "--exit-interval", 4))
     assert told(broken) == told(whole)
     assert _state_bytes(broken, 6) == _state_bytes(whole, 6)
 

@@ -1,0 +1,62 @@
+"""What a training run minimises, as the loop sees it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from megatron_prune.engine.forward.microbatches import Microbatch, Step, lm_loss
+from megatron_prune.engine.forward.model import LanguageModel
+
+LM_LOSS = "lm loss"  # every objective tells it
+
+
+class Objective(Protocol):
+    """A guest of the training loop; its methods are called on all ranks alike, but `loss`.
+
+    Attributes:
+        names: of the values that are logged beside `LM_LOSS`; a step in which one of them is not a
+            number is not taken.
+    """
+
+    names: tuple[str, ...]
+
+    def attach(self, model: LanguageModel) -> None:
+        """Hang on the model what it takes, before its gradients get their buffers."""
+        ...
+
+    def beside(self, batches: Iterator[Microbatch], step: Step) -> Iterator[Microbatch]:
+        """The microbatches of a step, with whatever has to be known before the model sees one."""
+        ...
+
+    def loss(self, losses_bs: Tensor, batch: Microbatch) -> tuple[Tensor, dict[str, Tensor]]:
+        """What is minimised, and `LM_LOSS` and ``names`` by name, of the microbatch just seen.
+
+        All are this context-parallel rank's share: sums over its tokens, divided by
+        ``batch.counted``. Called on the last stage.
+        """
+        ...
+
+    def state(self) -> dict[str, Any]:
+        """Its keys in the checkpoint; plain types only."""
+        ...
+
+
+class LanguageModelLoss:
+    """The mean loss of the next token; nothing else."""
+
+    names: tuple[str, ...] = ()
+
+    def attach(self, model: LanguageModel) -> None:
+        pass
+
+    def beside(self, batches: Iterator[Microbatch], step: Step) -> Iterator[Microbatch]:
+        return batches
+
+    def loss(self, losses_bs: Tensor, batch: Microbatch) -> tuple[Tensor, dict[str, Tensor]]:
+        return lm_loss(losses_bs, batch)
+
+    def state(self) -> dict[str, Any]:
+        return {}

@@ -1,0 +1,30 @@
+"""Qwen2 and Qwen2.5 (arXiv:2407.10671): Llama with biases on queries, keys and values."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from megatron_prune.families.config import interpret
+from megatron_prune.model.blocks import HALVES, OUTER, attention, gated_mlp
+from megatron_prune.model.family import Family
+from megatron_prune.model.shape import ModelConfig
+
+
+def _read(values: Mapping[str, Any]) -> ModelConfig:
+    config = interpret(QWEN2, values)
+    return config if values.get("use_sliding_window") else replace(config, sliding_window=None)
+
+
+QWEN2 = Family(
+    name="qwen2",
+    model_type="qwen2",
+    architecture="Qwen2ForCausalLM",
+    layer=(*attention(), *gated_mlp()),
+    outer=OUTER,
+    halves=HALVES,
+    read=_read,
+    defaults={"num_key_value_heads": 32},
+    always_qkv_bias=True,
+)
