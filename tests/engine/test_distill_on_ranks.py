@@ -26,7 +26,7 @@ FULL = ("--recompute-granularity", "full", "--recompute-method", "uniform",
         "--recompute-num-layers", 1)  # fmt: skip
 HALF = ("--exit-interval", 2)
 QUICK = (
-    *("--train-iters", 4, "--global-batch-size", 4, "--save-interval", 2, "--eval-interval", 2),
+    *("--train-iters", 4, "--global-batch-size", 4, "--save-interval", 4, "--eval-interval", 2),
     *("--distributed-timeout-minutes", 1),
 )
 HIDDEN = ("--distill-hidden-weight", 0.5, "--distill-hidden-layers", "0:1,3:4")

@@ -27,7 +27,7 @@ FULL = ("--recompute-granularity", "full", "--recompute-method", "uniform",
         "--recompute-num-layers", 1)  # fmt: skip
 HALF = ("--exit-interval", 2)
 QUICK = (
-    *("--train-iters", 4, "--global-batch-size", 4, "--save-interval", 2, "--eval-interval", 2),
+    *("--train-iters", 4, "--global-batch-size", 4, "--save-interval", 4, "--eval-interval", 2),
     *("--distributed-timeout-minutes", 1, "--lora-rank", 4, "--lr", "1e-2"),
 )
 SOME = ("--lora-targets", "linear_proj", "linear_fc1", "--lora-alpha", 16, "--lora-keep-zeros")

@@ -27,7 +27,7 @@ EOD = ("--eod-mask-loss",)
 HALF = ("--exit-interval", 2)
 QUICK = (
     *("--train-iters", 4, "--micro-batch-size", 1, "--global-batch-size", 2),
-    *("--save-interval", 2, "--eval-interval", 2, "--distributed-timeout-minutes", 1),
+    *("--save-interval", 4, "--eval-interval", 2, "--distributed-timeout-minutes", 1),
 )
 # name -> kind or run to load, ranks, flags; in this order
 RUNS: dict[str, tuple[str, int, tuple[object, ...]]] = {
