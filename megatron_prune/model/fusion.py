@@ -39,6 +39,10 @@ class Fused:
         """Of a ``by_group`` tensor: heads of each part in one query group."""
         return (shape.heads_per_group, 1, 1)
 
+    def place(self, rest: str) -> int:
+        """Which of the parts a canonical weight is."""
+        return self.parts.index(rest.rpartition(".")[0])
+
     def group_rows(self, shape: ModelShape) -> int:
         """Of a ``by_group`` tensor: rows of one query group."""
         return sum(self.counts(shape)) * shape.kv_channels
@@ -130,7 +134,7 @@ def split(x: Tensor, rest: str, shape: ModelShape) -> Tensor:
     fused = fused_of(rest)
     if fused is None:
         return x
-    number = fused.parts.index(rest.rpartition(".")[0])
+    number = fused.place(rest)
     if not fused.by_group:
         return x.chunk(len(fused.parts))[number]
     counts = fused.counts(shape)
@@ -185,10 +189,7 @@ def group_piece(
     """A weight's piece of a stored block that holds whole query groups of a ``by_group`` tensor."""
     fused, width = fused_of(rest), shape.kv_channels
     assert fused is not None and fused.by_group, rest
-    per_group, rows = (
-        fused.counts(shape)[fused.parts.index(rest.rpartition(".")[0])],
-        fused.group_rows(shape),
-    )
+    per_group, rows = fused.counts(shape)[fused.place(rest)], fused.group_rows(shape)
 
     def take_rows(a: int, b: int) -> Tensor:
         first, last = a // per_group, -(-b // per_group)
@@ -219,8 +220,7 @@ def piece(
             raise ValueError(f"{fused.stored.rpartition('.')[2]} is cut inside a query group")
         return group_piece(load, rest, begin // rows, count // rows, shape)
     rows, size = shape.rows(axes[dim]), shape.size(axes[dim])
-    number = 0 if fused is None else fused.parts.index(rest.rpartition(".")[0])
-    base = number * size * rows
+    base = 0 if fused is None else fused.place(rest) * size * rows
     low, high = max(begin, base), begin + count
     if fused is not None:
         high = min(high, base + size * rows)
