@@ -4,7 +4,7 @@
 #   bash scripts/test.sh [PYTEST ARGUMENTS...]     for example: -k reshard, -m slow, tests/store
 #
 # Variables
-#   JOBS=2   test processes; each test may start ranks of its own. 0 runs all in one process.
+#   JOBS=3   test processes; each may wait for ranks of its own. 0 runs all in one process.
 set -euo pipefail
 
 # shellcheck source=scripts/setup_env.sh
@@ -29,10 +29,10 @@ say "hadolint"
 hadolint docker/Dockerfile docker/Dockerfile.cpu
 
 say "pytest"
-# One thread a process: a test is small, and there are as many processes as cores already.
+# One thread a process: a test is small, and there are more processes than cores already.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 parallel=()
-if [[ "${JOBS:=2}" != 0 ]]; then
+if [[ "${JOBS:=3}" != 0 ]]; then
     # worksteal: tests differ a lot in length.
     parallel=(-n "$JOBS" --dist worksteal)
 fi

@@ -7,6 +7,8 @@ names mean the CPU here, for this process only. `groups.model_parallel` installs
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -82,3 +84,31 @@ def install() -> None:
     )
     _mode = CudaMeansCpu()
     _mode.__enter__()
+
+
+@contextmanager
+def shared_groups() -> Iterator[None]:
+    """While Megatron makes its process groups: one for each set of ranks. A no-op with CUDA.
+
+    Megatron makes some forty, for kinds of parallelism that mostly have the same few sets of ranks.
+    With gloo each has three threads that wake up a hundred times a second: four ranks spent a
+    quarter of two cores on that. Ranks meet in a group in the order of the program, which is one.
+    """
+    if torch.cuda.is_available():
+        yield
+        return
+    from megatron.core import parallel_state
+
+    make, made = parallel_state.create_group, dict[tuple[int, ...], Any]()
+
+    def create_group(ranks: Sequence[int], **how: Any) -> Any:
+        key = tuple(ranks)
+        if key not in made:
+            made[key] = make(ranks, **how)
+        return made[key]
+
+    parallel_state.create_group = create_group
+    try:
+        yield
+    finally:
+        parallel_state.create_group = make

@@ -121,12 +121,13 @@ def model_parallel(
     with named_failures():
         device = _join(timedelta(minutes=timeout_minutes))
         try:
-            parallel_state.initialize_model_parallel(
-                tensor_model_parallel_size=grid.tensor_parallel,
-                pipeline_model_parallel_size=grid.pipeline_parallel,
-                context_parallel_size=context_parallel,
-                distributed_timeout_minutes=timeout_minutes,
-            )
+            with cpu.shared_groups():
+                parallel_state.initialize_model_parallel(
+                    tensor_model_parallel_size=grid.tensor_parallel,
+                    pipeline_model_parallel_size=grid.pipeline_parallel,
+                    context_parallel_size=context_parallel,
+                    distributed_timeout_minutes=timeout_minutes,
+                )
             pp_rank = parallel_state.get_pipeline_model_parallel_rank()
             torch.manual_seed(seed + 100 * pp_rank)
             model_parallel_cuda_manual_seed(seed + 100 * pp_rank)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_prune.engine.train import dist_writer
+from megatron_prune.files import HashedFile
 from tests.engine.on_ranks import Job, launch
 from tests.engine.runs import losses, told, words
 from tests.engine.wrong_steps import wrong_steps
@@ -43,7 +43,7 @@ def test_the_files_are_those_of_a_save_that_training_waits_for(
 def test_training_goes_on_while_a_slow_disk_is_written(
     tmp_path: Path, reference: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write = dist_writer._Stream.write
+    write = HashedFile.write
     save, waits = tmp_path / "run", tmp_path / "waits"
 
     @cache
@@ -56,13 +56,13 @@ def test_training_goes_on_while_a_slow_disk_is_written(
             time.sleep(0.01)
         return False
 
-    def slow(self: dist_writer._Stream, data: bytes | memoryview) -> int:
+    def slow(self: HashedFile, data: bytes | memoryview) -> int:
         has_gone_on()
         return write(self, data)
 
     flags = ("--train-iters", 20, "--save-interval", 2, "--eval-iters", 0)
     ok(*words(reference / "gqa", waits, corpus, *flags))
-    monkeypatch.setattr(dist_writer._Stream, "write", slow)
+    monkeypatch.setattr(HashedFile, "write", slow)
     done = ok(*words(reference / "gqa", save, corpus, *flags, "--async-save", "--exit-interval", 4))
     saved = re.findall(r"saved \S+ in (\S+) s, training stood still for (\S+) s", done.err)
     assert len(saved) == 2

@@ -130,7 +130,7 @@ def test_train(models: Models, text: Path, tmp_path: Path) -> None:
             save=tmp_path / "function",
             data_path=(str(corpus),),
             command=tuple(command),
-            micro_batch_size=1,
+            micro_batch_size=2,
             global_batch_size=4,
             seq_length=32,
             lr=1e-3,
