@@ -176,7 +176,7 @@ class _Held:
         self._file, self._name, self.shape, self.dtype = file, name, shape, dtype
 
     def load(self) -> Tensor:
-        """A view of the mapped file."""
+        """The tensor as it is stored, ``shape`` and ``dtype``: a view of the mapped file."""
         if isinstance(self._file, dict):
             return self._file[self._name]
         return self._file.get_tensor(self._name)

@@ -196,10 +196,13 @@ class _RankAtoms:
 
 
 def padded_rows(read: Read, name: str, vocab_size: int, start: int, stop: int) -> Tensor:
-    """Rows ``[start, stop)`` of a vocabulary tensor as Megatron pads it.
+    """Rows ``[start, stop)`` of a vocabulary tensor ``[V, D]`` as Megatron pads it.
 
-    Its own converters pad with copies of the last row: they disturb the softmax of a reader that
-    does not mask them less than zeros do.
+    Megatron's own converters pad with copies of the last row: they disturb the softmax of a reader
+    that does not mask them less than zeros do.
+
+    Returns:
+        ``[stop - start, D]`` in the stored dtype; a view where no padding is among the rows.
     """
     if stop <= vocab_size:
         return read(name, start, stop)

@@ -85,9 +85,11 @@ class Writer(ABC):
 
 
 def row_blocks(source: Source, name: str, shape: ModelShape) -> Iterator[Callable[[], Tensor]]:
-    """Reads of a tensor, in blocks of rows of about BLOCK_BYTES to be written one after another.
+    """The reads of a tensor in blocks of rows, to be written one after another.
 
-    A tensor whose split axis is not its first dim comes as one block.
+    Yields:
+        What reads ``[rows, *]`` of the tensor, in its stored dtype and of about ``BLOCK_BYTES``; a
+        tensor whose split axis is not its first dim comes as one block.
     """
     axes, sizes = axes_of(name), tensor_shape(name, shape)
     if split_dim(axes) != 0:
@@ -100,7 +102,10 @@ def row_blocks(source: Source, name: str, shape: ModelShape) -> Iterator[Callabl
 
 
 def ahead(reads: Iterable[Callable[[], Tensor]], pool: ThreadPoolExecutor) -> Iterator[memoryview]:
-    """The bytes of tensors, in order; ``pool`` reads the next two while one is used."""
+    """The bytes of tensors of any shape and dtype, in order, each row by row.
+
+    The ``pool`` reads the next two while one is used, so that three are held in memory.
+    """
     coming: deque[Future[memoryview]] = deque()
     for read in reads:
         coming.append(pool.submit(_read_bytes, read))
