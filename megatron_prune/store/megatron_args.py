@@ -11,6 +11,7 @@ from typing import Any
 
 from megatron_prune.errors import CheckpointError, PruneError
 from megatron_prune.families import FAMILIES, family_of_arguments
+from megatron_prune.model.family import Family
 from megatron_prune.model.grid import ParallelGrid, padded_vocab_size
 from megatron_prune.model.shape import ModelConfig, ModelShape
 
@@ -144,25 +145,7 @@ def config_from_args(args: Any, where: Path, family: str | None) -> ModelConfig:
     qkv_bias = bool(values.get("add_qkv_bias")) or bool(values.get("add_bias_linear"))
     all_bias = bool(values.get("add_bias_linear"))
     window = _sliding_window(values)
-    qk_norm = bool(values.get("qk_layernorm"))
-    family = family or values.get("model_family")
-    if family is not None and family not in FAMILIES:
-        raise CheckpointError(f"{where}: family {family!r}; wanted one of {', '.join(FAMILIES)}")
-    told = family_of_arguments(
-        qkv_bias=qkv_bias, all_bias=all_bias, window=bool(window), qk_norm=qk_norm
-    )
-    found = told if family is None else FAMILIES[family]
-    if window and not found.has_windows:
-        known = ", ".join(one.name for one in FAMILIES.values() if one.has_windows)
-        raise CheckpointError(
-            f"{where}: args.window_size is {values['window_size']}; this reads windows of family "
-            f"{known}, not of {found}"
-        )
-    if qk_norm != found.has_qk_norm:
-        raise CheckpointError(
-            f"{where}: args.qk_layernorm is {qk_norm}; family {found} has "
-            f"{'' if found.has_qk_norm else 'no '}query/key norms"
-        )
+    found = _family(values, where, family, window)
     try:
         shape = ModelShape(
             num_layers=values["num_layers"],
@@ -191,6 +174,34 @@ def config_from_args(args: Any, where: Path, family: str | None) -> ModelConfig:
         dtype="bf16" if values.get("bf16") else "fp16" if values.get("fp16") else "fp32",
         hf_config={},
     )
+
+
+def _family(values: dict[str, Any], where: Path, family: str | None, window: int | None) -> Family:
+    """The family that is given, or told by the arguments, or that they look most like."""
+    qk_norm = bool(values.get("qk_layernorm"))
+    family = family or values.get("model_family")
+    if family is not None and family not in FAMILIES:
+        raise CheckpointError(f"{where}: family {family!r}; wanted one of {', '.join(FAMILIES)}")
+    all_bias = bool(values.get("add_bias_linear"))
+    told = family_of_arguments(
+        qkv_bias=bool(values.get("add_qkv_bias")) or all_bias,
+        all_bias=all_bias,
+        window=window is not None,
+        qk_norm=qk_norm,
+    )
+    found = told if family is None else FAMILIES[family]
+    if window and not found.has_windows:
+        known = ", ".join(one.name for one in FAMILIES.values() if one.has_windows)
+        raise CheckpointError(
+            f"{where}: args.window_size is {values['window_size']}; this reads windows of family "
+            f"{known}, not of {found}"
+        )
+    if qk_norm != found.has_qk_norm:
+        raise CheckpointError(
+            f"{where}: args.qk_layernorm is {qk_norm}; family {found} has "
+            f"{'' if found.has_qk_norm else 'no '}query/key norms"
+        )
+    return found
 
 
 def _vocab_size(values: dict[str, Any]) -> int:

@@ -61,6 +61,7 @@ def read(args: Namespace, family: str | None = None) -> ModelConfig:
         {},
         {"tied": False, "norm_epsilon": 1e-6, "rotary_base": 500000.0, "dtype": "bf16"},
         {"family": FAMILIES["qwen2"], "qkv_bias": True},
+        {"family": FAMILIES["qwen3"]},
         {"family": FAMILIES["mistral"], "sliding_window": 16},
         {"qkv_bias": True, "proj_bias": True, "mlp_bias": True},
         {"rope_scaling": LLAMA3},
