@@ -142,10 +142,16 @@ def config_from_args(args: Any, where: Path, family: str | None) -> ModelConfig:
         )
     heads = values["num_attention_heads"]
     grouped = values.get("group_query_attention") and values.get("num_query_groups")
-    qkv_bias = bool(values.get("add_qkv_bias")) or bool(values.get("add_bias_linear"))
     all_bias = bool(values.get("add_bias_linear"))
+    qkv_bias = bool(values.get("add_qkv_bias")) or all_bias
     window = _sliding_window(values)
-    found = _family(values, where, family, window)
+    like = family_of_arguments(
+        qkv_bias=qkv_bias,
+        all_bias=all_bias,
+        window=window is not None,
+        qk_norm=bool(values.get("qk_layernorm")),
+    )
+    found = _family(values, where, family, like)
     try:
         shape = ModelShape(
             num_layers=values["num_layers"],
@@ -176,21 +182,14 @@ def config_from_args(args: Any, where: Path, family: str | None) -> ModelConfig:
     )
 
 
-def _family(values: dict[str, Any], where: Path, family: str | None, window: int | None) -> Family:
-    """The family that is given, or told by the arguments, or that they look most like."""
+def _family(values: dict[str, Any], where: Path, family: str | None, like: Family) -> Family:
+    """The family that is given, or told by the arguments, or that they are most ``like``."""
     qk_norm = bool(values.get("qk_layernorm"))
     family = family or values.get("model_family")
     if family is not None and family not in FAMILIES:
         raise CheckpointError(f"{where}: family {family!r}; wanted one of {', '.join(FAMILIES)}")
-    all_bias = bool(values.get("add_bias_linear"))
-    told = family_of_arguments(
-        qkv_bias=bool(values.get("add_qkv_bias")) or all_bias,
-        all_bias=all_bias,
-        window=window is not None,
-        qk_norm=qk_norm,
-    )
-    found = told if family is None else FAMILIES[family]
-    if window and not found.has_windows:
+    found = like if family is None else FAMILIES[family]
+    if _sliding_window(values) and not found.has_windows:
         known = ", ".join(one.name for one in FAMILIES.values() if one.has_windows)
         raise CheckpointError(
             f"{where}: args.window_size is {values['window_size']}; this reads windows of family "
