@@ -10,15 +10,12 @@ from __future__ import annotations
 
 import io
 import json
-import mmap
 import pickle
 import sys
-import zipfile
 from argparse import Namespace
 from collections import defaultdict
 from collections.abc import Generator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
 from pathlib import Path
 from typing import Any, cast
 
@@ -58,7 +55,7 @@ from megatron_prune.model.fusion import (
 from megatron_prune.model.grid import ParallelGrid
 from megatron_prune.model.shape import ModelConfig
 from megatron_prune.sources.source import Source, assemble
-from megatron_prune.store.chunk import read_header
+from megatron_prune.store.dist_chunks import ChunkFiles
 from megatron_prune.store.dist_index import INDEX, Chunk, Index, read_index
 from megatron_prune.store.megatron import (
     ITERATION,
@@ -101,46 +98,11 @@ class DistSource(Source):
         self.companion_files, self.plan_path = companion_files, plan_path
         self.iteration = iteration
         self.has_optimizer_state, self._chunks = index.has_optimizer_state, index.tensors
-        self._map, self._locate = cache(self._open), cache(self._find)
         self._stacks = any(k.startswith(LAYER_PREFIX) and stored_layer(k) < 0 for k in self._chunks)
         wanted = {self._place(name)[0] for name in names(config)}
         check_names(directory / INDEX, wanted, self._chunks)
-        self._check_files(index.ends)
+        self._files = ChunkFiles(directory, index)
         self._check_shapes()
-
-    def _open(self, file: str) -> mmap.mmap:
-        path = self.path / file
-        try:
-            with open(path, "rb") as handle:
-                return mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_COPY)
-        except (OSError, ValueError) as error:
-            raise DamagedError(f"{path}: {error}; copy it again") from None
-
-    def _find(self, chunk: Chunk) -> int:
-        """Byte position of a chunk's values in its file."""
-        path, data = self.path / chunk.file, self._map(chunk.file)
-        stop = chunk.start + chunk.length
-        if chunk.start < 0 or stop > len(data):
-            raise DamagedError(f"{path}: {len(data)} bytes, the index wants {stop}; copy it again")
-        try:
-            header = read_header(data, chunk.start, stop)
-        except (ValueError, KeyError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
-            raise DamagedError(f"{path}: a chunk cannot be read: {error}; copy it again") from None
-        found = header.dtype, header.sizes, header.stride
-        contiguous = tuple(torch.empty(chunk.sizes, device="meta").stride())
-        if found != (chunk.dtype, chunk.sizes, contiguous) or header.stop > stop:
-            raise DamagedError(
-                f"{path}: holds {header.dtype} {header.sizes} strided {header.stride} where the "
-                f"index says {chunk.dtype} {chunk.sizes}; copy it again"
-            )
-        return header.start
-
-    def _view(self, chunk: Chunk) -> Tensor:
-        count, position = torch.Size(chunk.sizes).numel(), self._locate(chunk)
-        data = self._map(chunk.file)
-        return torch.frombuffer(data, dtype=chunk.dtype, count=count, offset=position).view(
-            chunk.sizes
-        )
 
     def _place(self, name: str) -> tuple[str, bool]:
         """The key of a stored tensor, and whether it is stacked over layers."""
@@ -160,17 +122,6 @@ class DistSource(Source):
             return chunks, None, whole
         mine = [c for c in chunks if c.offsets[0] <= layer < c.offsets[0] + c.sizes[0]]
         return mine, layer, whole[1:]
-
-    def _check_files(self, ends: Mapping[str, int]) -> None:
-        """Refuse an index that reaches beyond the files it lies beside."""
-        for file, end in ends.items():
-            path = self.path / file
-            if not path.is_file():
-                raise DamagedError(f"{path}: is missing; copy it again")
-            if path.stat().st_size < end:
-                raise DamagedError(
-                    f"{path}: {path.stat().st_size} bytes, the index wants {end}; copy it again"
-                )
 
     def _check_shapes(self) -> None:
         shape = self.config.shape
@@ -210,7 +161,7 @@ class DistSource(Source):
         return assemble(name, pieces, start, stop, self.path)
 
     def _within(self, chunk: Chunk, layer: int | None) -> Tensor:
-        x = self._view(chunk)
+        x = self._files.view(chunk)
         return x if layer is None else x[layer - chunk.offsets[0]]
 
     def _piece(self, chunk: Chunk, layer: int | None, name: str, dim: int) -> Piece | None:
@@ -228,8 +179,7 @@ class DistSource(Source):
 
     def close(self) -> None:
         super().close()
-        self._locate.cache_clear()
-        self._map.cache_clear()
+        self._files.close()
 
 
 class DistWriter(Writer):

@@ -22,7 +22,12 @@ from megatron_prune.engine.forward.weights import draw_weights, load_weights
 from megatron_prune.engine.groups import Groups
 from megatron_prune.engine.objectives.distillation import Distillation
 from megatron_prune.engine.objectives.objective import LM_LOSS, LanguageModelLoss, Objective
-from megatron_prune.engine.train.checkpoint import Start, find_start, load_checkpoint
+from megatron_prune.engine.train.checkpoint import (
+    Start,
+    find_start,
+    load_checkpoint,
+    taking_up,
+)
 from megatron_prune.engine.train.corpora import clean_cache
 from megatron_prune.engine.train.domains import DomainLoading
 from megatron_prune.engine.train.guard import StepGuard
@@ -88,10 +93,11 @@ class Training:
         self._all_written = True
         self._skipped = 0  # in a row, by fp16's loss scale
         self._at = self._batch = 0  # of the step under way: its iteration and its samples
-        chosen, self.samples = choose_guests(options, groups, inputs)
-        self.objective = objective or chosen
-        self.losses = StepLosses(self.objective.names, state)
-        self.guard = StepGuard(options, state.get("guard"))
+        with taking_up(start):
+            chosen, self.samples = choose_guests(options, groups, inputs)
+            self.objective = objective or chosen
+            self.losses = StepLosses(self.objective.names, state)
+            self.guard = StepGuard(options, state.get("guard"))
         self._build_model(inputs)
         source.close()
 
@@ -109,7 +115,8 @@ class Training:
         self.optimizer = build_optimizer(self.ddp, options)
         self.scheduler = build_scheduler(self.optimizer, options, groups.data_parallel)
         if start.state is not None:
-            self._continue(start)
+            with taking_up(start):
+                self._continue(start)
 
     def _continue(self, start: Start) -> None:
         """Take up the weights, the optimizer's state and the schedule of a saved run."""
