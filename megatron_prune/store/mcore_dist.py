@@ -58,18 +58,18 @@ from megatron_prune.sources.source import Source, assemble
 from megatron_prune.store.dist_chunks import ChunkFiles
 from megatron_prune.store.dist_index import INDEX, Chunk, Index, read_index
 from megatron_prune.store.megatron import (
-    ITERATION,
     Atom,
     atoms,
     by_stage,
     check_names,
     stored_layer,
 )
+from megatron_prune.store.training import COMMON, SavedRun
 from megatron_prune.store.writer import Progress, Writer, Written, ahead
 
 __all__ = ["COMMON", "FORMAT", "INDEX", "DistSource", "DistWriter", "read_index"]
 
-COMMON, FORMAT = "common.pt", "metadata.json"
+FORMAT = "metadata.json"
 _FORMAT_FACTS = {
     "sharded_backend": "torch_dist",
     "sharded_backend_version": 1,
@@ -185,14 +185,26 @@ class DistSource(Source):
 class DistWriter(Writer):
     """Writes ``__R_0.distcp`` per model-parallel rank of the target, then the index over them.
 
-    The chunk grid is the target's TP grid, so readers at that TP fetch whole chunks.
+    The chunk grid is the target's TP grid, so readers at that TP fetch whole chunks. What a run
+    left beside its model keeps its chunks, in files of its own: one for each that it lies in.
     """
 
-    def __init__(self, source: Source, grid: ParallelGrid, args: Namespace) -> None:
-        self._source, self._grid, self._args = source, grid, args
+    def __init__(
+        self, source: Source, grid: ParallelGrid, args: Namespace, run: SavedRun | None = None
+    ) -> None:
+        self._source, self._grid, self._run = source, grid, run
         self._ranks = {f"__{number}_0.distcp": rank for number, rank in enumerate(grid.ranks())}
-        self.stages = by_stage(self._ranks)
+        beside = [] if run is None else run.chunks
+        self._beside = {f"__{number}_1.distcp": file for number, file in enumerate(beside)}
+        self.stages = [*by_stage(self._ranks), *([file] for file in self._beside)]
         self.total_bytes = sum(a.bytes for rank in self._ranks.values() for a in self._atoms(*rank))
+        self.total_bytes += 0 if run is None else run.bytes
+        common = io.BytesIO()
+        more = {} if run is None else run.common
+        torch.save(
+            {"args": args, "checkpoint_version": 3.0, "iteration": args.iteration, **more}, common
+        )
+        self._common = common.getvalue()
 
     def _atoms(self, tp_rank: int, pp_rank: int) -> Any:
         return atoms(self._source, self._grid, tp_rank, pp_rank, te_norms=True, shared=True)
@@ -202,6 +214,9 @@ class DistWriter(Writer):
     ) -> Generator[None, None, Written]:
         directory.mkdir(parents=True, exist_ok=True)
         out = HashedFile.create(directory / file, pool)
+        if file in self._beside:
+            entries = yield from self._copy(file, out, progress)
+            return Written(out.close(), entries)
         entries = []
         parts, last = list(self._atoms(*self._ranks[file])), None
         for atom, data in zip(parts, ahead((atom.pull for atom in parts), pool), strict=True):
@@ -216,6 +231,21 @@ class DistWriter(Writer):
         if self._ranks[file] == (0, 0):
             entries += self._extra_states(out)
         return Written(out.close(), entries)
+
+    def _copy(
+        self, file: str, out: HashedFile, progress: Progress
+    ) -> Generator[None, None, list[Any]]:
+        """The chunks beside the model's, as they are."""
+        assert self._run is not None
+        entries = []
+        for key, whole, chunk in self._run.chunks[self._beside[file]]:
+            yield
+            offset, values = out.position, self._run.files.view(chunk)
+            _save(values, out)
+            place = (chunk.dtype, whole, chunk.offsets, chunk.sizes)
+            entries.append((key, place, offset, out.position))
+            progress(values.nbytes)
+        return entries
 
     @property
     def _layers(self) -> int:
@@ -262,10 +292,8 @@ class DistWriter(Writer):
             storage_meta=StorageMeta(),
             version="1.0.0",
         )
-        common = io.BytesIO()
-        torch.save({"args": self._args, "checkpoint_version": 3.0, "iteration": ITERATION}, common)
         write_file(directory / INDEX, pickle.dumps(index, protocol=4))
-        write_file(directory / COMMON, common.getvalue())
+        write_file(directory / COMMON, self._common)
         write_file(directory / FORMAT, json.dumps(_FORMAT_FACTS).encode())
 
 

@@ -103,6 +103,13 @@ class Training:
 
     def _build_model(self, inputs: RunInputs) -> None:
         options, groups, start = self.options, self.groups, inputs.start
+        fresh = options.init_random or options.finetune
+        if start.state is None and not fresh and inputs.source.format != "hf":
+            beside = "; the optimizer's is not of this program" * inputs.source.has_optimizer_state
+            self._say(
+                f"{start.directory}: holds no training state to continue{beside}; its weights "
+                "begin a new run at step 1"
+            )
         self.model = build_model(self.config, groups, model_options(options))
         if start.state is None and options.init_random:
             draw_weights(self.model, self.config, groups, options.seed)
