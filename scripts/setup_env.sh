@@ -49,7 +49,7 @@ _pip_install() (
     set -o pipefail
     log=$1
     shift
-    python -m pip install --disable-pip-version-check "$@" 2>&1 | tee -a "$log" |
+    python -m pip install --disable-pip-version-check --no-compile "$@" 2>&1 | tee -a "$log" |
         { grep --line-buffered -E '^ *(Downloading|Building|Successfully)' || true; } | cut -c1-100 >&2
 )
 
