@@ -14,10 +14,10 @@ from megatron_prune.families.block_configs import FAMILY
 from megatron_prune.model.axes import split_layer
 from megatron_prune.model.family import Family, Weight
 from megatron_prune.model.shape import ModelConfig, ModelShape
+from megatron_prune.model.tensors import DTYPES
 
 CONFIG = "config.json"
-_DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
-_DTYPE_WORDS = {short: word for word, short in _DTYPES.items()}
+_SHORT = {long: short for short, long in DTYPES.items()}
 
 
 def interpret(family: Family, values: Mapping[str, Any]) -> ModelConfig:
@@ -58,7 +58,7 @@ def interpret(family: Family, values: Mapping[str, Any]) -> ModelConfig:
         max_position_embeddings=int(get("max_position_embeddings", 2048)),
         sliding_window=window,
         init_method_std=float(get("initializer_range", 0.02)),
-        dtype=_DTYPES.get(dtype.removeprefix("torch."), "fp32"),
+        dtype=_SHORT.get(dtype.removeprefix("torch."), "fp32"),
         hf_config=dict(values),
     )
 
@@ -99,7 +99,7 @@ def hf_config(config: ModelConfig, kept_layers: list[int] | None = None) -> dict
         vocab_size=shape.vocab_size,
         tie_word_embeddings=config.tied,
     )
-    values["torch_dtype" if "torch_dtype" in values else "dtype"] = _DTYPE_WORDS[config.dtype]
+    values["torch_dtype" if "torch_dtype" in values else "dtype"] = DTYPES[config.dtype]
     values.pop("block_configs", None)
     if shape.ffn_per_layer is not None:
         values.update(check_widths(family)(shape))

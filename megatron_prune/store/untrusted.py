@@ -14,9 +14,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from megatron_prune.errors import DamagedError
+from megatron_prune.model.lazy import torch
 
 _STAND_IN_PREFIXES = ("megatron.", "numpy.", "transformer_engine.", "signal.", "enum.", "pathlib.")
 _STAND_IN_NAMES = {"_codecs.encode", "_io.BytesIO", "types.SimpleNamespace"}
