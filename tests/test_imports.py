@@ -118,7 +118,9 @@ from megatron_prune.cli import main
 for argv in json.loads(sys.argv[1]):
     assert main(argv) == 0, argv
 heavy = {"megatron", "transformers", "transformer_engine", "matplotlib", "tensorboard", "nltk"}
-print(sorted(heavy & {name.split(".")[0] for name in sys.modules}), file=sys.stderr)
+found = heavy & {name.split(".")[0] for name in sys.modules}
+found |= {"torch.distributed.checkpoint"} & {*sys.modules}
+print(sorted(found), file=sys.stderr)
 """
     source, plan = str(models("gqa")), str(tmp_path / "p.json")
     out = [str(tmp_path / name) for name in "abcd"]

@@ -1,7 +1,7 @@
 """The index (``.metadata``) of a torch_dist directory: which chunk of a tensor lies in which file.
 
-It is a pickle, unpickled by an allow-list of record classes: nothing in it runs. What comes out is
-checked field by field, because records rebuilt from damaged bytes can hold anything.
+It is a pickle, unpickled into plain records of ours (`dist_records`): nothing in it runs. What
+comes out is checked field by field, because records rebuilt from damaged bytes can hold anything.
 """
 
 from __future__ import annotations
@@ -9,40 +9,28 @@ from __future__ import annotations
 import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass
-from enum import Enum
 from pathlib import Path
 from typing import Any
 
 from megatron_prune.errors import DamagedError
 from megatron_prune.model.lazy import torch
+from megatron_prune.store.dist_records import RECORDS, Metadata, TensorStorageMetadata, Word
 
 INDEX = ".metadata"
 _OPTIMIZER = "optimizer."  # how the keys of its state begin
-_DCP = "torch.distributed.checkpoint."
-_ALLOWED = {
+_PLAIN = {
     "torch": {
         "Size", "float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2",
         "int64", "int32", "int16", "int8", "uint8", "bool",
     },
     "torch.serialization": {"_get_layout"},
-    f"{_DCP}metadata": {
-        "Metadata", "MetadataIndex", "TensorStorageMetadata", "BytesStorageMetadata",
-        "ChunkStorageMetadata", "TensorProperties", "_MEM_FORMAT_ENCODING", "StorageMeta",
-    },
-    f"{_DCP}filesystem": {"_StorageInfo"},
-    f"{_DCP}planner": {"SavePlan", "WriteItem", "WriteItemType", "TensorWriteData"},
 }  # fmt: skip
-_MCORE = "megatron.core.dist_checkpointing.strategies.torch"
-_RENAMED = {  # megatron-core 0.15's subclasses, which add only what nobody reads
-    (_MCORE, "MCoreMetadata"): (f"{_DCP}metadata", "Metadata"),
-    (_MCORE, "MCoreSavePlan"): (f"{_DCP}planner", "SavePlan"),
-}
 
 
 def _enum_member(kind: Any, name: str) -> Any:
     """What Python 3.11.0 to 3.11.3 pickle an enum member as, ``getattr(class, name)``; no more."""
-    if isinstance(kind, type) and issubclass(kind, Enum) and name in kind.__members__:
-        return kind[name]
+    if isinstance(kind, type) and issubclass(kind, Word):
+        return kind()
     raise pickle.UnpicklingError(f"asks for {name!r} of {kind!r}, which no checkpoint index needs")
 
 
@@ -52,8 +40,9 @@ class _IndexUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) == ("builtins", "getattr"):
             return _enum_member
-        module, name = _RENAMED.get((module, name), (module, name))
-        if name in _ALLOWED.get(module, ()):
+        if (module, name) in RECORDS:
+            return RECORDS[module, name]
+        if name in _PLAIN.get(module, ()):
             return super().find_class(module, name)
         raise pickle.UnpicklingError(f"names {module}.{name}, which no checkpoint index needs")
 
@@ -109,8 +98,6 @@ def read_index(directory: Path) -> Index:
 
 def _checked(index: Any) -> Index:
     """The records as plain values. Whatever they are not, raises ValueError or something else."""
-    from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
-
     if not isinstance(index, Metadata):
         raise ValueError("not a checkpoint index")
     places, ends = {}, dict[str, int]()

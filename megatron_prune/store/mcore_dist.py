@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import io
 import json
-import pickle
 import sys
 from argparse import Namespace
 from collections import defaultdict
@@ -45,6 +44,17 @@ from megatron_prune.model.shape import ModelConfig
 from megatron_prune.sources.source import Source, assemble
 from megatron_prune.store.dist_chunks import ChunkFiles
 from megatron_prune.store.dist_index import INDEX, Chunk, Index, read_index
+from megatron_prune.store.dist_records import (
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    StorageInfo,
+    StorageMeta,
+    TensorProperties,
+    TensorStorageMetadata,
+    dump_records,
+)
 from megatron_prune.store.megatron import (
     Atom,
     atoms,
@@ -252,46 +262,37 @@ class DistWriter(Writer):
         return entries
 
     def finish(self, directory: Path, written: Mapping[str, Written]) -> None:
-        from torch.distributed.checkpoint.filesystem import _StorageInfo
-        from torch.distributed.checkpoint.metadata import (
-            BytesStorageMetadata,
-            ChunkStorageMetadata,
-            Metadata,
-            MetadataIndex,
-            StorageMeta,
-            TensorProperties,
-            TensorStorageMetadata,
-        )
-
-        places: dict[MetadataIndex, _StorageInfo] = {}
+        places: dict[MetadataIndex, StorageInfo] = {}
         tensors: dict[str, list[Any]] = defaultdict(list)
         keys: dict[str, Any] = {}
         for file in self.files:
             for key, place, start, stop in written[file].payload:
                 key = sys.intern(key)  # equal strings pickle alike only when they are one object
-                info = _StorageInfo(relative_path=file, offset=start, length=stop - start)
+                info = StorageInfo(relative_path=file, offset=start, length=stop - start)
                 if place is None:
                     keys[key] = BytesStorageMetadata()
-                    places[MetadataIndex(key)] = info
+                    places[MetadataIndex(fqn=key, index=None)] = info
                     continue
                 dtype, whole, offsets, sizes = place
-                chunk = ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes))
+                chunk = ChunkStorageMetadata(offsets=torch.Size(offsets), sizes=torch.Size(sizes))
                 tensors[key].append((dtype, whole, chunk))
-                places[MetadataIndex(key, offset=torch.Size(offsets))] = info
+                at = MetadataIndex(fqn=key, index=None, offset=torch.Size(offsets))
+                places[at] = info
         for key, chunks in tensors.items():
             dtype, whole, _ = chunks[0]
             parts = sorted((c for _, _, c in chunks), key=lambda c: tuple(c.offsets))
             keys[key] = TensorStorageMetadata(
-                TensorProperties(dtype=dtype), torch.Size(whole), parts
+                properties=TensorProperties(dtype=dtype), size=torch.Size(whole), chunks=parts
             )
         order = sorted(places, key=lambda i: (i.fqn, tuple(i.offset or ())))
         index = Metadata(
             state_dict_metadata=dict(sorted(keys.items())),
+            planner_data=None,
             storage_data={place: places[place] for place in order},
-            storage_meta=StorageMeta(),
+            storage_meta=StorageMeta(checkpoint_id=None, save_id=None, load_id=None, modules=[]),
             version="1.0.0",
         )
-        write_file(directory / INDEX, pickle.dumps(index, protocol=4))
+        write_file(directory / INDEX, dump_records(index))
         write_file(directory / COMMON, self._common)
         write_file(directory / FORMAT, json.dumps(_FORMAT_FACTS).encode())
 

@@ -20,10 +20,11 @@ from typing import Any
 
 import pytest
 import torch
+from torch.distributed.checkpoint.metadata import Metadata
 
 from megatron_prune.errors import DamagedError
 from megatron_prune.store.untrusted import load_untrusted
-from tests.pico import run, stock_copy
+from tests.pico import ok, run, stock_copy
 
 Models, Shards = Callable[[str], Path], Callable[..., Path]
 
@@ -249,3 +250,12 @@ def test_arguments_are_kept_as_values_and_classes_as_stand_ins(
         del sys.modules["megatron.nothing"]
     done = run("inspect", path)
     assert done.code == 0 and "hidden_size                   48" in done.out, done
+
+
+def test_an_index_has_the_bytes_of_torchs_own_records(models, tmp_path: Path) -> None:
+    to = ("--to", "megatron", "--tensor-model-parallel-size", 2)
+    ok("convert", "--load", models("gqa"), "--save", tmp_path, *to)
+    data = next(tmp_path.rglob(".metadata")).read_bytes()
+    index = pickle.loads(data)
+    assert type(index) is Metadata and len(index.storage_data) > 40
+    assert pickle.dumps(index, protocol=4) == data
