@@ -253,7 +253,7 @@ def test_arguments_are_kept_as_values_and_classes_as_stand_ins(
 
 
 def test_an_index_has_the_bytes_of_torchs_own_records(models, tmp_path: Path) -> None:
-    to = ("--to", "megatron", "--tensor-model-parallel-size", 2)
+    to = ("--to", "megatron", "--tensor-model-parallel-size", 3)
     ok("convert", "--load", models("gqa"), "--save", tmp_path, *to)
     data = next(tmp_path.rglob(".metadata")).read_bytes()
     index = pickle.loads(data)
