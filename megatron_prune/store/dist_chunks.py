@@ -11,10 +11,8 @@ import zipfile
 from functools import cache
 from pathlib import Path
 
-import torch
-from torch import Tensor
-
 from megatron_prune.errors import DamagedError
+from megatron_prune.model.lazy import Tensor, torch
 from megatron_prune.store.chunk import read_header
 from megatron_prune.store.dist_index import Chunk, Index
 
