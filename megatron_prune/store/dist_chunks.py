@@ -10,15 +10,11 @@ import pickle
 import zipfile
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from megatron_prune.errors import DamagedError
-from megatron_prune.model.lazy import torch
+from megatron_prune.model.lazy import Tensor, torch
 from megatron_prune.store.chunk import read_header
 from megatron_prune.store.dist_index import Chunk, Index
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 class ChunkFiles:
