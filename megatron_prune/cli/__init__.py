@@ -18,11 +18,11 @@ from typing import Any
 from megatron_prune import __version__, stages
 from megatron_prune.cli.flags import add_flags, options_from
 from megatron_prune.cli.recipe import expand_recipe, with_dashes
+from megatron_prune.cli.start import alike, started_with
 from megatron_prune.cli.terminal import Terminal
 from megatron_prune.errors import PruneError, exit_code
 from megatron_prune.model.grid import Layout
 from megatron_prune.ranks import is_first_rank
-from megatron_prune.start import alike, started_with
 
 STAGES = {
     "inspect": "what a checkpoint is: format, family, shape, layout",
