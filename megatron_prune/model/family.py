@@ -75,6 +75,8 @@ class Family:
         norm, activation: as Megatron calls them; ``is_gated`` where the activation's output is
             multiplied by a second projection.
         read: config.json's values -> the model's facts.
+        window: config.json's values -> tokens that a layer with a window reaches, None where no
+            layer has one.
         write_widths: the keys of config.json that say layers of different FFN widths; None where
             nothing that reads the family knows any.
         fresh: the keys of config.json that only this family has, of a model that came without one.
@@ -96,6 +98,7 @@ class Family:
     activation: str = "silu"
     is_gated: bool = True
     read: Callable[[Mapping[str, Any]], ModelConfig]
+    window: Callable[[Mapping[str, Any]], int | None] = lambda values: None
     write_widths: Callable[[ModelShape], Mapping[str, Any]] | None = None
     fresh: Callable[[ModelConfig], Mapping[str, Any]] = lambda config: {}
     defaults: Mapping[str, Any] = field(default_factory=dict)

@@ -8,8 +8,10 @@ then the tensors' bytes; the library's own writer wants a whole file's tensors a
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Generator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import cache
 from math import prod
 from pathlib import Path
@@ -23,6 +25,7 @@ from megatron_prune.errors import CheckpointError, DamagedError
 from megatron_prune.families.config import hf_name, hf_place
 from megatron_prune.files import HashedFile, write_file
 from megatron_prune.model.axes import axes_of, names, split_dim, split_layer, tensor_shape
+from megatron_prune.model.blocks import EMBEDDING, OUTPUT
 from megatron_prune.model.family import Family
 from megatron_prune.model.shape import ModelConfig
 from megatron_prune.sources.source import Source
@@ -102,12 +105,35 @@ class HuggingFaceSource(Source):
         weights = find_weights(directory)
         if isinstance(weights, Path):
             weights = dict.fromkeys(self._opened(weights), weights)
-        self._stored_as = stored_as
+        self._stored_as, self._files = stored_as, weights
+        self._embedding, self._head = (hf_name(w.name, stored_as) for w in (EMBEDDING, OUTPUT))
+        if config.tied:
+            self._tie()
         self._check(weights)
-        self._files = weights
+
+    def _tie(self) -> None:
+        """What transformers 5 does where config.json says tied and the file has an output layer,
+        as those of torch always have: equal values are one tensor, and of two that differ each
+        stays what it is (PreTrainedModel.tie_weights). It compares every value.
+        """
+        if self._head not in self._files:
+            return
+        if self._embedding not in self._files:
+            self._embedding = self._head
+            return
+        held = [self._held(self._files, name) for name in (self._embedding, self._head)]
+        if held[0].shape != held[1].shape or not torch.equal(*(one.load() for one in held)):
+            warnings.warn(
+                f"{self.path}: config.json says tied, yet {self._head} has values of its own; it "
+                "is kept and the model read as not tied, as transformers 5 does (others drop it)",
+                stacklevel=2,
+            )
+            self.config = replace(self.config, tied=False)
 
     def _place(self, name: str) -> tuple[str, int, int]:
         """The stored tensor that ``name`` is in, and which of how many blocks of its rows."""
+        if name == EMBEDDING.name:
+            return self._embedding, 0, 1
         return hf_place(name, self._stored_as)
 
     def _check(self, weights: Mapping[str, Path]) -> None:
@@ -117,7 +143,7 @@ class HuggingFaceSource(Source):
             rows, *columns = tensor_shape(name, self.config.shape)
             wanted[stored] = (rows * blocks, *columns)
         missing = [name for name in wanted if name not in weights]
-        ignored = {"lm_head.weight"} if self.config.tied else set()
+        ignored = {self._head} if self.config.tied else set()
         unexpected = [
             name
             for name in weights
@@ -153,6 +179,12 @@ class HuggingFaceSource(Source):
 
     def dtype(self, name: str) -> torch.dtype:
         return self._held(self._files, self.stored_name(name)).dtype
+
+    @property
+    def first_dtype(self) -> torch.dtype:
+        first = min(set(self._files.values()))
+        found = [held.dtype for held in self._opened(first).values()]
+        return next((dtype for dtype in found if dtype.is_floating_point), torch.float32)
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
         axes = axes_of(name)

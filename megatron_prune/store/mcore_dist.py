@@ -46,7 +46,7 @@ from megatron_prune.model.axes import (
     split_layer,
     tensor_shape,
 )
-from megatron_prune.model.blocks import EMBEDDING
+from megatron_prune.model.blocks import EMBEDDING, OUTPUT
 from megatron_prune.model.fusion import (
     LINEARS,
     TE_ATTENTION,
@@ -66,6 +66,7 @@ from megatron_prune.store.megatron import (
     atoms,
     by_stage,
     check_names,
+    refuse_own_head,
     stored_layer,
 )
 from megatron_prune.store.writer import Progress, Writer, Written, ahead
@@ -104,6 +105,8 @@ class DistSource(Source):
         self._map, self._locate = cache(self._open), cache(self._find)
         self._stacks = any(k.startswith(LAYER_PREFIX) and stored_layer(k) < 0 for k in self._chunks)
         wanted = {self._place(name)[0] for name in names(config)}
+        if config.tied and OUTPUT.name in self._chunks:
+            refuse_own_head(directory / INDEX, f"yet it has {OUTPUT.name}")
         check_names(directory / INDEX, wanted, self._chunks)
         self._check_files(index.ends)
         self._check_shapes()

@@ -219,6 +219,19 @@ def stored_layer(key: str) -> int:
     return int(match[1]) if match else -1
 
 
+def refuse_own_head(where: object, found: str) -> None:
+    """Refuse a tied model that holds an output layer beside its embedding.
+
+    Raises:
+        DamagedError: always; ``found`` says how the two are at odds.
+    """
+    raise DamagedError(
+        f"{where}: its configuration says that output layer and embedding are tied, {found}; "
+        "correct the one that is wrong (tie_word_embeddings in hf/config.json, or "
+        "untie_embeddings_and_output_weights in its arguments)"
+    )
+
+
 def check_names(where: object, wanted: Collection[str], held: Collection[str]) -> None:
     """Refuse stored tensors that are too few for a configuration, or too many.
 

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import json
 import re
+import warnings
 from argparse import Namespace
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,11 +20,12 @@ from typing import Any
 from megatron_prune.data.tokenizers import TRACKER
 from megatron_prune.errors import CheckpointError, DamagedError
 from megatron_prune.families import read_config, read_config_as
-from megatron_prune.families.config import CONFIG
+from megatron_prune.families.config import CONFIG, dtype_word
 from megatron_prune.files import Hold, hold
+from megatron_prune.model.axes import names
 from megatron_prune.model.grid import ParallelGrid
 from megatron_prune.model.shape import ModelConfig
-from megatron_prune.sources.source import REPAIR, Source
+from megatron_prune.sources.source import DTYPE_NAMES, REPAIR, Source
 from megatron_prune.store import hf, mcore_dist, mcore_legacy
 from megatron_prune.store.commit import MANIFEST, WRITER, check_manifest, read_manifest
 from megatron_prune.store.lora import LoraSource, read_lora
@@ -120,8 +122,26 @@ def open_source(path: Path, *, family: str | None = None) -> Source:
     else:
         source = _open_legacy(facts, family)
     source.held = held
+    if dtype_word(source.config.hf_config) is None:
+        _tell_dtype(source)
     _check_described(facts.directory, source.config)
     return source
+
+
+def _tell_dtype(source: Source) -> None:
+    """For a model whose configuration says no dtype: that of its weights, which the next one has
+    to say. Where they are of several, which of them is said."""
+    first = str(source.first_dtype).removeprefix("torch.")
+    found = {str(source.dtype(name)).removeprefix("torch.") for name in names(source.config)}
+    if len(found) > 1:
+        warnings.warn(
+            f"{source.path}: weights are {' and '.join(sorted(found))}, and no dtype is said; what "
+            f"is written says {first}, that of the first of them, as transformers would load it",
+            stacklevel=2,
+        )
+    values, dtype = source.config.hf_config, DTYPE_NAMES.get(source.first_dtype, "fp32")
+    said = {**values, "dtype": first} if values else values
+    source.config = replace(source.config, dtype=dtype, hf_config=said)
 
 
 def _read_and_hold(path: Path) -> tuple[CheckpointFacts, Hold | None]:

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 from megatron_prune.store import hf
-from tests.pico import ok, refused, stock_copy, tensors
+from tests.pico import edit_config, ok, refused, stock_copy, tensors
 
 Models, Shards = Callable[[str], Path], Callable[..., Path]
 DOWN = "model.layers.3.mlp.down_proj.weight"
@@ -41,11 +41,6 @@ def refuse(path: Path, says: str, code: int = 3) -> None:
     refused("convert", "--load", path, "--save", out, "--to", "hf", says=says, code=code)
     refused("plan", "--load", path, "--save", out, says=says, code=code)
     assert not out.exists()
-
-
-def edit_config(path: Path, **changes: Any) -> None:
-    values = json.loads(path.read_text())
-    path.write_text(json.dumps({**values, **changes}))
 
 
 def test_hf_without_a_tensor_or_with_one_too_many(copy: Callable[..., Path]) -> None:
