@@ -28,7 +28,7 @@ def interpret(family: Family, values: Mapping[str, Any]) -> ModelConfig:
     """The facts that config.json has under the same keys in most families.
 
     Where keys say the same thing twice, the one that transformers 5 takes counts; the table in
-    docs/commands.md has them all.
+    docs/reading.md has them all.
 
     Raises:
         CheckpointError: an activation that we do not compute, or see `check_keys`.

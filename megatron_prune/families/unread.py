@@ -1,7 +1,7 @@
 """Keys of config.json that make another model of it than the one its sizes describe.
 
 Each is refused by name before a weight is looked at: without it the rest reads like a plain model.
-What transformers 5 does with them is in docs/commands.md.
+What transformers 5 does with them is in docs/reading.md.
 """
 
 from __future__ import annotations

@@ -6,14 +6,17 @@ from __future__ import annotations
 
 import warnings
 from argparse import Namespace
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from megatron_prune.errors import CheckpointError, PruneError
 from megatron_prune.families import FAMILIES, family_of_arguments
+from megatron_prune.families.windows import windowed_layers
 from megatron_prune.model.family import Family
 from megatron_prune.model.grid import ParallelGrid, padded_vocab_size
 from megatron_prune.model.shape import ModelConfig, ModelShape
+from megatron_prune.store.stock_arguments import check_function
 
 
 def megatron_args(config: ModelConfig, grid: ParallelGrid, **more: Any) -> Namespace:
@@ -39,6 +42,7 @@ def megatron_args(config: ModelConfig, grid: ParallelGrid, **more: Any) -> Names
         "rotary_seq_len_interpolation_factor": (
             scaling["factor"] if scaling.get("rope_type") == "linear" else None
         ),
+        "window_attn_skip_freq": _skip_freq(config),
         "window_size": None if config.sliding_window is None else (config.sliding_window - 1, 0),
         "add_bias_linear": config.mlp_bias,
         "add_qkv_bias": config.qkv_bias,
@@ -89,9 +93,19 @@ def stock_flags(config: ModelConfig) -> list[str]:
         flags.append("--use-rope-scaling")
     if config.sliding_window is not None:
         flags.append(f"--window-size {config.sliding_window - 1},0")
+    if skips := _skip_freq(config):
+        flags.append(f"--window-attn-skip-freq '[{','.join(map(str, skips))}]'")
     if config.dtype in ("bf16", "fp16"):
         flags.append(f"--{config.dtype}")
     return flags
+
+
+def _skip_freq(config: ModelConfig) -> list[int] | None:
+    """A 1 for each layer with the window and a 0 for each without, where layers differ."""
+    if config.sliding_window is None or not config.hf_config.get("use_sliding_window"):
+        return None
+    windowed = windowed_layers({**config.hf_config, "num_hidden_layers": config.shape.num_layers})
+    return None if all(windowed) else [int(has) for has in windowed]
 
 
 def beyond_stock(config: ModelConfig) -> list[str]:
@@ -104,23 +118,6 @@ def beyond_stock(config: ModelConfig) -> list[str]:
     return found
 
 
-_WANTED = {
-    "swiglu": (True, "only SwiGLU models"),
-    "normalization": ("RMSNorm", "only RMSNorm models"),
-    "position_embedding_type": ("rope", "only rotary position embeddings"),
-    "rotary_percent": (1.0, "only full rotary embeddings"),
-    "rotary_interleaved": (False, "only half-split rotary embeddings"),
-    "num_experts": (None, "no mixture of experts"),
-    "apply_layernorm_1p": (False, "no 1+weight norms"),
-    "virtual_pipeline_model_parallel_size": (None, "no interleaved pipeline"),
-    "window_attn_skip_freq": (None, "the same attention in all layers"),
-    "no_rope_freq": (None, "the same attention in all layers"),
-    "multi_latent_attention": (False, "no latent attention"),
-    "qk_l2_norm": (False, "no query/key norms"),
-    "softmax_type": ("vanilla", "the plain softmax"),
-}
-
-
 def config_from_args(args: Any, where: Path, family: str | None) -> ModelConfig:
     """A model's facts from a stock checkpoint's arguments.
 
@@ -128,9 +125,14 @@ def config_from_args(args: Any, where: Path, family: str | None) -> ModelConfig:
         CheckpointError: an attribute is missing, or the model is of a kind we do not read.
     """
     values = vars(args) if isinstance(args, Namespace) else {}
-    for name, (wanted, reads) in _WANTED.items():
-        if name in values and values[name] != wanted:
-            raise CheckpointError(f"{where}: args.{name} is {values[name]!r}; this reads {reads}")
+    unknown = check_function(_not_ours(values), f"{where}: args.")
+    if unknown and "model_family" not in values:
+        warnings.warn(
+            f"{where}: nobody here knows what these arguments do, and they are not read: "
+            f"{', '.join(unknown)}; if one of them changes what the model computes, what is made "
+            "of it is another model",
+            stacklevel=2,
+        )
     required = ("num_layers", "hidden_size", "num_attention_heads", "ffn_hidden_size")
     missing = [name for name in required if not isinstance(values.get(name), int)]
     if "padded_vocab_size" not in values and "vocab_size" not in values:
@@ -180,6 +182,12 @@ def config_from_args(args: Any, where: Path, family: str | None) -> ModelConfig:
         dtype="bf16" if values.get("bf16") else "fp16" if values.get("fp16") else "fp32",
         hf_config={},
     )
+
+
+def _not_ours(values: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The arguments without the one that stock and we mean differently."""
+    ours = {"rotary_seq_len_interpolation_factor"} if "model_family" in values else set()
+    return {name: value for name, value in values.items() if name not in ours}
 
 
 def _family(values: dict[str, Any], where: Path, family: str | None, like: Family) -> Family:
