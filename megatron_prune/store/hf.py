@@ -23,17 +23,21 @@ from torch import Tensor
 
 from megatron_prune.errors import CheckpointError, DamagedError
 from megatron_prune.families.config import hf_name, hf_place
+from megatron_prune.families.unread import DEQUANTISE
 from megatron_prune.files import HashedFile, write_file
 from megatron_prune.model.axes import axes_of, names, split_dim, split_layer, tensor_shape
 from megatron_prune.model.blocks import EMBEDDING, OUTPUT
 from megatron_prune.model.family import Family
 from megatron_prune.model.shape import ModelConfig
 from megatron_prune.sources.source import Source
+from megatron_prune.store.companions import belongs_to
+from megatron_prune.store.recognise import foreign_content, foreign_names
 from megatron_prune.store.untrusted import load_untrusted
 from megatron_prune.store.writer import Progress, Writer, Written, ahead, row_blocks
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 BIN_SINGLE, BIN_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
+_SETS = ((SINGLE, INDEX), (BIN_SINGLE, BIN_INDEX))
 _IGNORED_SUFFIXES = (".rotary_emb.inv_freq",)  # older exports carry it and no model needs it
 DEFAULT_SHARD_BYTES = 5 * 10**9  # transformers' default, so a repository looks as people expect
 _WORDS = {
@@ -42,19 +46,34 @@ _WORDS = {
 _DTYPE_WORD = {dtype: word for word, dtype in _WORDS.items()}
 
 
+def has_weights(directory: Path) -> bool:
+    """Whether there is a file that `find_weights` would read."""
+    return any((directory / name).is_file() for pair in _SETS for name in pair)
+
+
 def find_weights(directory: Path) -> dict[str, Path] | Path:
-    """The weight file of a directory, or the index: tensor name -> file.
+    """The weight file of a directory that has one, or the index: tensor name -> file.
+
+    Of several sets the first in transformers' order: safetensors before torch's files, and one file
+    before an index.
 
     Raises:
-        CheckpointError: there are no weights.
         DamagedError: the index is not one, or points outside the directory.
     """
-    for single, index in ((SINGLE, INDEX), (BIN_SINGLE, BIN_INDEX)):
-        if (directory / index).is_file():
-            return _read_weight_map(directory, directory / index)
+    for single, index in _SETS:
         if (directory / single).is_file():
             return directory / single
-    raise CheckpointError(f"{directory}: no {SINGLE}, {INDEX} or {BIN_SINGLE}; no weights to read")
+        if (directory / index).is_file():
+            return _read_weight_map(directory, directory / index)
+    raise AssertionError(f"{directory}: asked for weights where there are none")
+
+
+def files_of(weights: Mapping[str, Path] | Path) -> set[str]:
+    """Names of the files that `find_weights` found, with that of an index."""
+    if isinstance(weights, Path):
+        return {weights.name}
+    files = {path.name for path in weights.values()}
+    return files | {BIN_INDEX if any(name.endswith(".bin") for name in files) else INDEX}
 
 
 def _read_weight_map(directory: Path, path: Path) -> dict[str, Path]:
@@ -63,13 +82,10 @@ def _read_weight_map(directory: Path, path: Path) -> dict[str, Path]:
         items = [(str(name), str(file)) for name, file in weight_map.items()]
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DamagedError(f"{path}: not an index of weights: {error}") from None
-    roots = [directory.resolve()]
-    if directory.parent.name == "snapshots":  # the hub's cache: links into its own blobs
-        roots.append((directory.parent.parent / "blobs").resolve())
     files: dict[str, Path] = {}
     for file in sorted({file for _, file in items}):
         plain = file and Path(file).name == file and not any(c in file for c in "\\\0")
-        if not plain or (directory / file).resolve().parent not in roots:
+        if not plain or not belongs_to(directory, directory / file):
             raise DamagedError(f"{path}: names {file!r}, outside its directory; not opened")
         if not (directory / file).is_file():
             missing = [name for name, of in items if of == file]
@@ -86,6 +102,7 @@ class HuggingFaceSource(Source):
 
     Args:
         stored_as: the family whose names its tensors have.
+        weights: from `find_weights`.
     """
 
     format = "hf"
@@ -96,13 +113,13 @@ class HuggingFaceSource(Source):
         config: ModelConfig,
         stored_as: Family,
         *,
+        weights: Mapping[str, Path] | Path,
         companion_files: dict[str, Path],
         plan_path: Path | None,
     ) -> None:
         self.path, self.config = directory, config
         self.companion_files, self.plan_path = companion_files, plan_path
         self._opened = cache(_open_file)
-        weights = find_weights(directory)
         if isinstance(weights, Path):
             weights = dict.fromkeys(self._opened(weights), weights)
         self._stored_as, self._files = stored_as, weights
@@ -149,6 +166,11 @@ class HuggingFaceSource(Source):
             for name in weights
             if name not in wanted and name not in ignored and not name.endswith(_IGNORED_SUFFIXES)
         ]
+        if what := foreign_names(unexpected):
+            raise CheckpointError(
+                f"{self.path}: {what}; wanted the plain tensors of {self._stored_as.architecture}. "
+                "Load it with what wrote it and save the plain model"
+            )
         if missing or unexpected:
             raise DamagedError(
                 f"{self.path}: {len(missing)} tensors missing {missing[:3]}, "
@@ -168,7 +190,7 @@ class HuggingFaceSource(Source):
             if self._held(weights, name).dtype not in _DTYPE_WORD:
                 raise CheckpointError(
                     f"{weights[name]}: {name} is {self._held(weights, name).dtype}; wanted a "
-                    "floating-point model, not a quantised one"
+                    f"floating-point model, not a quantised one: {DEQUANTISE}"
                 )
 
     def _held(self, weights: Mapping[str, Path], name: str) -> _Held:
@@ -230,8 +252,12 @@ def _open_file(path: Path) -> dict[str, _Held]:
             dtype = _WORDS.get(part.get_dtype(), torch.uint8)
             held[name] = _Held(file, name, tuple(part.get_shape()), dtype)
         return held
-    except (SafetensorError, OSError) as error:
+    except SafetensorError as error:
+        if what := foreign_content(path):
+            raise CheckpointError(f"{path}: {what}") from None
         raise DamagedError(f"{path}: {error}; copy it again") from None
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from None
 
 
 class HuggingFaceWriter(Writer):

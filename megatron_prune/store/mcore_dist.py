@@ -66,6 +66,7 @@ from megatron_prune.store.megatron import (
     atoms,
     by_stage,
     check_names,
+    is_of_the_model,
     refuse_own_head,
     stored_layer,
 )
@@ -107,6 +108,12 @@ class DistSource(Source):
         wanted = {self._place(name)[0] for name in names(config)}
         if config.tied and OUTPUT.name in self._chunks:
             refuse_own_head(directory / INDEX, f"yet it has {OUTPUT.name}")
+        if self._chunks and not any(map(is_of_the_model, self._chunks)):
+            raise CheckpointError(
+                f"{directory / INDEX}: holds {next(iter(self._chunks))} and others; wanted the "
+                "names of a GPT model of Megatron-Core (decoder.layers...). Export it with what "
+                "wrote it"
+            )
         check_names(directory / INDEX, wanted, self._chunks)
         self._check_files(index.ends)
         self._check_shapes()

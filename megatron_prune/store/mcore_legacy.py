@@ -140,8 +140,13 @@ class LegacySource(Source):
         path = self.rank_path(tp_rank, pp_rank)
         state = load_untrusted(path, mmap=True)
         model = state.get("model") if isinstance(state, dict) else None
+        if isinstance(state, dict) and "model0" in state:
+            raise CheckpointError(
+                f"{path}: model0, model1, ...: an interleaved pipeline, which is not read; load "
+                "and save it without virtual pipeline stages, or in torch_dist"
+            )
         if not isinstance(model, dict) or not all(isinstance(key, str) for key in model):
-            raise DamagedError(f"{path}: holds no model; copy it again, or convert it again")
+            raise DamagedError(f"{path}: holds no model; wanted one of Megatron under 'model'")
         self.has_optimizer_state = "optimizer" in state
         return model
 

@@ -213,6 +213,11 @@ def padded_rows(read: Read, name: str, vocab_size: int, start: int, stop: int) -
 _OF_THE_MODEL = ("embedding.", "decoder.", "output_layer.")
 
 
+def is_of_the_model(key: str) -> bool:
+    """Whether a stored key is of a GPT model, and not of its optimizer or another framework."""
+    return key.startswith(_OF_THE_MODEL)
+
+
 def stored_layer(key: str) -> int:
     """The layer in a stored key, -1 in one that has none."""
     match = re.match(r"decoder\.layers\.([0-9]{1,6})\.", key)
@@ -244,7 +249,7 @@ def check_names(where: object, wanted: Collection[str], held: Collection[str]) -
     missing = sorted(set(wanted) - set(held))
     unexpected = sorted(
         key for key in set(held) - set(wanted)
-        if key.startswith(_OF_THE_MODEL) and "_extra_state" not in key
+        if is_of_the_model(key) and "_extra_state" not in key
     )  # fmt: skip
     if missing or unexpected:
         raise DamagedError(

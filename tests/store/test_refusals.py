@@ -154,12 +154,10 @@ def test_a_config_that_describes_no_model_we_know(
     refuse(path, says, code=2)
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff\xfe", b"[" * 100_000, None])
-def test_a_config_that_is_none(content: bytes | None, copy: Callable[..., Path]) -> None:
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff\xfe", b"[" * 100_000])
+def test_a_config_that_is_none(content: bytes, copy: Callable[..., Path]) -> None:
     path = copy()
-    (path / "config.json").unlink()
-    if content is not None:
-        (path / "config.json").write_bytes(content)
+    (path / "config.json").write_bytes(content)
     refuse(path, f"{path / 'config.json'}: not a model configuration", code=2)
 
 
@@ -299,7 +297,7 @@ def test_a_torch_dist_index_that_contradicts_itself(
     assert not (path.parent / "out").exists()
 
 
-@pytest.mark.parametrize("file", ["__0_0.distcp", "__2_0.distcp", "common.pt", "metadata.json"])
+@pytest.mark.parametrize("file", ["__0_0.distcp", "__2_0.distcp", "common.pt"])
 def test_torch_dist_without_a_file(file: str, copy: Callable[..., Path]) -> None:
     path = copy("torch_dist", 3, 1)
     (path / "iter_0000001" / file).unlink()
