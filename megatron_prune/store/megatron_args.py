@@ -74,7 +74,7 @@ def megatron_args(config: ModelConfig, grid: ParallelGrid, **more: Any) -> Names
     return Namespace(**values)
 
 
-_STOCK_ROPE_SCALING = {  # megatron.core RotaryEmbedding; --rope-scaling-factor never reaches it
+STOCK_ROPE_SCALING = {  # megatron.core RotaryEmbedding; --rope-scaling-factor never reaches it
     "rope_type": "llama3",
     "factor": 8.0,
     "low_freq_factor": 1.0,
@@ -89,7 +89,7 @@ def stock_flags(config: ModelConfig) -> list[str]:
     Without them stock Megatron-LM loads the weights and computes something else, silently.
     """
     flags = [] if config.norm_epsilon == 1e-5 else [f"--norm-epsilon {config.norm_epsilon:g}"]
-    if dict(config.rope_scaling or {}) == _STOCK_ROPE_SCALING:
+    if dict(config.rope_scaling or {}) == STOCK_ROPE_SCALING:
         flags.append("--use-rope-scaling")
     if config.sliding_window is not None:
         flags.append(f"--window-size {config.sliding_window - 1},0")
@@ -111,7 +111,7 @@ def _skip_freq(config: ModelConfig) -> list[int] | None:
 def beyond_stock(config: ModelConfig) -> list[str]:
     """What of this model stock Megatron-LM's ``pretrain_gpt.py`` has no argument for."""
     found = []
-    if config.rope_scaling is not None and dict(config.rope_scaling) != _STOCK_ROPE_SCALING:
+    if config.rope_scaling is not None and dict(config.rope_scaling) != STOCK_ROPE_SCALING:
         found.append(f"rope scaling {dict(config.rope_scaling)}")
     if config.rotary_base != int(config.rotary_base):
         found.append(f"the fractional rope base {config.rotary_base}")
@@ -234,10 +234,13 @@ def _sliding_window(values: dict[str, Any]) -> int | None:
 
 
 def _rope_scaling(values: dict[str, Any]) -> dict[str, Any] | None:
+    if "rope_scaling" in values:  # said in full, of Megatron-Bridge
+        said: dict[str, Any] | None = values["rope_scaling"]
+        return said
     ours = "model_family" in values
     if values.get("use_rope_scaling"):
         factor = float(values.get("rope_scaling_factor", 8.0)) if ours else 8.0
-        return {**_STOCK_ROPE_SCALING, "factor": factor}
+        return {**STOCK_ROPE_SCALING, "factor": factor}
     if ours and values.get("rotary_seq_len_interpolation_factor"):  # stock never passes it on
         return {
             "rope_type": "linear",

@@ -27,6 +27,7 @@ from megatron_prune.model.grid import ParallelGrid
 from megatron_prune.model.shape import ModelConfig
 from megatron_prune.sources.source import DTYPE_NAMES, Source
 from megatron_prune.store import hf, mcore_dist, mcore_legacy
+from megatron_prune.store.bridge import RUN_CONFIG, TOKENIZER, read_arguments
 from megatron_prune.store.commit import MANIFEST, check_manifest, read_manifest
 from megatron_prune.store.companions import find_companions, find_plan
 from megatron_prune.store.lora import LoraSource, read_lora
@@ -228,7 +229,13 @@ def _megatron_config(
         return read_config(companions / CONFIG), found.files
     warn_unverified(facts.directory)
     args = common.get("args") if isinstance(common, dict) else None
-    return config_from_args(args, where, family), {}
+    beside = facts.directory / TOKENIZER  # where Megatron-Bridge puts it
+    carried = find_companions(beside, facts.directory).files if beside.is_dir() else {}
+    try:
+        return config_from_args(args, where, family), carried
+    except (TypeError, ValueError, OverflowError) as error:  # numbers that are none
+        kind = type(error).__name__
+        raise CheckpointError(f"{where}: its arguments: {kind}: {error}") from None
 
 
 def _open_dist(facts: CheckpointFacts, family: str | None) -> Source:
@@ -249,8 +256,10 @@ def _open_dist(facts: CheckpointFacts, family: str | None) -> Source:
             f"{directory}: sharded backend {backend!r}; wanted torch_dist. Load it with the "
             "Megatron-LM that wrote it and save it with --ckpt-format torch_dist"
         )
-    common_path = directory / mcore_dist.COMMON
+    common_path, run = directory / mcore_dist.COMMON, directory / RUN_CONFIG
     common = load_untrusted(common_path, mmap=False)
+    if isinstance(common, dict) and "args" not in common and run.is_file():
+        common_path, common = run, {**common, "args": read_arguments(run)}
     index = mcore_dist.read_index(directory)
     config, companions = _megatron_config(facts, common, common_path, family)
     lora = read_lora(common, common_path, config)

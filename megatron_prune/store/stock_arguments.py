@@ -62,6 +62,7 @@ _CHANGES: dict[str, tuple[tuple[Any, ...], str]] = {
     "retro_add_retriever": ((False,), "no retriever"),
     "use_legacy_models": ((False,), "models of megatron.core"),
     "modelopt_enabled": ((False,), "no quantised model"),
+    "restore_modelopt_state": ((False,), "no quantised model"),
     "yaml_cfg": ((None,), "arguments, not a YAML file"),
     "virtual_pipeline_model_parallel_size": ((None,), "no interleaved pipeline"),
 }  # fmt: skip
@@ -71,7 +72,7 @@ _READ = """
     group_query_attention num_query_groups add_bias_linear add_qkv_bias window_size
     qk_layernorm kv_channels untie_embeddings_and_output_weights layernorm_epsilon
     norm_epsilon rotary_base max_position_embeddings init_method_std bf16 fp16 model_family
-    use_rope_scaling rope_scaling_factor
+    use_rope_scaling rope_scaling_factor rope_scaling
 """.split()  # noqa: SIM905
 
 _HARMLESS_PREFIXES = tuple(
