@@ -36,8 +36,9 @@ from megatron_prune.families.llama import LLAMA
 from megatron_prune.model.axes import axes_of, split_dim, tensor_shape
 from megatron_prune.model.grid import VOCAB_DIVISOR
 from megatron_prune.model.shape import ModelConfig, ModelShape
+from megatron_prune.model.tensors import torch_dtype
 from megatron_prune.ranks import Ranks
-from megatron_prune.sources.source import DTYPES, Source
+from megatron_prune.sources.source import Source
 from megatron_prune.store import open_source
 from megatron_prune.surgery import Target, write_checkpoint
 
@@ -61,10 +62,10 @@ class SyntheticSource(Source):
         self.companion_files = {}
         generator = torch.Generator().manual_seed(0)
         noise = torch.randn(1 << 22, generator=generator) * 0.02
-        self._noise = noise.to(DTYPES[config.dtype])
+        self._noise = noise.to(torch_dtype(config.dtype))
 
     def dtype(self, name: str) -> torch.dtype:
-        return DTYPES[self.config.dtype]
+        return torch_dtype(self.config.dtype)
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
         shape = torch.Size(tensor_shape(name, self.config.shape))

@@ -11,12 +11,14 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING
 
 from megatron_prune.errors import ConfigError, DamagedError
 from megatron_prune.files import replace_file
+from megatron_prune.model.lazy import np
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 VERSION = 1
 _TOTALS = ("bytes", "characters", "documents")

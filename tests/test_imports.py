@@ -136,3 +136,43 @@ print(sorted(heavy & {name.split(".")[0] for name in sys.modules}), file=sys.std
     )
     assert done.returncode == 0, done.stderr
     assert done.stderr.strip().splitlines()[-1] == "[]"
+
+
+def test_help_and_refused_flags_load_neither_torch_nor_numpy() -> None:
+    """In a fresh process: their import costs ten times as much as all the rest."""
+    script = """
+import contextlib, io, json, sys
+from megatron_prune.cli import STAGES, VOCAB, main
+pairs = [[stage] for stage in STAGES if stage != "vocab"] + [["vocab", action] for action in VOCAB]
+with contextlib.redirect_stdout(io.StringIO()):
+    for argv in [*([*words, "--help"] for words in pairs), *json.loads(sys.argv[1])]:
+        try:
+            code = main(argv)
+        except SystemExit as exit:
+            code = exit.code
+        assert code == (0 if "--help" in argv else 2), (argv, code)
+print(sorted({"torch", "numpy"} & {name.split(".")[0] for name in sys.modules}), file=sys.stderr)
+"""
+    model = ["--load", "model", "--save", "out"]
+    run = ["--data-path", "corpus", "--seq-length", "8", "--micro-batch-size", "1", "--lr", "1e-3"]
+    refused = [
+        ["inspect"],
+        ["convert", *model, "--to", "hf", "--tensor-model-parallel-size", "2"],
+        ["convert", *model, "--to", "hf", "--push-to-hub", "no/such/name"],
+        ["prune", *model, "--to", "hf", "--repair"],
+        ["prune", *model, "--to", "hf", "--ffn-hidden-size-remain", "many"],
+        ["plan", *model, "--drop-layers", "a"],
+        ["plan", *model, "--rounds", "0"],
+        ["score", *model, "--criterion", "nothing"],
+        ["train", *model, *run, "--train-iters", "0"],
+        ["train", *model, *run, "--train-iters", "2", "--min-lr", "1"],
+        ["evaluate", "--load", "model"],
+        ["generate", "--load", "model", "--prompt", "a", "--temperature", "-1"],
+        ["preprocess", "--input", "a", "--tokenizer-model", "b"],
+        ["vocab", "plan", "--tokenizer", "a", "--counts", "b", "--save", "c"],
+    ]
+    done = subprocess.run(
+        [sys.executable, "-c", script, json.dumps(refused)], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.strip().splitlines()[-1] == "[]"

@@ -18,12 +18,13 @@ import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING, Any
 
 from megatron_prune.errors import ConfigError, DamagedError
+from megatron_prune.model.lazy import np
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 WEIGHTINGS = ("dynamic", "constant")
 _BLOCK = 1024  # samples located at a time

@@ -39,11 +39,9 @@ def open_for_generation(options: GenerateOptions) -> Source:
     """The model, opened and checked against the options; no weight is read.
 
     Raises:
-        ConfigError: an option is out of range.
         ShapeError: the layout does not fit the model.
         CheckpointError: there is no model at ``load``.
     """
-    options.check()
     source = open_source(options.load, family=options.family)
     source.config.shape.check_uniform("generate", "transformers on its export")
     options.grid.check(source.config.shape)

@@ -17,10 +17,10 @@ from megatron_prune.families.windows import keep_layers
 from megatron_prune.model.axes import split_layer
 from megatron_prune.model.family import Family, Weight
 from megatron_prune.model.shape import ModelConfig, ModelShape
+from megatron_prune.model.tensors import DTYPES
 
 CONFIG = "config.json"
-_DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
-_DTYPE_WORDS = {short: word for word, short in _DTYPES.items()}
+_SHORT = {long: short for short, long in DTYPES.items()}
 _OLD_LENGTH = ("llama3", "yarn", "longrope")  # their parameters name the length before scaling
 
 
@@ -65,7 +65,7 @@ def interpret(family: Family, values: Mapping[str, Any]) -> ModelConfig:
         max_position_embeddings=int(get("max_position_embeddings")),
         sliding_window=family.window(values),
         init_method_std=float(get("initializer_range", 0.02)),
-        dtype=_DTYPES.get(dtype_word(values) or "float32", "fp32"),
+        dtype=_SHORT.get(dtype_word(values) or "float32", "fp32"),
         hf_config=dict(values),
     )
 
@@ -147,9 +147,9 @@ def hf_config(config: ModelConfig, kept_layers: list[int] | None = None) -> dict
         tie_word_embeddings=config.tied,
     )
     word = dtype_word(values)
-    if word is None or _DTYPES.get(word, "fp32") != config.dtype:
+    if word is None or _SHORT.get(word, "fp32") != config.dtype:
         for key in [key for key in ("dtype", "torch_dtype") if values.get(key)] or ["dtype"]:
-            values[key] = _DTYPE_WORDS[config.dtype]
+            values[key] = DTYPES[config.dtype]
     values.pop("block_configs", None)
     if shape.ffn_per_layer is not None:
         values.update(check_widths(family)(shape))

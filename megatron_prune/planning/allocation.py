@@ -10,10 +10,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
-
 from megatron_prune.errors import PlanError
+from megatron_prune.model.lazy import Tensor, torch
 
 COMPARISONS = ("log", "standardized", "raw")
 _LEAST = 1e-6  # of a layer's largest score: what is below counts as that, zeros and dead channels

@@ -16,10 +16,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from megatron_prune.errors import PlanError, PruneError
+from megatron_prune.model.lazy import Tensor, torch
 from megatron_prune.model.shape import AXES, Axis, ModelShape
 
 VERSION = 1

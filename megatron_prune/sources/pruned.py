@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
-import torch
-from torch import Tensor
-
 from megatron_prune.errors import PlanError
 from megatron_prune.families.config import hf_config
 from megatron_prune.model.axes import axes_of, layer_name, split_dim, split_layer
+from megatron_prune.model.lazy import Tensor, torch
 from megatron_prune.model.tensors import take
 from megatron_prune.planning.plan import PrunePlan
 from megatron_prune.sources.source import DerivedSource, Source

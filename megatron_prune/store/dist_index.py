@@ -13,10 +13,8 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
-
 from megatron_prune.errors import DamagedError
+from megatron_prune.model.lazy import torch
 
 INDEX = ".metadata"
 _DCP = "torch.distributed.checkpoint."
@@ -98,6 +96,8 @@ def read_index(directory: Path) -> Index:
 
 def _checked(index: Any) -> Index:
     """The records as plain values. Whatever they are not, raises ValueError or something else."""
+    from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+
     if not isinstance(index, Metadata):
         raise ValueError("not a checkpoint index")
     places, ends = {}, dict[str, int]()

@@ -17,9 +17,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
 
 from megatron_prune.errors import CheckpointError, DamagedError
 from megatron_prune.families.config import hf_name, hf_place
@@ -28,6 +26,7 @@ from megatron_prune.files import HashedFile, write_file
 from megatron_prune.model.axes import axes_of, names, split_dim, split_layer, tensor_shape
 from megatron_prune.model.blocks import EMBEDDING, OUTPUT
 from megatron_prune.model.family import Family
+from megatron_prune.model.lazy import Tensor, torch
 from megatron_prune.model.shape import ModelConfig
 from megatron_prune.sources.source import Source
 from megatron_prune.store.companions import belongs_to
@@ -40,10 +39,7 @@ BIN_SINGLE, BIN_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 _SETS = ((SINGLE, INDEX), (BIN_SINGLE, BIN_INDEX))
 _IGNORED_SUFFIXES = (".rotary_emb.inv_freq",)  # older exports carry it and no model needs it
 DEFAULT_SHARD_BYTES = 5 * 10**9  # transformers' default, so a repository looks as people expect
-_WORDS = {
-    "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64,
-}  # fmt: skip
-_DTYPE_WORD = {dtype: word for word, dtype in _WORDS.items()}
+_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
 
 
 def has_weights(directory: Path) -> bool:
@@ -187,7 +183,7 @@ class HuggingFaceSource(Source):
                     "belongs to another model"
                 )
         for name in wanted:
-            if self._held(weights, name).dtype not in _DTYPE_WORD:
+            if _word(self._held(weights, name).dtype) is None:
                 raise CheckpointError(
                     f"{weights[name]}: {name} is {self._held(weights, name).dtype}; wanted a "
                     f"floating-point model, not a quantised one: {DEQUANTISE}"
@@ -223,6 +219,11 @@ class HuggingFaceSource(Source):
         self._opened.cache_clear()
 
 
+def _word(dtype: torch.dtype) -> str | None:
+    """safetensors' word for the dtype of a weight."""
+    return next((word for word, name in _DTYPES.items() if str(dtype) == f"torch.{name}"), None)
+
+
 class _Held:
     """A tensor in an open file."""
 
@@ -240,7 +241,7 @@ def _open_file(path: Path) -> dict[str, _Held]:
     if path.suffix == ".bin":
         tensors = load_untrusted(path, mmap=True)
         if not isinstance(tensors, dict) or not all(
-            isinstance(x, Tensor) for x in tensors.values()
+            isinstance(x, torch.Tensor) for x in tensors.values()
         ):
             raise DamagedError(f"{path}: holds something other than named tensors; not loaded")
         return {n: _Held(tensors, n, tuple(x.shape), x.dtype) for n, x in tensors.items()}
@@ -249,7 +250,7 @@ def _open_file(path: Path) -> dict[str, _Held]:
         held = {}
         for name in file.keys():  # noqa: SIM118 - not a mapping
             part = file.get_slice(name)
-            dtype = _WORDS.get(part.get_dtype(), torch.uint8)
+            dtype = getattr(torch, _DTYPES.get(part.get_dtype(), "uint8"))
             held[name] = _Held(file, name, tuple(part.get_shape()), dtype)
         return held
     except SafetensorError as error:
@@ -304,7 +305,7 @@ class HuggingFaceWriter(Writer):
         for name in self._shards[file]:
             stop = at + self._bytes(name)
             entries[hf_name(name, self._source.config.family)] = {
-                "dtype": _DTYPE_WORD[self._source.dtype(name)],
+                "dtype": _word(self._source.dtype(name)),
                 "shape": list(tensor_shape(name, self._shape)),
                 "data_offsets": [at, stop],
             }

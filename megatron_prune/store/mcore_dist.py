@@ -22,19 +22,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any, cast
 
-import torch
-from torch import Tensor
-from torch.distributed.checkpoint.filesystem import _StorageInfo
-from torch.distributed.checkpoint.metadata import (
-    BytesStorageMetadata,
-    ChunkStorageMetadata,
-    Metadata,
-    MetadataIndex,
-    StorageMeta,
-    TensorProperties,
-    TensorStorageMetadata,
-)
-
 from megatron_prune.errors import CheckpointError, DamagedError
 from megatron_prune.files import HashedFile, write_file
 from megatron_prune.model.axes import (
@@ -56,6 +43,7 @@ from megatron_prune.model.fusion import (
     stored_shape,
 )
 from megatron_prune.model.grid import ParallelGrid
+from megatron_prune.model.lazy import Tensor, torch
 from megatron_prune.model.shape import ModelConfig
 from megatron_prune.sources.source import Source, assemble
 from megatron_prune.store.chunk import read_header
@@ -294,6 +282,17 @@ class DistWriter(Writer):
         return entries
 
     def finish(self, directory: Path, written: Mapping[str, Written]) -> None:
+        from torch.distributed.checkpoint.filesystem import _StorageInfo
+        from torch.distributed.checkpoint.metadata import (
+            BytesStorageMetadata,
+            ChunkStorageMetadata,
+            Metadata,
+            MetadataIndex,
+            StorageMeta,
+            TensorProperties,
+            TensorStorageMetadata,
+        )
+
         places: dict[MetadataIndex, _StorageInfo] = {}
         tensors: dict[str, list[Any]] = defaultdict(list)
         keys: dict[str, Any] = {}

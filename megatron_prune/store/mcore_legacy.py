@@ -18,9 +18,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from megatron_prune.errors import CheckpointError, DamagedError, StorageError
 from megatron_prune.files import HashedFile
 from megatron_prune.model.axes import (
@@ -45,6 +42,7 @@ from megatron_prune.model.fusion import (
     stored_shape,
 )
 from megatron_prune.model.grid import ParallelGrid, part_range
+from megatron_prune.model.lazy import Tensor, torch
 from megatron_prune.model.shape import ModelConfig
 from megatron_prune.sources.source import Source, assemble
 from megatron_prune.store.chunk import record_places
@@ -180,7 +178,7 @@ class LegacySource(Source):
                 wanted[pp_rank].add(key)
             for pp_rank in range(self.grid.pipeline_parallel):
                 model = self._file(tp_rank, pp_rank)
-                held = {key for key, x in model.items() if isinstance(x, Tensor)}
+                held = {key for key, x in model.items() if isinstance(x, torch.Tensor)}
                 if self.config.tied and OUTPUT.name in held:
                     self._check_copy(tp_rank, model[OUTPUT.name])
                     held.discard(OUTPUT.name)

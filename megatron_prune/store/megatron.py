@@ -13,15 +13,13 @@ from dataclasses import dataclass
 from functools import partial
 from math import prod
 
-import torch
-from torch import Tensor
-
 from megatron_prune.errors import DamagedError
 from megatron_prune.model.axes import layer_name, layer_weights, split_dim
 from megatron_prune.model.blocks import EMBEDDING, FINAL_NORM, OUTPUT
 from megatron_prune.model.family import Weight
 from megatron_prune.model.fusion import fused_of, join, megatron_name, parts_of
 from megatron_prune.model.grid import ParallelGrid, padded_vocab_size, part_range
+from megatron_prune.model.lazy import Tensor, torch
 from megatron_prune.sources.source import Source
 from megatron_prune.store.writer import BLOCK_BYTES
 

@@ -25,7 +25,8 @@ from megatron_prune.files import Hold, hold
 from megatron_prune.model.axes import names
 from megatron_prune.model.grid import ParallelGrid
 from megatron_prune.model.shape import ModelConfig
-from megatron_prune.sources.source import DTYPE_NAMES, Source
+from megatron_prune.model.tensors import DTYPES
+from megatron_prune.sources.source import Source
 from megatron_prune.store import hf, mcore_dist, mcore_legacy
 from megatron_prune.store.bridge import RUN_CONFIG, TOKENIZER, read_arguments
 from megatron_prune.store.commit import MANIFEST, check_manifest, read_manifest
@@ -144,7 +145,8 @@ def _tell_dtype(source: Source) -> None:
             f"is written says {first}, that of the first of them, as transformers would load it",
             stacklevel=2,
         )
-    values, dtype = source.config.hf_config, DTYPE_NAMES.get(source.first_dtype, "fp32")
+    values = source.config.hf_config
+    dtype = next((short for short, long in DTYPES.items() if long == first), "fp32")
     said = {**values, "dtype": first} if values else values
     source.config = replace(source.config, dtype=dtype, hf_config=said)
 

@@ -11,9 +11,8 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from megatron_prune.errors import CheckpointError, DamagedError
+from megatron_prune.model.lazy import torch
 from megatron_prune.store.recognise import foreign_content
 
 _STAND_IN_PREFIXES = ("megatron.", "numpy.", "transformer_engine.", "signal.", "enum.", "pathlib.")

@@ -40,7 +40,7 @@ from megatron_prune.model.family import Family
 from megatron_prune.model.grid import padded_vocab_size
 from megatron_prune.model.lora import Lora, check_rank
 from megatron_prune.model.shape import ModelConfig
-from megatron_prune.sources.source import DTYPES
+from megatron_prune.model.tensors import DTYPES, torch_dtype
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,7 +147,7 @@ def transformer_config(
     config: ModelConfig, groups: Groups, options: ModelOptions
 ) -> TransformerConfig:
     """Megatron's configuration of this model in this layout."""
-    shape, grid, dtype = config.shape, groups.grid, DTYPES[options.dtype]
+    shape, grid, dtype = config.shape, groups.grid, torch_dtype(options.dtype)
     fused = uses_transformer_engine(options.transformer_impl)
     return TransformerConfig(
         num_layers=shape.num_layers,
