@@ -27,4 +27,5 @@ QWEN2 = Family(
     window=window_of,
     defaults={"num_key_value_heads": 32, "max_position_embeddings": 32768},
     always_qkv_bias=True,
+    head_dim_derived_by=("TGI", "mlx-lm", "vLLM and SGLang (those of 2025)"),
 )

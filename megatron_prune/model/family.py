@@ -85,6 +85,9 @@ class Family:
         has_windows: Megatron's arguments with a window are of this family.
         hidden_multiple_of_heads: transformers (5.x) refuses a config.json whose hidden_size is not
             a multiple of its heads, though ``head_dim`` is given.
+        head_dim_derived_by: engines that do not read ``head_dim`` for this family and take
+            hidden_size / heads (TGI of January 2026, mlx-lm of August 2026, vLLM and SGLang of
+            2025, read in their sources).
     """
 
     name: str
@@ -105,6 +108,7 @@ class Family:
     always_qkv_bias: bool = False
     has_windows: bool = False
     hidden_multiple_of_heads: bool = False
+    head_dim_derived_by: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
         return self.name
