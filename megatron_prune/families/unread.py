@@ -17,6 +17,7 @@ DEQUANTISE = (
 )
 _UNREAD = {
     "quantization_config": f"a quantised model; {DEQUANTISE}",
+    "quantization": f"a quantised model (MLX); {DEQUANTISE}",
     "compression_config": f"a compressed model; {DEQUANTISE}",
     "per_layer_config": "sizes of their own in some layers; this reads one size for all",
     "configuration_files": "the configuration is in other files; give the right one this name",

@@ -146,6 +146,7 @@ def test_one_rope_for_each_kind_of_layer_is_refused(tmp_path: Path) -> None:
     ("key", "value"),
     [
         ("quantization_config", {"quant_method": "gptq", "bits": 4}),
+        ("quantization", {"group_size": 64, "bits": 4}),
         ("compression_config", {"format": "int-quantized"}),
         ("per_layer_config", {"1": {"intermediate_size": 48}}),
         ("configuration_files", ["config.5.0.0.json"]),
