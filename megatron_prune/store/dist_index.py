@@ -17,6 +17,7 @@ from megatron_prune.errors import DamagedError
 from megatron_prune.model.lazy import torch
 
 INDEX = ".metadata"
+_OPTIMIZER = "optimizer."  # how the keys of its state begin
 _DCP = "torch.distributed.checkpoint."
 _ALLOWED = {
     "torch": {
@@ -31,6 +32,11 @@ _ALLOWED = {
     f"{_DCP}filesystem": {"_StorageInfo"},
     f"{_DCP}planner": {"SavePlan", "WriteItem", "WriteItemType", "TensorWriteData"},
 }  # fmt: skip
+_MCORE = "megatron.core.dist_checkpointing.strategies.torch"
+_RENAMED = {  # megatron-core 0.15's subclasses, which add only what nobody reads
+    (_MCORE, "MCoreMetadata"): (f"{_DCP}metadata", "Metadata"),
+    (_MCORE, "MCoreSavePlan"): (f"{_DCP}planner", "SavePlan"),
+}
 
 
 def _enum_member(kind: Any, name: str) -> Any:
@@ -46,6 +52,7 @@ class _IndexUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) == ("builtins", "getattr"):
             return _enum_member
+        module, name = _RENAMED.get((module, name), (module, name))
         if name in _ALLOWED.get(module, ()):
             return super().find_class(module, name)
         raise pickle.UnpicklingError(f"names {module}.{name}, which no checkpoint index needs")
@@ -63,16 +70,22 @@ class Chunk:
     length: int
 
 
+Stored = tuple[tuple[int, ...], list[Chunk]]
+"""A stored tensor: its whole shape, and its chunks."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Index:
     """What a torch_dist directory says it holds.
 
     Attributes:
-        tensors: stored key -> (whole shape, chunks), without optimizer state.
+        tensors: stored key -> (whole shape, chunks), without the optimizer's.
+        optimizer: the same of its state, as far as that is tensors.
         ends: file -> bytes that are needed of it, whatever they are.
     """
 
-    tensors: Mapping[str, tuple[tuple[int, ...], list[Chunk]]]
+    tensors: Mapping[str, Stored]
+    optimizer: Mapping[str, Stored]
     ends: Mapping[str, int]
     has_optimizer_state: bool
 
@@ -108,18 +121,20 @@ def _checked(index: Any) -> Index:
             raise ValueError(f"points to {file!r}, outside its directory")
         places[place.fqn, None if place.offset is None else _sizes(place.offset)] = info
         ends[file] = max(ends.get(file, 0), start + length)
-    tensors = {}
+    tensors, optimizer = dict[str, Stored](), dict[str, Stored]()
     for key, entry in index.state_dict_metadata.items():
-        if isinstance(entry, TensorStorageMetadata) and not key.startswith("optimizer."):
+        if isinstance(entry, TensorStorageMetadata):
             whole, dtype = _sizes(entry.size), entry.properties.dtype
             if not isinstance(dtype, torch.dtype):
                 raise ValueError(f"{key} is of dtype {dtype!r}")
-            tensors[key] = (
-                whole,
-                [_chunk(key, chunk, whole, dtype, places) for chunk in entry.chunks],
-            )
-    has_optimizer_state = any(key.startswith("optimizer.") for key in index.state_dict_metadata)
-    return Index(tensors=tensors, ends=ends, has_optimizer_state=has_optimizer_state)
+            chunks = [_chunk(key, chunk, whole, dtype, places) for chunk in entry.chunks]
+            (optimizer if key.startswith(_OPTIMIZER) else tensors)[key] = whole, chunks
+    return Index(
+        tensors=tensors,
+        optimizer=optimizer,
+        ends=ends,
+        has_optimizer_state=any(key.startswith(_OPTIMIZER) for key in index.state_dict_metadata),
+    )
 
 
 def _chunk(
