@@ -28,7 +28,9 @@ class PrunedSource(DerivedSource):
         self._plan = plan
         config = replace(source.config, shape=plan.target)
         layers = None if plan.kept.layers is None else list(plan.kept.layers)
-        self.config = replace(config, hf_config=hf_config(config, layers))
+        values = hf_config(config, layers)
+        window = config.family.window(values)  # gone where all layers that had it are
+        self.config = replace(config, hf_config=values, sliding_window=window)
         self._rows = {axis: plan.source.rows(axis) for axis in "QK"}
 
     def _source_name(self, name: str) -> tuple[str, int | None]:

@@ -18,6 +18,7 @@ from typing import Protocol
 
 from megatron_prune.errors import DamagedError
 from megatron_prune.model.axes import axes_of, names, split_dim, split_layer
+from megatron_prune.model.blocks import EMBEDDING
 from megatron_prune.model.fusion import Piece
 from megatron_prune.model.grid import ParallelGrid
 from megatron_prune.model.lazy import Tensor, torch
@@ -82,6 +83,12 @@ class Source(ABC):
     @abstractmethod
     def dtype(self, name: str) -> torch.dtype:
         """The tensor's dtype, without reading it."""
+
+    @property
+    def first_dtype(self) -> torch.dtype:
+        """What the weights are where nothing says it: the embedding's dtype; of a Hugging Face
+        directory that of the first tensor, which transformers takes."""
+        return self.dtype(EMBEDDING.name)
 
     @property
     def stored_vocab_size(self) -> int:

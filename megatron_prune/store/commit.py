@@ -59,10 +59,15 @@ def read_manifest(directory: Path) -> tuple[dict[str, Any], dict[str, FileRecord
     """The facts of a directory's manifest, and its files.
 
     Raises:
-        DamagedError: it cannot be read, or is not a manifest.
+        DamagedError: it cannot be read, or is not a manifest of ours.
     """
     try:
         facts = json.loads((directory / MANIFEST).read_text())
+        if not str(writer := facts.get("writer")).startswith(WRITER):
+            raise DamagedError(
+                f"{directory / MANIFEST}: its writer is {writer!r:.40}; wanted {WRITER}. Rename it "
+                "if another program wrote it"
+            )
         files = facts.pop("files")
         return facts, {str(n): FileRecord(int(r["bytes"]), r["sha256"]) for n, r in files.items()}
     except (

@@ -29,7 +29,7 @@ from megatron_prune.model.axes import (
     split_layer,
     tensor_shape,
 )
-from megatron_prune.model.blocks import EMBEDDING
+from megatron_prune.model.blocks import EMBEDDING, OUTPUT
 from megatron_prune.model.fusion import (
     LINEARS,
     TE_ATTENTION,
@@ -60,6 +60,8 @@ from megatron_prune.store.megatron import (
     atoms,
     by_stage,
     check_names,
+    is_of_the_model,
+    refuse_own_head,
     stored_layer,
 )
 from megatron_prune.store.training import COMMON, SavedRun
@@ -98,6 +100,14 @@ class DistSource(Source):
         self.has_optimizer_state, self._chunks = index.has_optimizer_state, index.tensors
         self._stacks = any(k.startswith(LAYER_PREFIX) and stored_layer(k) < 0 for k in self._chunks)
         wanted = {self._place(name)[0] for name in names(config)}
+        if config.tied and OUTPUT.name in self._chunks:
+            refuse_own_head(directory / INDEX, f"yet it has {OUTPUT.name}")
+        if self._chunks and not any(map(is_of_the_model, self._chunks)):
+            raise CheckpointError(
+                f"{directory / INDEX}: holds {next(iter(self._chunks))} and others; wanted the "
+                "names of a GPT model of Megatron-Core (decoder.layers...). Export it with what "
+                "wrote it"
+            )
         check_names(directory / INDEX, wanted, self._chunks)
         self._files = ChunkFiles(directory, index)
         self._check_shapes()

@@ -212,7 +212,7 @@ _OF_THE_MODEL = ("embedding.", "decoder.", "output_layer.")
 
 
 def is_of_the_model(key: str) -> bool:
-    """Whether a stored key is one of the language model's, by how it begins."""
+    """Whether a stored key is of a GPT model, and not of its optimizer or another framework."""
     return key.startswith(_OF_THE_MODEL)
 
 
@@ -220,6 +220,19 @@ def stored_layer(key: str) -> int:
     """The layer in a stored key, -1 in one that has none."""
     match = re.match(r"decoder\.layers\.([0-9]{1,6})\.", key)
     return int(match[1]) if match else -1
+
+
+def refuse_own_head(where: object, found: str) -> None:
+    """Refuse a tied model that holds an output layer beside its embedding.
+
+    Raises:
+        DamagedError: always; ``found`` says how the two are at odds.
+    """
+    raise DamagedError(
+        f"{where}: its configuration says that output layer and embedding are tied, {found}; "
+        "correct the one that is wrong (tie_word_embeddings in hf/config.json, or "
+        "untie_embeddings_and_output_weights in its arguments)"
+    )
 
 
 def check_names(where: object, wanted: Collection[str], held: Collection[str]) -> None:

@@ -14,8 +14,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from megatron_prune.errors import DamagedError
+from megatron_prune.errors import CheckpointError, DamagedError
 from megatron_prune.model.lazy import torch
+from megatron_prune.store.recognise import foreign_content
 
 _STAND_IN_PREFIXES = ("megatron.", "numpy.", "transformer_engine.", "signal.", "enum.", "pathlib.")
 _STAND_IN_NAMES = {"_codecs.encode", "_io.BytesIO", "types.SimpleNamespace"}
@@ -48,7 +49,13 @@ def load_untrusted(path: Path, *, mmap: bool) -> Any:
             return _load(path, mmap)
     except DamagedError:
         raise
+    except FileNotFoundError:
+        raise DamagedError(f"{path}: is missing; copy it again") from None
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from None
     except Exception as error:  # a damaged pickle can raise anything
+        if what := foreign_content(path):
+            raise CheckpointError(f"{path}: {what}") from None
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise DamagedError(f"{path}: cannot be read: {reason}; copy it again") from None
 
