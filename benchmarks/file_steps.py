@@ -8,10 +8,10 @@
 Every step runs as a user's command, in its own process; the time of an ``inspect`` just before it
 (start-up) is taken off, and the outputs are flushed to disk before the clock stops. The baseline,
 ``cp`` and a flush of what a step *wrote*, runs right after the step, so both meet the same machine;
-so does SHA-256 of the same bytes, which a step computes too, one thread a file. Both read from the page cache; with ``--cold`` (the default for a synthetic model, which the cache
-does not hold) both read from the disk. RssAnon is the peak over samples
-of /proc every 20 ms. Prints a Markdown table of medians. Works in a temporary directory below
-``--work`` and removes it.
+so does SHA-256 of the same bytes, which a step computes too, one thread a file. Both read from the
+page cache; with ``--cold`` (the default for a synthetic model, which the cache does not hold) both
+read from the disk. RssAnon is the peak over samples of /proc every 20 ms. Prints a Markdown table
+of medians. Works in a temporary directory below ``--work`` and removes it.
 """
 
 from __future__ import annotations
