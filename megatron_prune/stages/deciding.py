@@ -23,8 +23,9 @@ from megatron_prune.planning.margins import decisions, rounding_text
 from megatron_prune.planning.plan import PRUNE_TYPES, PrunePlan
 from megatron_prune.planning.scores import Criterion, Scores, load_scores
 from megatron_prune.sources.source import Source
-from megatron_prune.stages.common import shape_table
+from megatron_prune.stages.common import AllowsNonfinite, shape_table
 from megatron_prune.stages.console import Console
+from megatron_prune.stages.reading import check_weights
 
 PLAN = Group("plan")
 NONUNIFORM = Group("layers that keep different numbers of FFN channels")
@@ -40,7 +41,7 @@ def _remain(name: str) -> Any:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PlanFlags:
+class PlanFlags(AllowsNonfinite):
     """Of a stage that decides what is kept."""
 
     hidden_size_remain: int | None = _remain("hidden_size")
@@ -180,6 +181,8 @@ def decide(
     if options.nonuniform:
         check_widths(source.config.family)
     scores, targets = _scores(options, source), options.targets
+    if scores is None:  # else `score` has read them all
+        check_weights(source, console, allow=options.allow_nonfinite)
     name = options.criterion
     criterion = CRITERIA[name] if scores is None else scores.criterion(name)
     planner = partial(
