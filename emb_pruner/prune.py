@@ -19,6 +19,7 @@ from emb_pruner.formats.companions import SENTENCEPIECE
 from emb_pruner.vocab_plan import VocabPlan
 from megatron_prune.errors import ConfigError, PlanError
 from megatron_prune.families.config import CONFIG
+from megatron_prune.parsing import read_table
 from megatron_prune.planning.plan import Kept, PrunePlan
 from megatron_prune.sources.source import VOCAB_PLAN, DerivedSource, Source
 
@@ -119,23 +120,13 @@ def write_companions(
     (directory / VOCAB_PLAN).write_text(plan.to_json())
     path = source.companion_files.get(GENERATION_CONFIG)
     if path is not None:
-        values = renumber(_read_object(path), plan, str(path))
+        values = renumber(read_table(path, ConfigError, "not a generation config"), plan, str(path))
         (directory / GENERATION_CONFIG).write_text(json.dumps(values, indent=2) + "\n")
         written = [*written, GENERATION_CONFIG]
     kept = {
         name: path for name, path in source.companion_files.items() if not is_tokenizer_file(name)
     }
     return kept | {name: directory / name for name in (*written, VOCAB_PLAN)}
-
-
-def _read_object(path: Path) -> Mapping[str, object]:
-    try:
-        values = json.loads(path.read_text())
-    except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{path}: not a generation config: {error}") from None
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path}: not a generation config; mend or remove it")
-    return values
 
 
 class VocabularySource(DerivedSource):

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from megatron_prune.errors import ConfigError, DamagedError
 from megatron_prune.families import FAMILIES, on_disk
+from megatron_prune.parsing import read_table
 
 if TYPE_CHECKING:
     from sentencepiece import SentencePieceProcessor
@@ -343,7 +344,8 @@ def _model_type(folder: Path) -> str | None:
     A type that transformers does not know by itself is that of the family it is read as.
     """
     path = folder / "config.json"
-    kind = json.loads(path.read_text()).get("model_type") if path.is_file() else None
+    told = read_table(path, ConfigError, "not a model configuration") if path.is_file() else {}
+    kind = told.get("model_type")
     if (family := on_disk(kind)) is not None:
         return FAMILIES[family.name].model_type
     return kind if isinstance(kind, str) else None

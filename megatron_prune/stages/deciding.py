@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -17,6 +16,7 @@ from megatron_prune.flags import Group, flag, given_flags, positive
 from megatron_prune.model.axes import count_parameters
 from megatron_prune.model.costs import weight_bytes
 from megatron_prune.model.shape import SCORED_AXES, ModelConfig
+from megatron_prune.parsing import read_json
 from megatron_prune.planning.allocation import COMPARISONS, Nonuniform
 from megatron_prune.planning.choose import Targets, make_plan, parse_layers
 from megatron_prune.planning.margins import decisions, rounding_text
@@ -268,10 +268,7 @@ def _scores(options: PlanFlags, source: Source) -> Scores | None:
 
 
 def _from_file(path: Path) -> dict[str, object]:
-    try:
-        values = json.loads(path.read_text())
-    except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(f"--prune-config-path {path}: {error}") from None
+    values = read_json(path, ConfigError, flag="--prune-config-path")
     known = {*(f"{name}_remain" for name in _REMAIN), "drop_layers"}
     if not isinstance(values, dict) or set(values) - known:
         unknown = sorted(set(values) - known) if isinstance(values, dict) else values

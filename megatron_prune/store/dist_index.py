@@ -19,6 +19,7 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 from megatron_prune.errors import DamagedError
 
 INDEX = ".metadata"
+_MOST_BYTES = 1 << 26  # 400,000 chunks, and 20 s to look at each
 _DCP = "torch.distributed.checkpoint."
 _ALLOWED = {
     "torch": {
@@ -89,6 +90,8 @@ def read_index(directory: Path) -> Index:
     path = directory / INDEX
     try:
         with open(path, "rb") as file:
+            if (size := path.stat().st_size) > _MOST_BYTES:
+                raise ValueError(f"{size} bytes; wanted at most {_MOST_BYTES}")
             return _checked(_IndexUnpickler(file).load())
     except OSError as error:
         raise DamagedError(f"{path}: {error.strerror}; copy it again") from None

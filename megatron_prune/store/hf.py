@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Generator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
+from functools import cache, partial
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from megatron_prune.files import HashedFile, write_file
 from megatron_prune.model.axes import axes_of, names, split_dim, split_layer, tensor_shape
 from megatron_prune.model.family import Family
 from megatron_prune.model.shape import ModelConfig
+from megatron_prune.parsing import check_header, checked_as, read_table
 from megatron_prune.sources.source import Source
 from megatron_prune.store.untrusted import load_untrusted
 from megatron_prune.store.writer import Progress, Writer, Written, ahead, row_blocks
@@ -32,6 +33,8 @@ from megatron_prune.store.writer import Progress, Writer, Written, ahead, row_bl
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 BIN_SINGLE, BIN_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 _IGNORED_SUFFIXES = (".rotary_emb.inv_freq",)  # older exports carry it and no model needs it
+_MORE_TENSORS = 1000  # than a model has, may lie in its files
+_NAMED_BYTES = 1 << 10  # of a header for one tensor; a long name takes 200
 DEFAULT_SHARD_BYTES = 5 * 10**9  # transformers' default, so a repository looks as people expect
 _WORDS = {
     "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64,
@@ -39,8 +42,11 @@ _WORDS = {
 _DTYPE_WORD = {dtype: word for word, dtype in _WORDS.items()}
 
 
-def find_weights(directory: Path) -> dict[str, Path] | Path:
+def find_weights(directory: Path, most: int) -> dict[str, Path] | Path:
     """The weight file of a directory, or the index: tensor name -> file.
+
+    Args:
+        most: tensors that it can have.
 
     Raises:
         CheckpointError: there are no weights.
@@ -48,18 +54,20 @@ def find_weights(directory: Path) -> dict[str, Path] | Path:
     """
     for single, index in ((SINGLE, INDEX), (BIN_SINGLE, BIN_INDEX)):
         if (directory / index).is_file():
-            return _read_weight_map(directory, directory / index)
+            return _read_weight_map(directory, directory / index, most)
         if (directory / single).is_file():
             return directory / single
     raise CheckpointError(f"{directory}: no {SINGLE}, {INDEX} or {BIN_SINGLE}; no weights to read")
 
 
-def _read_weight_map(directory: Path, path: Path) -> dict[str, Path]:
-    try:
-        weight_map = json.loads(path.read_text())["weight_map"]
-        items = [(str(name), str(file)) for name, file in weight_map.items()]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise DamagedError(f"{path}: not an index of weights: {error}") from None
+def _read_weight_map(directory: Path, path: Path, most: int) -> dict[str, Path]:
+    values = read_table(path, DamagedError, "not an index of weights")
+    with checked_as(DamagedError, path, "not an index of weights"):
+        items = [(str(name), str(file)) for name, file in values["weight_map"].items()]
+    if len(items) > most:
+        raise DamagedError(
+            f"{path}: names {len(items)} tensors; config.json describes another model"
+        )
     roots = [directory.resolve()]
     if directory.parent.name == "snapshots":  # the hub's cache: links into its own blobs
         roots.append((directory.parent.parent / "blobs").resolve())
@@ -98,24 +106,30 @@ class HuggingFaceSource(Source):
     ) -> None:
         self.path, self.config = directory, config
         self.companion_files, self.plan_path = companion_files, plan_path
-        self._opened = cache(_open_file)
-        weights = find_weights(directory)
+        self._stored_as = stored_as
+        wanted = self._wanted()
+        most = _MORE_TENSORS + 4 * len(wanted)  # a quantised model has three or four for each
+        self._opened = cache(partial(_open_file, most=most))
+        weights = find_weights(directory, most)
         if isinstance(weights, Path):
             weights = dict.fromkeys(self._opened(weights), weights)
-        self._stored_as = stored_as
-        self._check(weights)
+        self._check(weights, wanted)
         self._files = weights
 
     def _place(self, name: str) -> tuple[str, int, int]:
         """The stored tensor that ``name`` is in, and which of how many blocks of its rows."""
         return hf_place(name, self._stored_as)
 
-    def _check(self, weights: Mapping[str, Path]) -> None:
+    def _wanted(self) -> dict[str, tuple[int, ...]]:
+        """The stored tensors and their shapes, as the configuration has them."""
         wanted = {}
         for name in names(self.config):
             stored, _, blocks = self._place(name)
             rows, *columns = tensor_shape(name, self.config.shape)
             wanted[stored] = (rows * blocks, *columns)
+        return wanted
+
+    def _check(self, weights: Mapping[str, Path], wanted: Mapping[str, tuple[int, ...]]) -> None:
         missing = [name for name in wanted if name not in weights]
         ignored = {"lm_head.weight"} if self.config.tied else set()
         unexpected = [
@@ -182,7 +196,7 @@ class _Held:
         return self._file.get_tensor(self._name)
 
 
-def _open_file(path: Path) -> dict[str, _Held]:
+def _open_file(path: Path, most: int) -> dict[str, _Held]:
     if path.suffix == ".bin":
         tensors = load_untrusted(path, mmap=True)
         if not isinstance(tensors, dict) or not all(
@@ -190,6 +204,8 @@ def _open_file(path: Path) -> dict[str, _Held]:
         ):
             raise DamagedError(f"{path}: holds something other than named tensors; not loaded")
         return {n: _Held(tensors, n, tuple(x.shape), x.dtype) for n, x in tensors.items()}
+    with checked_as(DamagedError, path, "not a file of this model's tensors"):
+        check_header(path, most * _NAMED_BYTES)
     try:
         file = safe_open(path, framework="pt")
         held = {}

@@ -13,7 +13,6 @@ import json
 import mmap
 import pickle
 import sys
-import zipfile
 from argparse import Namespace
 from collections import defaultdict
 from collections.abc import Generator, Mapping
@@ -57,6 +56,7 @@ from megatron_prune.model.fusion import (
 )
 from megatron_prune.model.grid import ParallelGrid
 from megatron_prune.model.shape import ModelConfig
+from megatron_prune.parsing import checked_as
 from megatron_prune.sources.source import Source, assemble
 from megatron_prune.store.chunk import read_header
 from megatron_prune.store.dist_index import INDEX, Chunk, Index, read_index
@@ -122,10 +122,8 @@ class DistSource(Source):
         stop = chunk.start + chunk.length
         if chunk.start < 0 or stop > len(data):
             raise DamagedError(f"{path}: {len(data)} bytes, the index wants {stop}; copy it again")
-        try:
+        with checked_as(DamagedError, path, "a chunk cannot be read", "; copy it again"):
             header = read_header(data, chunk.start, stop)
-        except (ValueError, KeyError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
-            raise DamagedError(f"{path}: a chunk cannot be read: {error}; copy it again") from None
         found = header.dtype, header.sizes, header.stride
         contiguous = tuple(torch.empty(chunk.sizes, device="meta").stride())
         if found != (chunk.dtype, chunk.sizes, contiguous) or header.stop > stop:

@@ -8,7 +8,6 @@ read by their arguments.
 
 from __future__ import annotations
 
-import json
 import re
 from argparse import Namespace
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from megatron_prune.families.config import CONFIG
 from megatron_prune.files import Hold, hold
 from megatron_prune.model.grid import ParallelGrid
 from megatron_prune.model.shape import ModelConfig
+from megatron_prune.parsing import read_table
 from megatron_prune.sources.source import REPAIR, Source
 from megatron_prune.store import hf, mcore_dist, mcore_legacy
 from megatron_prune.store.commit import MANIFEST, WRITER, check_manifest, read_manifest
@@ -210,10 +210,8 @@ def _megatron_config(
 
 def _open_dist(facts: CheckpointFacts, family: str | None) -> Source:
     directory = facts.directory
-    try:
-        backend = json.loads((directory / mcore_dist.FORMAT).read_text())["sharded_backend"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise DamagedError(f"{directory / mcore_dist.FORMAT}: {error}; copy it again") from None
+    path, advice = directory / mcore_dist.FORMAT, "; copy it again"
+    backend = read_table(path, DamagedError, advice=advice).get("sharded_backend")
     if backend != "torch_dist":
         raise CheckpointError(f"{directory}: sharded backend {backend!r}; wanted torch_dist")
     common_path = directory / mcore_dist.COMMON

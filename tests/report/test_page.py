@@ -359,7 +359,7 @@ def test_files_that_do_not_belong_together_are_refused(tmp_path: Path) -> None:
     ("content", "says"),
     [
         (None, "is not there; wanted scores (safetensors), a plan (JSON)"),
-        (b"\x89PNG", "neither safetensors nor JSON; wanted scores"),
+        (b"\x89PNG", "neither safetensors nor JSON: 'utf-8' codec"),
         (b"", "neither safetensors nor JSON"),
         (b'{"loss": 3, "b": 1}', "JSON that holds a table of b, loss; wanted scores"),
         (b"[1, 2]", "JSON that holds list; wanted scores"),
