@@ -161,7 +161,8 @@ def replace_file(path: Path, data: bytes) -> None:
             flush_file(file)
             os.replace(temporary, path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # of a file system that takes nothing
+            temporary.unlink()
         raise StorageError(f"{path}: {error.strerror}; nothing was changed") from error
     flush_path(path.parent)
 

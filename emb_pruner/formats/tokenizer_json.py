@@ -35,13 +35,12 @@ from emb_pruner.formats.spelling import (
     letter_bytes,
 )
 from emb_pruner.vocab_plan import VocabPlan, check_fits
-from megatron_prune.data.tokenizers import load_tokenizer, unreadable
+from megatron_prune.data.tokenizers import check_ids, load_tokenizer, unreadable
 from megatron_prune.errors import ConfigError, DamagedError
 from megatron_prune.parsing import checked_as, read_table
 
 FILE = "tokenizer.json"  # as it is written, whatever name it was read by
 MODELS = ("BPE", "Unigram")
-_MOST_HOLES = 100_000  # ids without a token; lists are as long as the largest id
 
 
 def read_document(path: Path) -> dict[str, Any]:
@@ -121,12 +120,8 @@ class TokenizerJson:
         self._tokenizer.no_padding()
         self.ids: dict[str, int] = dict(self._tokenizer.get_vocab(with_added_tokens=True))
         self.tokens = {id: token for token, id in self.ids.items()}
-        self.size = max(self.tokens, default=-1) + 1
-        if not 0 < self.size <= 2 * len(self.tokens) + _MOST_HOLES:
-            raise DamagedError(
-                f"tokenizer {path}: {len(self.tokens)} tokens with ids up to {self.size - 1}; copy "
-                "it again from its source"
-            )
+        check_ids(path, self.ids)
+        self.size = max(self.tokens) + 1
         self.is_byte_level = "ByteLevel" in _types(
             [document.get("pre_tokenizer"), document.get("decoder")]
         )

@@ -127,6 +127,7 @@ def load_sidecar(prefix: str | Path) -> dict[str, Any] | None:
         raise ConfigError(f"{path}: version {version}, this program reads {SIDECAR_VERSION}")
     with checked_as(DamagedError, path, what, advice):
         wrong = [key for key, kind in wanted.items() if not isinstance(sidecar[key], kind)]
+        wrong += [] if isinstance(sidecar.get("eod"), int | None) else ["eod"]
         hashes = [sidecar[part][key] for part in ("bin", "idx") for key in ("bytes", "sha256")]
         if wrong or not all(isinstance(value, int | str) for value in (version, *hashes)):
             raise ValueError(f"wrong kind of {', '.join(wrong) or 'hash'}")
