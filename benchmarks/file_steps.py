@@ -7,11 +7,11 @@
 
 Every step runs as a user's command, in its own process; the time of an ``inspect`` just before it
 (start-up) is taken off, and the outputs are flushed to disk before the clock stops. The baseline,
-``cp`` and a flush of what a step *wrote*, runs right after the step, so both meet the same machine.
-Both read from the page cache; with ``--cold`` (the default for a synthetic model, which the cache
-does not hold) both read from the disk. RssAnon is the peak over samples
-of /proc every 20 ms. Prints a Markdown table of medians. Works in a temporary directory below
-``--work`` and removes it.
+``cp`` and a flush of what a step *wrote*, runs right after the step, so both meet the same machine;
+so does SHA-256 of the same bytes, which a step computes too, one thread a file. Both read from the
+page cache; with ``--cold`` (the default for a synthetic model, which the cache does not hold) both
+read from the disk. RssAnon is the peak over samples of /proc every 20 ms. Prints a Markdown table
+of medians. Works in a temporary directory below ``--work`` and removes it.
 """
 
 from __future__ import annotations
@@ -33,11 +33,13 @@ import torch
 from torch import Tensor
 
 from megatron_prune.families.llama import LLAMA
+from megatron_prune.files import hash_file
 from megatron_prune.model.axes import axes_of, split_dim, tensor_shape
 from megatron_prune.model.grid import VOCAB_DIVISOR
 from megatron_prune.model.shape import ModelConfig, ModelShape
+from megatron_prune.model.tensors import torch_dtype
 from megatron_prune.ranks import Ranks
-from megatron_prune.sources.source import DTYPES, Source
+from megatron_prune.sources.source import Source
 from megatron_prune.store import open_source
 from megatron_prune.surgery import Target, write_checkpoint
 
@@ -61,10 +63,10 @@ class SyntheticSource(Source):
         self.companion_files = {}
         generator = torch.Generator().manual_seed(0)
         noise = torch.randn(1 << 22, generator=generator) * 0.02
-        self._noise = noise.to(DTYPES[config.dtype])
+        self._noise = noise.to(torch_dtype(config.dtype))
 
     def dtype(self, name: str) -> torch.dtype:
-        return DTYPES[self.config.dtype]
+        return torch_dtype(self.config.dtype)
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
         shape = torch.Size(tensor_shape(name, self.config.shape))
@@ -131,6 +133,15 @@ def copy_seconds(source: Path, target: Path) -> float:
     return seconds
 
 
+def hash_seconds(target: Path) -> float:
+    """SHA-256 of every file, one after another."""
+    began = time.perf_counter()
+    for path in target.rglob("*"):
+        if path.is_file():
+            hash_file(path)
+    return time.perf_counter() - began
+
+
 def steps(model: Path, work: Path, shape: ModelShape, tp: int) -> list[tuple[str, list[object]]]:
     """Name and command of every step; a later one reads what an earlier one left."""
     half = [
@@ -175,11 +186,11 @@ def run(
     """Measure the steps listed; a row each."""
     idle = measure("inspect", model)[1]
     print(f"private memory at start-up (inspect): {idle / 2**20:.0f} MiB\n")
-    print("| step | MB written | cp s | step s | x cp | private MiB above start-up |")
-    print("|---|---|---|---|---|---|")
+    print("| step | MB written | cp s | SHA-256 s | step s | x cp | private MiB above start-up |")
+    print("|---|---|---|---|---|---|---|")
     for name, words in listed:
         source, target = (Path(str(words[words.index(w) + 1])) for w in ("--load", "--save"))
-        taken, copies, peaks, written = [], [], [], 0
+        taken, copies, hashes, peaks, written = [], [], [], [], 0
         for _ in range(repeats):
             shutil.rmtree(target, ignore_errors=True)
             prepare(source, cold)
@@ -189,13 +200,15 @@ def run(
             taken.append(max(seconds - startup, 0.0))
             prepare(target, cold)
             copies.append(copy_seconds(target, work / "copy"))
+            hashes.append(hash_seconds(target))
             peaks.append(peak)
         if target.name in ("hf", "out"):
             shutil.rmtree(target)
         ratio = statistics.median(a / b for a, b in zip(taken, copies))
         print(
             f"| {name} | {written / 1e6:.0f} | {statistics.median(copies):.2f} "
-            f"| {statistics.median(taken):.2f} | {ratio:.2f} | {(max(peaks) - idle) / 2**20:.0f} |",
+            f"| {statistics.median(hashes):.2f} | {statistics.median(taken):.2f} | {ratio:.2f} "
+            f"| {(max(peaks) - idle) / 2**20:.0f} |",
             flush=True,
         )
 

@@ -13,9 +13,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING
 
 from emb_pruner.counts import Counts
 from emb_pruner.cutting import Cutter, cutter_for
@@ -24,6 +22,10 @@ from emb_pruner.reading import Ids, Input, Portion, TextBlock, read_pieces
 from megatron_prune.data.corpus import map_pieces, parse_lines
 from megatron_prune.data.indexed import corpus_path
 from megatron_prune.errors import ConfigError
+from megatron_prune.model.lazy import np
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 TABLE_CHARACTERS = 1 << 23
 SPACE_LETTER = "Ġ"  # a space in byte-level vocabularies

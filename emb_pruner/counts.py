@@ -10,13 +10,15 @@ import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING
 
 from megatron_prune.errors import ConfigError, DamagedError
 from megatron_prune.files import replace_file
+from megatron_prune.model.lazy import np
 from megatron_prune.parsing import checked_as
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 VERSION = 1
 _TOTALS = ("bytes", "characters", "documents")

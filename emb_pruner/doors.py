@@ -14,11 +14,10 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-
 from emb_pruner.counts import load_counts
 from megatron_prune.cli import main
 from megatron_prune.files import replace_file
+from megatron_prune.model.lazy import np
 
 
 def get_vocab_freq(doc: str | None, tokenizer: str, remain_vocab_size: int) -> int:

@@ -6,8 +6,6 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
-
 from emb_pruner.counts import load_counts
 from emb_pruner.forest import Forest
 from emb_pruner.formats import Vocabulary
@@ -15,6 +13,7 @@ from emb_pruner.remain_ids import closed_ids, read_ids
 from emb_pruner.selection import PRIOR, select, with_prior
 from emb_pruner.vocab_plan import VocabPlan
 from megatron_prune.errors import ConfigError
+from megatron_prune.model.lazy import np
 
 ASKED = "asked for"
 

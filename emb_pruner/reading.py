@@ -12,14 +12,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
 from emb_pruner.cutting import Cutter
 from megatron_prune.data.corpus import LineChunk, check_inputs, parse_lines, read_chunks
 from megatron_prune.data.indexed import corpus_path
 from megatron_prune.data.packed import open_unpacked, without_packing
 from megatron_prune.data.sidecar import CorpusFacts, check_corpus
 from megatron_prune.errors import ConfigError
+from megatron_prune.model.lazy import np
 
 TEXT_BLOCK_BYTES = 1 << 20
 TEXT_BYTES_MAX = 1 << 30  # of a text without a place to cut it

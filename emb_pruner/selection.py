@@ -15,12 +15,14 @@ from __future__ import annotations
 import heapq
 from collections.abc import Callable
 from functools import partial
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING
 
 from emb_pruner.forest import Forest
 from megatron_prune.errors import ConfigError
+from megatron_prune.model.lazy import np
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 PRIOR = 1.0  # share of the corpus that the prior is worth
 

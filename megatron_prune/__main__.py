@@ -6,10 +6,12 @@ from typing import NoReturn
 
 from megatron_prune.cli import main
 from megatron_prune.errors import DistributedError
+from megatron_prune.ranks import end_with_launcher
 
 
 def run() -> NoReturn:
     """`main`, and the end of the process with its exit code."""
+    end_with_launcher()
     code = main()
     if code == DistributedError.exit_code:
         # taking down what talks to a lost rank can take long, or wait for it

@@ -143,13 +143,13 @@ def read_table(
         return values
 
 
-def read_yaml(path: Path, kind: type[PruneError], *, flag: str) -> Any:
+def read_yaml(path: Path, kind: type[PruneError], what: str = "not YAML", *, flag: str = "") -> Any:
     """The values of a YAML file.
 
     Raises:
         kind: it cannot be read, or is none.
     """
-    with checked_as(kind, f"{flag} {path}", "not YAML"):
+    with checked_as(kind, f"{flag} {path}".strip(), what):
         return parse_yaml(_read_bytes(path, YAML_BYTES))
 
 

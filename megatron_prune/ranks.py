@@ -6,8 +6,11 @@ collect small Python objects, agree on the arguments. Megatron's groups belong t
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import os
+import signal
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -109,6 +112,19 @@ def joined_ranks() -> Iterator[Ranks]:
         yield Ranks(rank=dist.get_rank(), world_size=world_size)
     finally:
         dist.destroy_process_group()
+
+
+_PR_SET_PDEATHSIG = 1  # prctl(2)
+
+
+def end_with_launcher() -> None:
+    """Have Linux send this process SIGTERM when the torchrun that started it ends in any way: a
+    launcher that is killed cannot stop its ranks, which would go on, or wait, by themselves."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ or not sys.platform.startswith("linux"):
+        return
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() == 1:  # it has ended before
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 def is_first_rank() -> bool:

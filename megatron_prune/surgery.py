@@ -32,6 +32,7 @@ from megatron_prune.store.megatron import ITERATION
 from megatron_prune.store.megatron_args import check_expressible, megatron_args
 from megatron_prune.store.model_card import CardFacts, base_model_of, model_card
 from megatron_prune.store.passenger import Passenger, commands_of
+from megatron_prune.store.training import SavedRun
 from megatron_prune.store.writer import Progress, Writer
 
 
@@ -44,6 +45,7 @@ class Target:
         te_norms: legacy format only: name norms as Transformer Engine's layer spec does.
         base_model: hub name that the model card gives as the model's origin; None for what the
             source says.
+        run: torch_dist only: the training run that goes on from it; None for a model alone.
     """
 
     directory: Path
@@ -52,11 +54,16 @@ class Target:
     max_shard_bytes: int = DEFAULT_SHARD_BYTES
     te_norms: bool = True
     base_model: str | None = None
+    run: SavedRun | None = None
+
+    @property
+    def iteration(self) -> int:
+        return ITERATION if self.run is None else self.run.iteration
 
     @property
     def weights_directory(self) -> str:
         """Of the weights, below the directory."""
-        return "." if self.format == "hf" else f"iter_{ITERATION:07d}"
+        return "." if self.format == "hf" else f"iter_{self.iteration:07d}"
 
 
 def make_writer(source: Source, target: Target, plan_digest: str | None = None) -> Writer:
@@ -73,14 +80,15 @@ def make_writer(source: Source, target: Target, plan_digest: str | None = None) 
     args = megatron_args(
         source.config,
         target.grid,
-        iteration=ITERATION,
+        iteration=target.iteration,
         ckpt_format=target.format,
         transformer_impl="transformer_engine" if target.te_norms else "local",
         prune_plan_digest=plan_digest,
+        **({} if target.run is None else target.run.arguments),
     )
     if target.format == "torch":
         return LegacyWriter(source, target.grid, args, te_norms=target.te_norms)
-    return DistWriter(source, target.grid, args)
+    return DistWriter(source, target.grid, args, target.run)
 
 
 def write_checkpoint(
@@ -132,7 +140,7 @@ def write_checkpoint(
             facts = passenger.facts(target.format, target.grid)
             write_manifest(directory, facts, {file: w.record for file, w in everything.items()})
             if target.format != "hf":
-                write_file(directory.parent / TRACKER, f"{ITERATION}\n".encode())
+                write_file(directory.parent / TRACKER, f"{target.iteration}\n".encode())
 
 
 def _passenger(

@@ -10,15 +10,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
-
 from megatron_prune.errors import DamagedError
 from megatron_prune.model.axes import axes_of, layer_name, names, split_layer, tensor_shape
+from megatron_prune.model.lazy import Tensor, torch
+from megatron_prune.model.tensors import dtype_word
 from megatron_prune.planning.plan import PrunePlan, load_plan
 from megatron_prune.sources.finite import is_finite, nonfinite_text
 from megatron_prune.sources.repair_record import Replaced, digest, load_repair
-from megatron_prune.sources.source import DTYPE_NAMES, Source
+from megatron_prune.sources.source import Source
 from megatron_prune.store.commit import MANIFEST, check_manifest
 
 _BLOCK_ROWS = 4096
@@ -105,7 +104,7 @@ def _check_repaired(pruned: Source, name: str, replaced: Replaced, plan: PrunePl
             f"{pruned.path}: {stored}: is {tuple(found.shape)}, the plan makes {wanted}"
         )
     _check_finite(pruned, name, found)
-    if digest(found) != replaced.sha256.get(DTYPE_NAMES[found.dtype]):
+    if digest(found) != replaced.sha256.get(dtype_word(found.dtype)):
         raise DamagedError(
             f"{pruned.path}: {stored}: its SHA-256 is not the one {pruned.repair_path} has for "
             f"this tensor, replaced by {replaced.how}"

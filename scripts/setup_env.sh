@@ -44,12 +44,14 @@ _find_python() {
 
 _has_gpu() { command -v nvidia-smi >/dev/null && nvidia-smi -L >/dev/null 2>&1; }
 
-# pip install with everything in a log and, of that, what takes long on the screen.
+# pip install with everything in a log and, of that, what takes long on the screen. Python compiles
+# what it imports, a tenth of what is installed, and keeps it, unless it is told not to.
 _pip_install() (
     set -o pipefail
-    log=$1
+    log=$1 compile=(--no-compile)
     shift
-    python -m pip install --disable-pip-version-check "$@" 2>&1 | tee -a "$log" |
+    [[ -z "${PYTHONDONTWRITEBYTECODE:-}" ]] || compile=()
+    python -m pip install --disable-pip-version-check "${compile[@]}" "$@" 2>&1 | tee -a "$log" |
         { grep --line-buffered -E '^ *(Downloading|Building|Successfully)' || true; } | cut -c1-100 >&2
 )
 

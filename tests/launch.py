@@ -80,23 +80,37 @@ def made_once(factory: pytest.TempPathFactory, name: str) -> Iterator[tuple[Path
         (folder / "made").touch()
 
 
+@cache
+def _ports() -> Iterator[int]:
+    """This worker's own, each once, below those the system gives to outgoing connections: where two
+    launches meet on one port, ranks of one find the store of the other."""
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    mine = range(12_000 + worker, 32_000, int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))
+    return iter(random.SystemRandom().sample(mine, len(mine)))
+
+
 def free_port() -> int:
-    """A port that nothing listens on, below those the system gives to outgoing connections."""
-    while True:
-        port = random.SystemRandom().randrange(12_000, 32_000)
+    """A port that nothing listens on, and no other launch was given."""
+    for port in _ports():
         with socket.socket() as tried, suppress(OSError):
             tried.bind(("127.0.0.1", port))
             return port
+    raise AssertionError("every port was given")
 
 
 def free_groups() -> None:
     """Free the process groups of a command that has run in this process and ended.
+
+    torch counts groups, also those that a rank could not join, and names the next rendezvous by the
+    number: ranks that have failed differently would not find each other any more.
 
     Cycles hold them until Python's next full collection, and a cache in Megatron one of each model.
     Each has threads of gloo that wake up a hundred times a second: a test process came to 800.
     """
     if module := sys.modules.get("megatron.core.models.common.embeddings.rotary_pos_embedding"):
         module.RotaryEmbedding.forward.cache_clear()
+    if module := sys.modules.get("torch.distributed.distributed_c10d"):
+        module._world.group_count = 0
     if len(os.listdir("/proc/self/task")) > 8:
         gc.collect()
 

@@ -162,6 +162,11 @@ def refused(*args: object, says: str = "", code: int | tuple[int, ...] = 2) -> s
     return message
 
 
+def edit_config(path: Path, **changes: Any) -> None:
+    """Change keys of a JSON file."""
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
 def tensors(folder: Path) -> dict[str, Tensor]:
     """Every tensor of a Hugging Face directory, read by safetensors."""
     found: dict[str, Tensor] = {}

@@ -98,12 +98,10 @@ def test_only_the_engine_imports_megatron() -> None:
     assert users <= {"engine"}
 
 
-def test_nothing_below_the_engine_imports_the_distributed_checkpoint_reader() -> None:
-    """torch's DCP executes pickles; only its plain records of an index are used."""
+def test_nothing_imports_the_distributed_checkpoint_reader() -> None:
+    """torch's DCP executes pickles; only its writer and the plain records of an index are used."""
     banned = ("load", "state_dict_loader", "default_planner", "FileSystemReader")
     for path in _files():
-        if LAYER_OF[_part(_module(path))] >= LAYER_OF["engine.cpu"]:
-            continue
         for module in _imports(path):
             assert not (
                 module[:3] == ("torch", "distributed", "checkpoint") and module[-1] in banned
@@ -118,7 +116,9 @@ from megatron_prune.cli import main
 for argv in json.loads(sys.argv[1]):
     assert main(argv) == 0, argv
 heavy = {"megatron", "transformers", "transformer_engine", "matplotlib", "tensorboard", "nltk"}
-print(sorted(heavy & {name.split(".")[0] for name in sys.modules}), file=sys.stderr)
+found = heavy & {name.split(".")[0] for name in sys.modules}
+found |= {"torch.distributed.checkpoint"} & {*sys.modules}
+print(sorted(found), file=sys.stderr)
 """
     source, plan = str(models("gqa")), str(tmp_path / "p.json")
     out = [str(tmp_path / name) for name in "abcd"]
@@ -133,6 +133,46 @@ print(sorted(heavy & {name.split(".")[0] for name in sys.modules}), file=sys.std
     ]
     done = subprocess.run(
         [sys.executable, "-c", script, json.dumps(stages)], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.strip().splitlines()[-1] == "[]"
+
+
+def test_help_and_refused_flags_load_neither_torch_nor_numpy() -> None:
+    """In a fresh process: their import costs ten times as much as all the rest."""
+    script = """
+import contextlib, io, json, sys
+from megatron_prune.cli import STAGES, VOCAB, main
+pairs = [[stage] for stage in STAGES if stage != "vocab"] + [["vocab", action] for action in VOCAB]
+with contextlib.redirect_stdout(io.StringIO()):
+    for argv in [*([*words, "--help"] for words in pairs), *json.loads(sys.argv[1])]:
+        try:
+            code = main(argv)
+        except SystemExit as exit:
+            code = exit.code
+        assert code == (0 if "--help" in argv else 2), (argv, code)
+print(sorted({"torch", "numpy"} & {name.split(".")[0] for name in sys.modules}), file=sys.stderr)
+"""
+    model = ["--load", "model", "--save", "out"]
+    run = ["--data-path", "corpus", "--seq-length", "8", "--micro-batch-size", "1", "--lr", "1e-3"]
+    refused = [
+        ["inspect"],
+        ["convert", *model, "--to", "hf", "--tensor-model-parallel-size", "2"],
+        ["convert", *model, "--to", "hf", "--push-to-hub", "no/such/name"],
+        ["prune", *model, "--to", "hf", "--repair"],
+        ["prune", *model, "--to", "hf", "--ffn-hidden-size-remain", "many"],
+        ["plan", *model, "--drop-layers", "a"],
+        ["plan", *model, "--rounds", "0"],
+        ["score", *model, "--criterion", "nothing"],
+        ["train", *model, *run, "--train-iters", "0"],
+        ["train", *model, *run, "--train-iters", "2", "--min-lr", "1"],
+        ["evaluate", "--load", "model"],
+        ["generate", "--load", "model", "--prompt", "a", "--temperature", "-1"],
+        ["preprocess", "--input", "a", "--tokenizer-model", "b"],
+        ["vocab", "plan", "--tokenizer", "a", "--counts", "b", "--save", "c"],
+    ]
+    done = subprocess.run(
+        [sys.executable, "-c", script, json.dumps(refused)], capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
     assert done.stderr.strip().splitlines()[-1] == "[]"

@@ -68,7 +68,7 @@ def test_ranks_with_different_arguments_all_refuse(models: Models, tmp_path: Pat
     save = ("--load", models("gqa"), "--save", tmp_path / "p", "--to", "hf", "--drop-layers", 1)
     done = launch(2, ("prune", *save, "--seed", 1), instead={1: ("prune", *save, "--seed", 2)})
     assert [rank.codes for rank in done] == [[2], [2]], done
-    assert "the command line differs between ranks: rank 1 of 2" in done[0].err
+    assert "--seed differs between ranks: rank 0 has 1, rank 1 has 2; start every" in done[0].err
     assert "Traceback" not in done[0].err + done[1].err
     assert list(tmp_path.iterdir()) == []
 

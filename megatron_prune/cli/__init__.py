@@ -12,13 +12,16 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 from megatron_prune import __version__, stages
 from megatron_prune.cli.flags import add_flags, options_from
 from megatron_prune.cli.recipe import expand_recipe, with_dashes
+from megatron_prune.cli.start import alike, started_with
 from megatron_prune.cli.terminal import Terminal
 from megatron_prune.errors import PruneError, exit_code
+from megatron_prune.model.grid import Layout
 from megatron_prune.ranks import is_first_rank
 
 STAGES = {
@@ -104,9 +107,21 @@ def _run(argv: Sequence[str]) -> None:
     parser, function, options = stage_parser(stage)
     args = parser.parse_args(expand_recipe(stage, with_dashes(rest)))
     terminal = Terminal()
-    found = function(options_from(args, options, command=tuple(argv)), terminal)
+    given: Any = options_from(args, options, command=tuple(argv))
+    with (
+        nullcontext()
+        if not _on_ranks(given)
+        else alike(started_with(stage, given), getattr(given, "distributed_timeout_minutes", 10))
+    ):
+        found = function(given, terminal)
     if found is not None:
         terminal.show(str(found))
+
+
+def _on_ranks(options: Any) -> bool:
+    """Whether ranks share the stage: what takes a layout, unless nothing is run or written."""
+    serial = getattr(options, "dry_run", False) or getattr(options, "rounds", 1) is None
+    return isinstance(options, Layout) and not serial
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -8,8 +8,6 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 
-from tqdm import tqdm
-
 from megatron_prune.ranks import is_first_rank
 from megatron_prune.stages.console import Console, Progress
 
@@ -28,6 +26,8 @@ class Terminal(Console):
         self, what: str, *, unit: str, stays: bool = True
     ) -> Iterator[Callable[[int], Progress]]:
         """With rate and time left; ended whatever happens."""
+        from tqdm import tqdm
+
         with ExitStack() as bars:
 
             def start(total: int) -> Progress:

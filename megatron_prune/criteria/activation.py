@@ -12,10 +12,9 @@ It never looks at a weight: a channel that is large and ignored scores high.
 
 from __future__ import annotations
 
-from torch import Tensor
-
 from megatron_prune.criteria.observed import Observed
 from megatron_prune.criteria.registry import criterion
+from megatron_prune.model.lazy import Tensor
 
 
 @criterion("activation", axes="DQFL", needs=("observed",))

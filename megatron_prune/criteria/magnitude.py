@@ -8,10 +8,9 @@ its rows of gate and up and its column of linear_fc2.
 
 from __future__ import annotations
 
-from torch import Tensor
-
 from megatron_prune.criteria.observed import WeightSquares
 from megatron_prune.criteria.registry import criterion
+from megatron_prune.model.lazy import Tensor
 
 
 @criterion("magnitude", axes="DQKFL", needs=("weights",))

@@ -11,9 +11,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 from math import prod
 
-import torch
-from torch import Tensor
-
 from megatron_prune.errors import DamagedError
 from megatron_prune.model.axes import (
     axes_of,
@@ -26,6 +23,7 @@ from megatron_prune.model.axes import (
     tensor_shape,
 )
 from megatron_prune.model.blocks import EMBEDDING, OUTPUT
+from megatron_prune.model.lazy import Tensor, torch
 from megatron_prune.model.shape import AXES, LAYER_AXES, ModelConfig, ModelShape
 from megatron_prune.sources.finite import nonfinite_text
 from megatron_prune.sources.source import Source

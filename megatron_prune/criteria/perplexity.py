@@ -10,10 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
-from torch import Tensor
-
 from megatron_prune.criteria.registry import criterion
+from megatron_prune.model.lazy import Tensor, torch
 
 
 @criterion("perplexity", axes="L", needs=("losses_without",))

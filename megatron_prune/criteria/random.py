@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import hashlib
 
-import torch
-from torch import Tensor
-
 from megatron_prune.criteria.registry import criterion
+from megatron_prune.model.lazy import Tensor, torch
 
 
 @criterion("random", axes="DQKFL")

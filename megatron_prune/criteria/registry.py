@@ -13,8 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from torch import Tensor
-
+from megatron_prune.model.lazy import Tensor
 from megatron_prune.planning.scores import Criterion
 
 EVIDENCE = ("weights", "observed", "gradients", "losses_without", "removed", "last_losses")

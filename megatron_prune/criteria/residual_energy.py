@@ -7,10 +7,9 @@ others go (`norm rescale`), so keeping the most energy disturbs the norms least.
 
 from __future__ import annotations
 
-from torch import Tensor
-
 from megatron_prune.criteria.observed import Observed
 from megatron_prune.criteria.registry import criterion
+from megatron_prune.model.lazy import Tensor
 
 
 @criterion("residual-energy", axes="D", needs=("observed",))

@@ -8,10 +8,9 @@ information times the squared weight. Needs backward passes, one a sample.
 
 from __future__ import annotations
 
-from torch import Tensor
-
 from megatron_prune.criteria.observed import Gradients
 from megatron_prune.criteria.registry import criterion
+from megatron_prune.model.lazy import Tensor
 
 
 @criterion("taylor", axes="DQKFL", needs=("gradients",))

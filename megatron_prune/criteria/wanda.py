@@ -9,10 +9,9 @@ the variance of X_i in place of its second moment, since a bias could stand in f
 
 from __future__ import annotations
 
-from torch import Tensor
-
 from megatron_prune.criteria.observed import Observed, WeightSquares
 from megatron_prune.criteria.registry import criterion
+from megatron_prune.model.lazy import Tensor
 
 
 @criterion("wanda", axes="DQF", needs=("observed", "weights"))

@@ -31,15 +31,16 @@ from dataclasses import dataclass
 from itertools import chain
 from multiprocessing.connection import wait
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
 
 from megatron_prune.data.packed import import_zstd, open_unpacked
 from megatron_prune.data.sentences import SentenceSplitter
 from megatron_prune.data.tokenizers import TextTokenizer
 from megatron_prune.errors import ConfigError, DistributedError
+from megatron_prune.model.lazy import np
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 CHUNK_BYTES = 1 << 19
 LINE_BYTES_MAX = 1 << 30  # a binary file has no line ends either

@@ -18,12 +18,13 @@ import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING, Any
 
 from megatron_prune.errors import ConfigError, DamagedError
+from megatron_prune.model.lazy import np
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 WEIGHTINGS = ("dynamic", "constant")
 _BLOCK = 1024  # samples located at a time
@@ -67,12 +68,12 @@ def check_rule(rule: UpdateRule, weights: Mapping[str, float]) -> None:
     if count * floor > 1:
         raise ConfigError(
             f"--domain-weight-floor {floor:g}: {count} domains would take {count * floor:g} of 1; "
-            f"wanted {1 / count:.4g} or less"
+            f"wanted {math.floor(1e4 / count) / 1e4:g} or less"
         )
     if count * cap < 1:
         raise ConfigError(
             f"--domain-weight-cap {cap:g}: {count} domains would take {count * cap:g} of 1 at "
-            f"most; wanted {1 / count:.4g} or more"
+            f"most; wanted {math.ceil(1e4 / count) / 1e4:g} or more"
         )
     for name, weight in weights.items():
         if not floor - 1e-12 <= weight <= cap + 1e-12:

@@ -34,10 +34,7 @@ from dataclasses import asdict
 from glob import escape
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from megatron_prune.errors import ConfigError, StorageError
 from megatron_prune.files import (
@@ -49,12 +46,16 @@ from megatron_prune.files import (
     one_at_a_time,
     write_file,
 )
+from megatron_prune.model.lazy import np
 from megatron_prune.parsing import parse_json
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 MAGIC = b"MMIDIDX\x00\x00"
 HEADER = struct.Struct("<9sQBQQ")
-TYPES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}
-CODES = {np.dtype(kind): code for code, kind in TYPES.items()}
+TYPES = {1: "uint8", 2: "int8", 3: "int16", 4: "int32", 5: "int64", 8: "uint16"}
+CODES = {kind: code for code, kind in TYPES.items()}
 SUFFIXES = (".bin", ".json", ".idx")  # in the order they are published; the index makes it a corpus
 _PIECE = 1 << 17  # sequences handled at a time when the index is put together
 
@@ -296,7 +297,8 @@ class CorpusWriter:
     def _write_index(self) -> FileRecord:
         with open(self.folder / "idx", "xb") as file:
             out = HashedFile(file)
-            out.write(HEADER.pack(MAGIC, 1, CODES[self.dtype], self.sequences, self.documents + 1))
+            code = CODES[self.dtype.name]
+            out.write(HEADER.pack(MAGIC, 1, code, self.sequences, self.documents + 1))
             for lengths in _pieces(self._lengths, 4):
                 out.write(lengths)
             offset = 0

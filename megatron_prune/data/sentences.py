@@ -12,8 +12,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from nltk.tokenize.punkt import PunktSentenceTokenizer, PunktTokenizer, PunktTrainer
+if TYPE_CHECKING:
+    from nltk.tokenize.punkt import PunktSentenceTokenizer
 
 TRAINING_CHARACTERS = 8 << 20
 _PIECE = (
@@ -34,6 +36,8 @@ class SentenceSplitter:
 
 def load_splitter(texts: Iterable[str]) -> SentenceSplitter:
     """The splitter for a corpus that begins with ``texts``; draws only as many as it needs."""
+    from nltk.tokenize.punkt import PunktTokenizer
+
     try:
         return SentenceSplitter(origin="nltk punkt_tab english", punkt=PunktTokenizer("english"))
     except LookupError:
@@ -42,6 +46,8 @@ def load_splitter(texts: Iterable[str]) -> SentenceSplitter:
 
 def train_splitter(texts: Iterable[str]) -> SentenceSplitter:
     """Punkt trained on ``texts``, as far as ``TRAINING_CHARACTERS`` goes."""
+    from nltk.tokenize.punkt import PunktSentenceTokenizer, PunktTrainer
+
     trainer = PunktTrainer()
     characters = 0
     for piece in _pieces(texts):

@@ -15,15 +15,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING, Any
 
 from megatron_prune.data.indexed import HEADER, MAGIC, TYPES, corpus_path
 from megatron_prune.errors import ConfigError, DamagedError
 from megatron_prune.files import hash_file
+from megatron_prune.model.lazy import np
 from megatron_prune.parsing import checked_as, read_table
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 SIDECAR_VERSION = 1
 _PIECE = 1 << 18  # sequences of the index checked at a time

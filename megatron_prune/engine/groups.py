@@ -14,13 +14,10 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
-import torch
-import torch.distributed as dist
-
-from megatron_prune.engine import cpu
 from megatron_prune.engine.failures import named_failures
 from megatron_prune.errors import ShapeError
 from megatron_prune.model.grid import ParallelGrid
+from megatron_prune.model.lazy import dist, torch
 from megatron_prune.ranks import Ranks
 
 if TYPE_CHECKING:
@@ -114,6 +111,8 @@ def model_parallel(
         ShapeError: the world size does not fit the grid.
     """
     copies = data_parallel_size(grid, world_size(), context_parallel)
+    from megatron_prune.engine import cpu
+
     cpu.install()
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed

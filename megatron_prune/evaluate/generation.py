@@ -39,11 +39,9 @@ def open_for_generation(options: GenerateOptions) -> Source:
     """The model, opened and checked against the options; no weight is read.
 
     Raises:
-        ConfigError: an option is out of range.
         ShapeError: the layout does not fit the model.
         CheckpointError: there is no model at ``load``.
     """
-    options.check()
     source = open_source(options.load, family=options.family)
     source.config.shape.check_uniform("generate", "transformers on its export")
     options.grid.check(source.config.shape)
@@ -94,10 +92,15 @@ def _tokenise(
 def _check_length(prompt_tokens: int, new_tokens: int, config: ModelConfig) -> None:
     window = config.sliding_window or config.max_position_embeddings
     most = min(window, config.max_position_embeddings)
+    if prompt_tokens >= most:
+        raise ConfigError(
+            f"the prompt has {prompt_tokens} tokens, the model {most} positions, its answer "
+            f"included; give a prompt of {most - 1} or less"
+        )
     if prompt_tokens + new_tokens > most:
         raise ConfigError(
             f"--max-new-tokens {new_tokens} behind a prompt of {prompt_tokens} tokens is more than "
-            f"the {most} positions of the model; give {max(0, most - prompt_tokens)} or less"
+            f"the {most} positions of the model; give {most - prompt_tokens} or less"
         )
 
 

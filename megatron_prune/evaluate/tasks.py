@@ -24,7 +24,8 @@ from megatron_prune.evaluate.options import EvaluateOptions
 from megatron_prune.evaluate.served import SharedModel
 from megatron_prune.model.axes import count_parameters
 from megatron_prune.model.grid import ParallelGrid
-from megatron_prune.sources.source import DTYPES, Source
+from megatron_prune.model.tensors import torch_dtype
+from megatron_prune.sources.source import Source
 from megatron_prune.store import open_source
 
 _MERGED = ("results", "groups", "versions", "n-shot", "n-samples", "higher_is_better")
@@ -171,7 +172,7 @@ def evaluate_by_transformers(source: Source, options: EvaluateOptions) -> dict[s
     model = HFLM(
         pretrained=str(source.path),
         tokenizer=None if options.tokenizer_model is None else str(options.tokenizer_model),
-        dtype=DTYPES[options.dtype],
+        dtype=torch_dtype(options.dtype),
         batch_size=options.micro_batch_size,
         device="cuda" if torch.cuda.is_available() else "cpu",
         max_length=_length(source, options, ParallelGrid()),

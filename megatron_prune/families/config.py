@@ -6,25 +6,32 @@ interpret are kept as they were.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from megatron_prune.errors import CheckpointError
 from megatron_prune.families.block_configs import FAMILY
+from megatron_prune.families.unread import check_keys
+from megatron_prune.families.windows import keep_layers
 from megatron_prune.model.axes import split_layer
 from megatron_prune.model.family import Family, Weight
 from megatron_prune.model.shape import ModelConfig, ModelShape
+from megatron_prune.model.tensors import DTYPES
 
 CONFIG = "config.json"
-_DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
-_DTYPE_WORDS = {short: word for word, short in _DTYPES.items()}
+_SHORT = {long: short for short, long in DTYPES.items()}
+_OLD_LENGTH = ("llama3", "yarn", "longrope")  # their parameters name the length before scaling
 
 
 def interpret(family: Family, values: Mapping[str, Any]) -> ModelConfig:
     """The facts that config.json has under the same keys in most families.
 
+    Where keys say the same thing twice, the one that transformers 5 takes counts; the table in
+    docs/reading.md has them all.
+
     Raises:
-        CheckpointError: an activation that we do not compute.
+        CheckpointError: an activation that we do not compute, or see `check_keys`.
         KeyError: a size is missing.
         ShapeError: sizes that do not fit.
     """
@@ -33,12 +40,12 @@ def interpret(family: Family, values: Mapping[str, Any]) -> ModelConfig:
         value = values.get(key)
         return family.defaults.get(key, default) if value is None else value
 
+    check_keys(values)
     if values.get("hidden_act", "silu") != "silu":
         raise CheckpointError(f"hidden_act {values['hidden_act']!r}; wanted silu (SwiGLU models)")
     heads = values["num_attention_heads"]
-    base, scaling = _rope(values)
-    window = values["sliding_window"] if "sliding_window" in values else get("sliding_window")
-    dtype = str(values.get("dtype") or values.get("torch_dtype") or "float32")
+    base, scaling = _rope(family, values)
+    groups = values.get("num_key_value_heads", family.defaults.get("num_key_value_heads"))
     return ModelConfig(
         family=family,
         shape=ModelShape(
@@ -46,7 +53,7 @@ def interpret(family: Family, values: Mapping[str, Any]) -> ModelConfig:
             hidden_size=values["hidden_size"],
             ffn_hidden_size=values["intermediate_size"],
             num_attention_heads=heads,
-            num_query_groups=get("num_key_value_heads", heads),
+            num_query_groups=heads if groups is None else groups,
             kv_channels=get("head_dim") or values["hidden_size"] // heads,
             vocab_size=values["vocab_size"],
         ),
@@ -55,21 +62,61 @@ def interpret(family: Family, values: Mapping[str, Any]) -> ModelConfig:
         norm_epsilon=float(get("rms_norm_eps", 1e-6)),
         rotary_base=base,
         rope_scaling=scaling,
-        max_position_embeddings=int(get("max_position_embeddings", 2048)),
-        sliding_window=window,
+        max_position_embeddings=int(get("max_position_embeddings")),
+        sliding_window=family.window(values),
         init_method_std=float(get("initializer_range", 0.02)),
-        dtype=_DTYPES.get(dtype.removeprefix("torch."), "fp32"),
+        dtype=_SHORT.get(dtype_word(values) or "float32", "fp32"),
         hf_config=dict(values),
     )
 
 
-def _rope(values: Mapping[str, Any]) -> tuple[float, dict[str, Any] | None]:
-    """Base and scaling, from ``rope_parameters`` (transformers 5) or the two keys before it."""
-    parameters = dict(values.get("rope_parameters") or values.get("rope_scaling") or {})
+def dtype_word(values: Mapping[str, Any]) -> str | None:
+    """What config.json calls its weights' dtype, None where it is silent; ``dtype`` counts before
+    the older ``torch_dtype``."""
+    word = values.get("dtype") or values.get("torch_dtype")
+    return None if word is None else str(word).removeprefix("torch.")
+
+
+def _rope(family: Family, values: Mapping[str, Any]) -> tuple[float, dict[str, Any] | None]:
+    """Base and scaling, from ``rope_parameters`` (transformers 5) or the two keys before it.
+
+    Of both spellings ``rope_scaling`` counts before ``rope_parameters``, a ``rope_theta`` inside
+    before the one at the top, and ``rope_type`` before ``type`` (convert_rope_params_to_dict in
+    modeling_rope_utils.py of transformers 5.23).
+
+    Raises:
+        CheckpointError: not an object, or one for each kind of layer.
+    """
+    old, new = values.get("rope_scaling"), values.get("rope_parameters")
+    found = old or new or {}
+    if not isinstance(found, Mapping) or any(isinstance(x, Mapping) for x in found.values()):
+        raise CheckpointError(
+            f"rope_parameters {str(found)[:80]}: wanted one object for all layers, which is what "
+            f"family {family} of transformers 5 reads"
+        )
+    if old and new and old != new:
+        warnings.warn(
+            f"config.json has rope_scaling {old} and rope_parameters {new}; the first counts, as "
+            "in transformers 5",
+            stacklevel=2,
+        )
+    parameters = dict(found)
     base = float(parameters.pop("rope_theta", None) or values.get("rope_theta") or 10000.0)
+    top = values.get("rope_theta")
+    if top is not None and float(top) != base:
+        warnings.warn(
+            f"config.json has rope_theta {top} at the top and {base} within; the second counts, as "
+            "in transformers 5",
+            stacklevel=2,
+        )
     kind = parameters.pop("type", None)
     parameters.setdefault("rope_type", kind or "default")
-    return base, None if parameters["rope_type"] == "default" else parameters
+    if parameters["rope_type"] == "default":
+        return base, None
+    if parameters["rope_type"] in _OLD_LENGTH:
+        longest = values.get("max_position_embeddings", family.defaults["max_position_embeddings"])
+        parameters.setdefault("original_max_position_embeddings", longest)
+    return base, parameters
 
 
 def hf_config(config: ModelConfig, kept_layers: list[int] | None = None) -> dict[str, Any]:
@@ -85,8 +132,8 @@ def hf_config(config: ModelConfig, kept_layers: list[int] | None = None) -> dict
     """
     family, shape = config.family, config.shape
     values = dict(config.hf_config) or _fresh_config(config)
-    if kept_layers is not None and isinstance(values.get("layer_types"), list):
-        values["layer_types"] = [values["layer_types"][layer] for layer in kept_layers]
+    if kept_layers is not None:
+        values.update(keep_layers(values, kept_layers))
     values.update(
         model_type=family.model_type,
         architectures=[family.architecture],
@@ -99,7 +146,10 @@ def hf_config(config: ModelConfig, kept_layers: list[int] | None = None) -> dict
         vocab_size=shape.vocab_size,
         tie_word_embeddings=config.tied,
     )
-    values["torch_dtype" if "torch_dtype" in values else "dtype"] = _DTYPE_WORDS[config.dtype]
+    word = dtype_word(values)
+    if word is None or _SHORT.get(word, "fp32") != config.dtype:
+        for key in [key for key in ("dtype", "torch_dtype") if values.get(key)] or ["dtype"]:
+            values[key] = DTYPES[config.dtype]
     values.pop("block_configs", None)
     if shape.ffn_per_layer is not None:
         values.update(check_widths(family)(shape))

@@ -41,6 +41,7 @@ LLAMA = Family(
     read=_read,
     fresh=_fresh,
     write_widths=width_keys,
-    defaults={"bos_token_id": 1, "eos_token_id": 2},
+    defaults={"bos_token_id": 1, "eos_token_id": 2, "max_position_embeddings": 2048},
     hidden_multiple_of_heads=True,
+    head_dim_derived_by=("TGI",),
 )

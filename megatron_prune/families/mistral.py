@@ -5,14 +5,27 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from megatron_prune.errors import CheckpointError
 from megatron_prune.families.config import interpret
 from megatron_prune.model.blocks import HALVES, OUTER, attention, gated_mlp
 from megatron_prune.model.family import Family
 from megatron_prune.model.shape import ModelConfig
 
+_WINDOW = 4096  # where config.json does not say
+
 
 def _read(values: Mapping[str, Any]) -> ModelConfig:
     return interpret(MISTRAL, values)
+
+
+def _window(values: Mapping[str, Any]) -> int | None:
+    if "layer_types" in values:
+        raise CheckpointError(
+            "layer_types: transformers 5 reads a mistral with them as a ministral, which this does "
+            "not; remove them if all layers have the window"
+        )
+    window: int | None = values.get("sliding_window", _WINDOW)
+    return window
 
 
 def _fresh(config: ModelConfig) -> dict[str, Any]:
@@ -27,10 +40,11 @@ MISTRAL = Family(
     outer=OUTER,
     halves=HALVES,
     read=_read,
+    window=_window,
     fresh=_fresh,
     defaults={
         "num_key_value_heads": 8,
-        "sliding_window": 4096,
+        "max_position_embeddings": 131072,
         "bos_token_id": 1,
         "eos_token_id": 2,
     },

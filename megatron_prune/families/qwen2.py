@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 from megatron_prune.families.config import interpret
+from megatron_prune.families.windows import window_of
 from megatron_prune.model.blocks import HALVES, OUTER, attention, gated_mlp
 from megatron_prune.model.family import Family
 from megatron_prune.model.shape import ModelConfig
 
 
 def _read(values: Mapping[str, Any]) -> ModelConfig:
-    config = interpret(QWEN2, values)
-    return config if values.get("use_sliding_window") else replace(config, sliding_window=None)
+    return interpret(QWEN2, values)
 
 
 QWEN2 = Family(
@@ -25,6 +24,8 @@ QWEN2 = Family(
     outer=OUTER,
     halves=HALVES,
     read=_read,
-    defaults={"num_key_value_heads": 32},
+    window=window_of,
+    defaults={"num_key_value_heads": 32, "max_position_embeddings": 32768},
     always_qkv_bias=True,
+    head_dim_derived_by=("TGI", "mlx-lm", "vLLM and SGLang (those of 2025)"),
 )

@@ -12,6 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 from megatron_prune.families.config import interpret
+from megatron_prune.families.windows import window_of
 from megatron_prune.model.blocks import HALVES, OUTER, attention, gated_mlp
 from megatron_prune.model.family import Family
 from megatron_prune.model.shape import ModelConfig
@@ -19,8 +20,7 @@ from megatron_prune.model.shape import ModelConfig
 
 def _read(values: Mapping[str, Any]) -> ModelConfig:
     config, bias = interpret(QWEN3, values), bool(values.get("attention_bias", False))
-    window = config.sliding_window if values.get("use_sliding_window") else None
-    return replace(config, qkv_bias=bias, proj_bias=bias, sliding_window=window)
+    return replace(config, qkv_bias=bias, proj_bias=bias)
 
 
 def _fresh(config: ModelConfig) -> dict[str, Any]:
@@ -35,6 +35,7 @@ QWEN3 = Family(
     outer=OUTER,
     halves=HALVES,
     read=_read,
+    window=window_of,
     fresh=_fresh,
-    defaults={"num_key_value_heads": 32, "head_dim": 128},
+    defaults={"num_key_value_heads": 32, "head_dim": 128, "max_position_embeddings": 32768},
 )

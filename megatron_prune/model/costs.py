@@ -10,9 +10,8 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
-
 from megatron_prune.model.axes import count_parameters, layer_weights, outer_weights
+from megatron_prune.model.lazy import np
 from megatron_prune.model.shape import AXES, ModelConfig, ModelShape
 
 DTYPE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}

@@ -75,6 +75,8 @@ class Family:
         norm, activation: as Megatron calls them; ``is_gated`` where the activation's output is
             multiplied by a second projection.
         read: config.json's values -> the model's facts.
+        window: config.json's values -> tokens that a layer with a window reaches, None where no
+            layer has one.
         write_widths: the keys of config.json that say layers of different FFN widths; None where
             nothing that reads the family knows any.
         fresh: the keys of config.json that only this family has, of a model that came without one.
@@ -83,6 +85,9 @@ class Family:
         has_windows: Megatron's arguments with a window are of this family.
         hidden_multiple_of_heads: transformers (5.x) refuses a config.json whose hidden_size is not
             a multiple of its heads, though ``head_dim`` is given.
+        head_dim_derived_by: engines that do not read ``head_dim`` for this family and take
+            hidden_size / heads (TGI of January 2026, mlx-lm of August 2026, vLLM and SGLang of
+            2025, read in their sources).
     """
 
     name: str
@@ -96,12 +101,14 @@ class Family:
     activation: str = "silu"
     is_gated: bool = True
     read: Callable[[Mapping[str, Any]], ModelConfig]
+    window: Callable[[Mapping[str, Any]], int | None] = lambda values: None
     write_widths: Callable[[ModelShape], Mapping[str, Any]] | None = None
     fresh: Callable[[ModelConfig], Mapping[str, Any]] = lambda config: {}
     defaults: Mapping[str, Any] = field(default_factory=dict)
     always_qkv_bias: bool = False
     has_windows: bool = False
     hidden_multiple_of_heads: bool = False
+    head_dim_derived_by: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
         return self.name

@@ -13,12 +13,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
-
 from megatron_prune.model.axes import axes_of, layer_weights, split_dim
 from megatron_prune.model.blocks import HALVES
 from megatron_prune.model.family import Half
+from megatron_prune.model.lazy import Tensor, torch
 from megatron_prune.model.shape import ModelConfig, ModelShape
 
 

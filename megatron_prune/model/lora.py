@@ -11,14 +11,12 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
-
 from megatron_prune.errors import ConfigError
 from megatron_prune.flags import Group, flag, flag_name, given, positive
 from megatron_prune.model.axes import tensor_shape
 from megatron_prune.model.blocks import HALVES, KNOWN
 from megatron_prune.model.fusion import stored_reader
+from megatron_prune.model.lazy import Tensor, torch
 from megatron_prune.model.shape import ModelShape
 
 A, B = "lora_A", "lora_B"

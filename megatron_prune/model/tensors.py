@@ -1,13 +1,23 @@
-"""The only slicing code: `take` along named axes."""
+"""Names of dtypes, and the only slicing code: `take` along named axes."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
-import torch
-from torch import Tensor
+from megatron_prune.model.lazy import Tensor, torch
 
-_SAME_SIZE = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}  # our words and torch's
+
+
+def torch_dtype(word: str) -> torch.dtype:
+    """The dtype of one of ``DTYPES``."""
+    found: torch.dtype = getattr(torch, DTYPES[word])
+    return found
+
+
+def dtype_word(dtype: torch.dtype) -> str:
+    """Our word for a dtype; torch's own for one that is not among ``DTYPES``."""
+    return next((word for word in DTYPES if torch_dtype(word) == dtype), str(dtype))
 
 
 def expand_rows(index: Tensor, rows: int) -> Tensor:
@@ -33,7 +43,7 @@ def take(x: Tensor, axes: str, kept: Mapping[str, Tensor], rows: Mapping[str, in
     """
     if not any(axis in kept for axis in axes):
         return x
-    values = x.view(_SAME_SIZE[x.dtype.itemsize]).numpy()
+    values = x.view(getattr(torch, f"int{8 * x.dtype.itemsize}")).numpy()
     for dim, axis in enumerate(axes):
         if axis in kept:
             values = values.take(expand_rows(kept[axis], rows.get(axis, 1)).numpy(), axis=dim)

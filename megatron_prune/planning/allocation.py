@@ -10,10 +10,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
-
 from megatron_prune.errors import PlanError
+from megatron_prune.model.lazy import Tensor, torch
 
 COMPARISONS = ("log", "standardized", "raw")
 _LEAST = 1e-6  # of a layer's largest score: what is below counts as that, zeros and dead channels
@@ -95,9 +93,10 @@ def spread(scores_LF: Tensor, average: int, ranks: int, rules: Nonuniform) -> li
 def _check(average: int, layers: int, step: int, *, least: int, most: int) -> None:
     flag = f"--ffn-hidden-size-remain {average} --nonuniform"
     if average > most:
+        less = "no more, or for " if most else ""
         raise PlanError(
             f"{flag}: a layer keeps at most {most}, in multiples of {step} (--nonuniform-multiple "
-            "and --balance-for); ask for no more, or for a smaller multiple"
+            f"and --balance-for); ask for {less}a smaller multiple"
         )
     if average * layers % step:
         # multiples of this keep the sum over all layers a multiple of the step

@@ -12,10 +12,8 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
-
 from megatron_prune.errors import PlanError
+from megatron_prune.model.lazy import Tensor, torch
 from megatron_prune.model.shape import ModelShape
 from megatron_prune.planning.allocation import Nonuniform, spread
 from megatron_prune.planning.plan import Kept, PrunePlan

@@ -13,14 +13,15 @@ import json
 from dataclasses import asdict, dataclass, fields
 from itertools import combinations
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING, Any
 
 from megatron_prune.errors import DamagedError, PlanError
 from megatron_prune.model.costs import Sizes
+from megatron_prune.model.lazy import np
 from megatron_prune.parsing import checked_as, read_json
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 VERSION = 1
 

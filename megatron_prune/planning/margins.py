@@ -11,9 +11,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-import torch
-from torch import Tensor
-
+from megatron_prune.model.lazy import Tensor, torch
 from megatron_prune.model.shape import AXES, SCORED_AXES
 from megatron_prune.planning.plan import PrunePlan
 from megatron_prune.planning.scores import AXIS_WORDS, Terms, combined, is_plain

@@ -16,10 +16,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from megatron_prune.errors import PlanError
+from megatron_prune.model.lazy import Tensor, torch
 from megatron_prune.model.shape import AXES, Axis, ModelShape
 from megatron_prune.parsing import checked_as, read_json
 

@@ -27,17 +27,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
-
-import numpy as np
-import torch
-from numpy.typing import NDArray
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from megatron_prune.errors import PlanError
 from megatron_prune.model.costs import Sizes
+from megatron_prune.model.lazy import Tensor, np, torch
 from megatron_prune.model.shape import AXES, SCORED_AXES, ModelShape
 from megatron_prune.planning.scores import Criterion
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    Floats = NDArray[np.float64]
 
 PROXY_AXES = {axis: AXES[axis].word for axis in "LDQF"}
 """Axes of the proxy and the names of their weights. Groups go by their heads."""
@@ -45,8 +46,6 @@ PROXY_AXES = {axis: AXES[axis].word for axis in "LDQF"}
 DEFAULT_WEIGHTS: Mapping[str, float] = {"layers": 3.0, "hidden": 5.0, "heads": 0.8, "ffn": 1.7}
 _LEAST_LOST = 1e-6  # -ln of a kept share; scores that are zero lose nothing
 _LEAST_EXCESS = 1e-4  # nats; an axis that seems to cost nothing has still to cost something
-
-Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True, kw_only=True)

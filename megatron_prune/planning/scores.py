@@ -14,12 +14,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
-from torch import Tensor
 
 from megatron_prune.errors import DamagedError, PlanError
+from megatron_prune.model.lazy import Tensor, torch
 from megatron_prune.model.shape import AXES, SCORED_AXES, ModelShape
 from megatron_prune.parsing import check_header, checked_as, parse_json
 
@@ -240,6 +238,8 @@ def scores_bytes(scores: Scores) -> bytes:
         "source_digest": scores.source_digest,
         "provenance": dict(scores.provenance),
     }
+    from safetensors.torch import save
+
     return save(tensors, metadata={_KEY: json.dumps(header, sort_keys=True)})
 
 

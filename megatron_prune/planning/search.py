@@ -22,15 +22,18 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import ceil, lcm
-from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING, Any
 
 from megatron_prune.errors import PlanError
 from megatron_prune.model.costs import Sizes, sizes_of
+from megatron_prune.model.lazy import np
 from megatron_prune.model.shape import ModelShape
 from megatron_prune.planning.score_mass import ScoreMass
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    Ints = NDArray[np.int64]
 
 TENSOR_CORE = 64  # values; NVIDIA's GEMM guide: fastest where sizes are multiples of 128 bytes
 _RANK_MULTIPLE = 8  # values a rank: 16 bytes of bf16, below which no tensor core is used
@@ -39,8 +42,6 @@ APART = 0.05
 PROPORTIONS = 2.0
 _PROBE = 0.75
 _EPSILON = 1e-9  # of the proportions, which are quotients of floats
-
-Ints = NDArray[np.int64]
 
 
 @dataclass(frozen=True, kw_only=True)

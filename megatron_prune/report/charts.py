@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from torch import Tensor
-
+from megatron_prune.model.lazy import Tensor
 from megatron_prune.report.pictures import (
     COLORS,
     DROPPED,

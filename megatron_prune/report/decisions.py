@@ -8,10 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import torch
-from torch import Tensor
-
 from megatron_prune.errors import PlanError
+from megatron_prune.model.lazy import Tensor, torch
 from megatron_prune.model.shape import AXES, LAYER_AXES
 from megatron_prune.planning.choose import keep_in_groups, keep_top
 from megatron_prune.planning.plan import PrunePlan

@@ -14,8 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from torch import Tensor
-
+from megatron_prune.model.lazy import Tensor
 from megatron_prune.model.shape import LAYER_AXES, ModelConfig, ModelShape
 from megatron_prune.planning.plan import PrunePlan
 from megatron_prune.planning.scores import Scores

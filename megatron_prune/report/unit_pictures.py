@@ -9,9 +9,7 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-
+from megatron_prune.model.lazy import Tensor, torch
 from megatron_prune.model.shape import AXES
 from megatron_prune.report.pictures import (
     COLORS,

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import math
 
-from torch import Tensor
-
 from megatron_prune.errors import DamagedError
+from megatron_prune.model.lazy import Tensor
 from megatron_prune.sources.source import DerivedSource, Source
 
 

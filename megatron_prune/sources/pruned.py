@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
-import torch
-from torch import Tensor
-
 from megatron_prune.errors import PlanError
 from megatron_prune.families.config import hf_config
 from megatron_prune.model.axes import axes_of, layer_name, split_dim, split_layer
+from megatron_prune.model.lazy import Tensor, torch
 from megatron_prune.model.tensors import take
 from megatron_prune.planning.plan import PrunePlan
 from megatron_prune.sources.source import DerivedSource, Source
@@ -30,7 +28,9 @@ class PrunedSource(DerivedSource):
         self._plan = plan
         config = replace(source.config, shape=plan.target)
         layers = None if plan.kept.layers is None else list(plan.kept.layers)
-        self.config = replace(config, hf_config=hf_config(config, layers))
+        values = hf_config(config, layers)
+        window = config.family.window(values)  # gone where all layers that had it are
+        self.config = replace(config, hf_config=values, sliding_window=window)
         self._rows = {axis: plan.source.rows(axis) for axis in "QK"}
 
     def _source_name(self, name: str) -> tuple[str, int | None]:

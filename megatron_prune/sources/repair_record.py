@@ -15,16 +15,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from megatron_prune.errors import DamagedError
 from megatron_prune.model.axes import axes_of, names, split_layer
 from megatron_prune.model.blocks import FINAL_NORM
+from megatron_prune.model.lazy import Tensor, torch
 from megatron_prune.model.shape import ModelConfig
+from megatron_prune.model.tensors import DTYPES, torch_dtype
 from megatron_prune.parsing import checked_as, read_json
 from megatron_prune.planning.plan import PrunePlan
-from megatron_prune.sources.source import DTYPES
 
 VERSION = 1
 
@@ -125,7 +123,7 @@ def _replaced(values: Mapping[str, Any]) -> Replaced:
 
 def digests(x: Tensor) -> dict[str, str]:
     """SHA-256 of a tensor's values in every dtype that a checkpoint can be written in."""
-    return {name: digest(x.to(dtype)) for name, dtype in DTYPES.items()}
+    return {word: digest(x.to(torch_dtype(word))) for word in DTYPES}
 
 
 def digest(x: Tensor) -> str:

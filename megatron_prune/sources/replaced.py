@@ -6,13 +6,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from safetensors import safe_open
-from safetensors.torch import save
-from torch import Tensor
 
 from megatron_prune.files import write_file
 from megatron_prune.model.axes import axes_of, norm_before, split_dim
+from megatron_prune.model.lazy import Tensor, torch
 from megatron_prune.sources.source import DerivedSource, Source
 
 
@@ -28,6 +26,8 @@ class Tensors(Mapping[str, Tensor]):
     def put(self, name: str, x: Tensor, *, here: bool = True) -> None:
         """Add or replace a tensor; every rank says so, and the one with ``here`` writes it."""
         if here:
+            from safetensors.torch import save
+
             self._path(name).unlink(missing_ok=True)
             write_file(self._path(name), save({"x": x.contiguous()}))
         self._names[name] = None

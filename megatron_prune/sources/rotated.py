@@ -19,11 +19,9 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from megatron_prune.model.axes import axes_of, norm_before
 from megatron_prune.model.blocks import EMBEDDING, OUTPUT
+from megatron_prune.model.lazy import Tensor, torch
 from megatron_prune.sources.source import DerivedSource, Source
 
 RECORD = "megatron_prune_rotation"

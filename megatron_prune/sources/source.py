@@ -16,22 +16,20 @@ from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
-import torch
-from torch import Tensor
-
 from megatron_prune.errors import DamagedError
 from megatron_prune.model.axes import axes_of, names, split_dim, split_layer
+from megatron_prune.model.blocks import EMBEDDING
 from megatron_prune.model.fusion import Piece
 from megatron_prune.model.grid import ParallelGrid
+from megatron_prune.model.lazy import Tensor, torch
 from megatron_prune.model.lora import Lora
 from megatron_prune.model.shape import ModelConfig
+from megatron_prune.model.tensors import torch_dtype
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 REPAIR = "repair.json"  # beside the plan
 CARD = "README.md"  # the model card
 VOCAB_PLAN = "vocab_plan.json"  # of a model whose tokenizer was pruned: travels with its files
 COMMANDS = "commands.jsonl"  # of a training run: beside its checkpoints; then it travels with them
-DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _SAMPLE = 64  # values that the digest takes at each of two places of a split tensor
 
 
@@ -85,6 +83,12 @@ class Source(ABC):
     @abstractmethod
     def dtype(self, name: str) -> torch.dtype:
         """The tensor's dtype, without reading it."""
+
+    @property
+    def first_dtype(self) -> torch.dtype:
+        """What the weights are where nothing says it: the embedding's dtype; of a Hugging Face
+        directory that of the first tensor, which transformers takes."""
+        return self.dtype(EMBEDDING.name)
 
     @property
     def stored_vocab_size(self) -> int:
@@ -173,7 +177,7 @@ class CastSource(DerivedSource):
     def __init__(self, source: Source, dtype: str) -> None:
         super().__init__(source)
         self.config = replace(source.config, dtype=dtype)
-        self._dtype = DTYPES[dtype]
+        self._dtype = torch_dtype(dtype)
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
         return self._source.read(name, start, stop).to(self._dtype)

@@ -10,14 +10,13 @@ from megatron_prune.engine.running import CALIBRATION
 from megatron_prune.errors import ConfigError
 from megatron_prune.flags import flag, positive
 from megatron_prune.model.grid import Layout, ParallelGrid
+from megatron_prune.model.lazy import Tensor
 from megatron_prune.model.shape import ModelConfig
 from megatron_prune.sources.source import Source
 from megatron_prune.stages.common import Loads
 from megatron_prune.stages.console import Console
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from megatron_prune.engine.forward.model import ModelOptions
 
 _LONGEST = 1024  # tokens of a window, unless a flag says more

@@ -4,7 +4,8 @@
   megatron-prune convert --load llama-tp8 --save llama-hf --to hf
   megatron-prune convert --load llama --save llama-rotated --to hf --rotate --data calibration.jsonl
 
-Under torchrun the ranks share the files; the result is the same.
+Under torchrun the ranks share the files; the result is the same. Of a training run the model is
+written, without optimizer, schedule and iteration; reshard keeps those.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from megatron_prune.stages.common import check_save, opened
 from megatron_prune.stages.console import SILENT, Console
 from megatron_prune.stages.rotating import Rotation, rotated, unrotated
 from megatron_prune.stages.targeting import Targeted
-from megatron_prune.stages.writing import Written, write
+from megatron_prune.stages.writing import Written, tell_dropped, write
 from megatron_prune.surgery import Target, make_writer
 
 
@@ -36,6 +37,7 @@ def convert(options: ConvertOptions, console: Console = SILENT) -> Written:
     options.check_rotation()
     options.check_publishing(options.to)
     with opened(options.load, options.family, console) as source:
+        tell_dropped(source, console)
         written = _convert(options, source, target, console)
     return options.publish(written, console)
 

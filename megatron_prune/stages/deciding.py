@@ -218,10 +218,11 @@ def plan_table(source: ModelConfig, plan: PrunePlan) -> str:
 
 
 def warn_not_loadable(source: ModelConfig, plan: PrunePlan, console: Console) -> None:
-    """Say, while it is cheap to change, that transformers will refuse what the plan leaves."""
-    shape = plan.target
+    """Say, while it is cheap to change, which engines will refuse what the plan leaves."""
+    shape, derive = plan.target, source.family.head_dim_derived_by
     hidden, heads = shape.hidden_size, shape.num_attention_heads
     if shape.ffn_per_layer is not None:
+        derive = ("llama.cpp", "mlx-lm")  # of a Nemotron-NAS model
         also = "SGLang, TensorRT-LLM, llama.cpp and mlx-lm read it too"
         if not says_ffn_mult(shape):
             also = f"no other engine does, unless with --nonuniform-multiple {FFN_MULTIPLE}"
@@ -231,13 +232,19 @@ def warn_not_loadable(source: ModelConfig, plan: PrunePlan, console: Console) ->
             "Nemotron-NAS model (DeciLMForCausalLM, --to hf) transformers and vLLM do, with "
             f"trust_remote_code; {also}. See docs/nonuniform.md"
         )
-    elif source.family.hidden_multiple_of_heads and hidden % heads:
+    if source.family.hidden_multiple_of_heads and hidden % heads:
         near = " or ".join(
             str(n) for n in (hidden // heads * heads, -(-hidden // heads) * heads) if n
         )
         console.say(
             f"warning: hidden_size {hidden} is not a multiple of {heads} heads; transformers 5 "
             f"does not load such a {source.family} model, though head_dim is given. Nearest: {near}"
+        )
+    if derive and hidden != heads * shape.kv_channels:
+        console.say(
+            f"warning: {heads} heads of {shape.kv_channels} channels are not hidden_size {hidden}; "
+            f"{', '.join(derive)} take hidden_size / heads for head_dim in family {source.family} "
+            f"and do not load that. With hidden_size {heads * shape.kv_channels} they do"
         )
 
 

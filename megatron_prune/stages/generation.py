@@ -31,10 +31,12 @@ def generate(options: GenerateOptions, console: Console = SILENT) -> Generation:
         CheckpointError: there is no model at ``load``.
     """
     from megatron_prune.engine.groups import data_parallel_size, model_parallel, world_size
-    from megatron_prune.evaluate import generation
 
+    options.check()
     prompt = _prompt(options)
     data_parallel_size(options.grid, world_size())
+    from megatron_prune.evaluate import generation
+
     source = generation.open_for_generation(options)
     began = time.monotonic()
     with model_parallel(

@@ -16,7 +16,8 @@ from megatron_prune.model.axes import count_parameters, names
 from megatron_prune.model.grid import VOCAB_DIVISOR
 from megatron_prune.model.lora import Lora
 from megatron_prune.model.shape import ModelShape
-from megatron_prune.sources.source import DTYPE_NAMES, Source
+from megatron_prune.model.tensors import dtype_word
+from megatron_prune.sources.source import Source
 from megatron_prune.stages.common import opened, shape_table
 from megatron_prune.stages.console import SILENT, Console
 
@@ -71,7 +72,7 @@ def _factors(lora: Lora) -> dict[str, Any]:
 def _facts(source: Source) -> dict[str, Any]:
     """The object ``--json`` prints."""
     config, grid = source.config, source.grid
-    dtypes = sorted({DTYPE_NAMES.get(source.dtype(n), str(source.dtype(n))) for n in names(config)})
+    dtypes = sorted({dtype_word(source.dtype(n)) for n in names(config)})
     return {
         "path": str(source.path),
         "format": source.format,

@@ -30,7 +30,7 @@ from megatron_prune.stages.deciding import decide, plan_table, warn_not_loadable
 from megatron_prune.stages.repairing import RepairFlags, repair_lines, repaired
 from megatron_prune.stages.targeting import Targeted
 from megatron_prune.stages.vocabulary import Cut, VocabularyFlags, cut_vocabulary, tell_padding
-from megatron_prune.stages.writing import Written, write
+from megatron_prune.stages.writing import Written, tell_dropped, write
 from megatron_prune.surgery import Target, make_writer
 
 
@@ -74,8 +74,7 @@ def write_pruned(
     repair: RepairFlags | None = None,
 ) -> Written:
     """Cut, repair where that is asked for, write; with ``dry_run`` check and show."""
-    if source.has_optimizer_state:
-        console.say(f"{source.path}: its optimizer state is dropped")
+    tell_dropped(source, console)
     plan = cut.plan
     pruned = options.cast(cut.companions(PrunedSource(source, plan)))
     make_writer(pruned, target)  # refuses what cannot be written, before hours of work

@@ -9,10 +9,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from megatron_prune.errors import ConfigError, PlanError
 from megatron_prune.flags import Group, flag, flag_name, given_flags, positive
+from megatron_prune.model.lazy import Tensor, torch
 from megatron_prune.planning.fit import DAMPING, FIT_TARGETS, READERS_DAMPING, STATISTICS, Fit
 from megatron_prune.planning.plan import PrunePlan
 from megatron_prune.planning.scores import load_scores
@@ -28,8 +27,6 @@ from megatron_prune.stages.deciding import PlanFlags
 from megatron_prune.store.commit import scratch_directory
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from megatron_prune.engine.forward.model import ModelOptions
     from megatron_prune.engine.groups import Groups
 

@@ -1,6 +1,11 @@
 """Change the tensor- and pipeline-parallel layout, or the format, of a Megatron checkpoint.
 
-megatron-prune reshard --load ckpt-tp8 --save ckpt-tp2 --tensor-model-parallel-size 2
+  megatron-prune reshard --load ckpt-tp8 --save ckpt-tp2 --tensor-model-parallel-size 2
+
+A training run of `train` stays one where source and target are torch_dist: its optimizer's state,
+schedule and iteration go along, and `train --load DST` goes on with it. The legacy format, a run of
+stock Megatron and one with --lora-rank, whose factors are merged, leave the model alone; the
+command says so.
 """
 
 from __future__ import annotations
@@ -18,7 +23,8 @@ from megatron_prune.stages.common import (
     opened,
 )
 from megatron_prune.stages.console import SILENT, Console
-from megatron_prune.stages.writing import Written, write
+from megatron_prune.stages.writing import Written, tell_dropped, write
+from megatron_prune.store.training import saved_run
 from megatron_prune.surgery import Target
 
 
@@ -28,6 +34,9 @@ class ReshardOptions(LegacyNames, Layout, Saves):
         "Megatron's formats: distributed or legacy (default: the source's)",
         default=None,
         choices=FORMATS,
+    )
+    no_optim: bool = flag(
+        "of a training run leave optimizer, schedule and iteration", default=False
     )
 
 
@@ -43,10 +52,13 @@ def reshard(options: ReshardOptions, console: Console = SILENT) -> Written:
             raise ConfigError(
                 f"--load {options.load}: is a Hugging Face directory; use convert --to megatron"
             )
+        to = options.ckpt_format or source.format
+        run = None
+        if (source.format, to, options.no_optim) == ("torch_dist", "torch_dist", False):
+            run = saved_run(source.path)
         target = Target(
-            directory=options.save,
-            format=options.ckpt_format or source.format,
-            grid=options.grid,
-            te_norms=options.te_norms,
+            directory=options.save, format=to, grid=options.grid, te_norms=options.te_norms, run=run
         )
+        if run is None:
+            tell_dropped(source, console)
         return write("reshard", options, source, target, console)

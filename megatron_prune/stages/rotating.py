@@ -6,21 +6,17 @@ import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from megatron_prune.errors import ConfigError
 from megatron_prune.flags import Group, flag
 from megatron_prune.model.axes import count_parameters
+from megatron_prune.model.lazy import Tensor
 from megatron_prune.ranks import Ranks
 from megatron_prune.sources.rotated import RotatedSource, principal_components
 from megatron_prune.sources.source import Source
 from megatron_prune.stages.calibration import LayerwiseCalibration
 from megatron_prune.stages.common import agree_on_options
 from megatron_prune.stages.console import Console
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
 
 ROTATION = Group("rotation (alone, or under torchrun)")
 

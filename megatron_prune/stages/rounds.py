@@ -15,6 +15,7 @@ from megatron_prune.engine.running import CALIBRATION, PROCESSES
 from megatron_prune.errors import ConfigError, ShapeError
 from megatron_prune.flags import Group, flag, given_flags
 from megatron_prune.model.grid import LAYOUT, ParallelGrid
+from megatron_prune.model.lazy import Tensor
 from megatron_prune.model.shape import SCORED_AXES, ModelShape
 from megatron_prune.planning.choose import Targets, make_plan
 from megatron_prune.planning.margins import decisions, renumbered, rounding_text
@@ -37,8 +38,6 @@ from megatron_prune.stages.deciding import PlanFlags
 from megatron_prune.stages.sampling import Scoring
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from megatron_prune.engine.groups import Groups
     from megatron_prune.engine.observe.score import ScoreOptions
 

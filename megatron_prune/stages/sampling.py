@@ -10,12 +10,11 @@ from megatron_prune.criteria import SCORED
 from megatron_prune.engine.running import CALIBRATION, Engine, ScoreRuns
 from megatron_prune.errors import ConfigError
 from megatron_prune.flags import flag, positive
+from megatron_prune.model.lazy import Tensor
 from megatron_prune.stages.calibration import Calibration, longest_window
 from megatron_prune.stages.console import Console
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from megatron_prune.engine.observe.score import ScoreOptions
     from megatron_prune.model.shape import ModelConfig
     from megatron_prune.sources.source import Source

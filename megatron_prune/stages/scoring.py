@@ -18,14 +18,13 @@ from typing import TYPE_CHECKING
 from megatron_prune.criteria import SCORED
 from megatron_prune.errors import ConfigError, DamagedError
 from megatron_prune.flags import flag
+from megatron_prune.model.lazy import Tensor
 from megatron_prune.planning.scores import Scores, criteria_in, load_scores, scores_bytes
 from megatron_prune.stages.common import agree_on_options, check_output_file, opened
 from megatron_prune.stages.console import SILENT, Console
 from megatron_prune.stages.sampling import Scoring
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from megatron_prune.engine.groups import Groups
     from megatron_prune.engine.observe.score import ScoreOptions as How
     from megatron_prune.sources.source import Source
@@ -61,7 +60,6 @@ def score(options: ScoreOptions, console: Console = SILENT) -> Scored:
         ConfigError: options that do not go together, or a file of another model or other data.
         ShapeError: a layout that does not fit the model.
     """
-    from megatron_prune.engine.forward.model import check_model
     from megatron_prune.engine.groups import data_parallel_size, model_parallel, world_size
 
     grid, criteria = options.grid, _criteria(options.criterion)
@@ -69,6 +67,8 @@ def score(options: ScoreOptions, console: Console = SILENT) -> Scored:
     options.check_data(criteria)
     inputs = (options.load, options.data, options.tokenizer_model)
     check_output_file(options.save, overwrite=True, inputs=inputs)  # scores are added to
+    from megatron_prune.engine.forward.model import check_model
+
     with opened(options.load, options.family, console) as source:
         source.config.shape.check_uniform("score", "score its source")
         how = options.score_options(criteria, source.config, console)

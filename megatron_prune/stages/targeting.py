@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from megatron_prune.errors import ConfigError
 from megatron_prune.flags import flag
 from megatron_prune.model.grid import Layout, ParallelGrid
-from megatron_prune.sources.source import DTYPES, CastSource, Source
+from megatron_prune.model.tensors import DTYPES
+from megatron_prune.sources.source import CastSource, Source
 from megatron_prune.stages.common import FORMATS, LegacyNames, Saves
 from megatron_prune.stages.publishing import Publishing
 from megatron_prune.store.hf import DEFAULT_SHARD_BYTES

@@ -136,7 +136,6 @@ def _check_choice(options: VocabPlanOptions) -> None:
             raise ConfigError("--close belongs to --keep-ids; other plans are closed by themselves")
         if options.vocab_size_remain is None:
             raise ConfigError("--vocab-size-remain K is missing: how many tokens to keep")
-        _check_size(options.vocab_size_remain, options.balance_for, any_size=options.any_size)
         return
     for name in given(options):
         if name in ("vocab_size_remain", "counts", "method", "prior", "keep_file"):
@@ -148,6 +147,7 @@ def _plan(vocabulary: Vocabulary, options: VocabPlanOptions) -> VocabPlan:
 
     if options.keep_ids is None:
         assert options.vocab_size_remain is not None
+        _check_size(options.vocab_size_remain, vocabulary, options, "--vocab-size-remain")
         return make_vocab_plan(
             vocabulary,
             options.vocab_size_remain,
@@ -160,28 +160,25 @@ def _plan(vocabulary: Vocabulary, options: VocabPlanOptions) -> VocabPlan:
     plan = plan_of_ids(
         vocabulary, options.keep_ids, close=options.close, balance_for=options.balance_for
     )
-    _check_size(
-        plan.size, options.balance_for, any_size=options.any_size, what=str(options.keep_ids)
-    )
+    _check_size(plan.size, vocabulary, options, str(options.keep_ids))
     return plan
 
 
-def _check_size(
-    size: int, balance_for: int, *, any_size: bool, what: str = "--vocab-size-remain"
-) -> None:
+def _check_size(size: int, vocabulary: Vocabulary, options: VocabPlanOptions, what: str) -> None:
     """``what`` asks for that size.
 
     Raises:
         ConfigError: a size that would have to be padded, with the nearest ones.
     """
-    step = VOCAB_DIVISOR * balance_for
-    if any_size or size % step == 0:
+    step = VOCAB_DIVISOR * options.balance_for
+    if options.any_size or size % step == 0:
         return
-    below = size // step * step
-    nearest = f"{below} or {below + step}" if below else str(step)
+    below, most = size // step * step, vocabulary.forest.size
+    nearest = " or ".join(f"{n}" for n in (below, below + step) if 0 < n <= most)
     raise ConfigError(
         f"{what} {size}: not a multiple of {step} ({VOCAB_DIVISOR} x --balance-for "
-        f"{balance_for}), so shards would be padded; wanted {nearest}, or --any-size"
+        f"{options.balance_for}), so shards would be padded; wanted "
+        f"{f'{nearest}, or --any-size' if nearest else '--any-size'}"
     )
 
 

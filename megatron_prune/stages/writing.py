@@ -41,11 +41,16 @@ class Written:
     def path(self) -> Path:
         return self.target.directory
 
+    @property
+    def _run(self) -> str:
+        run = self.target.run
+        return "" if run is None else f"the optimizer's state of iteration {run.iteration}, "
+
     def __str__(self) -> str:
         grid = self.target.grid
         what = (
             f"{self.path}: {self.target.format}, TP={grid.tensor_parallel} "
-            f"PP={grid.pipeline_parallel}, {self.parameters:,} parameters, "
+            f"PP={grid.pipeline_parallel}, {self.parameters:,} parameters, {self._run}"
             f"{self.bytes / 1e6:,.1f} MB in {self.files} files"
         )
         if self.seconds is None:
@@ -107,6 +112,15 @@ def write(
         files=len(writer.files),
         seconds=seconds,
     )
+
+
+def tell_dropped(source: Source, console: Console) -> None:
+    """Say what of a training run is not written: all but its model."""
+    if source.has_optimizer_state:
+        console.say(
+            f"{source.path}: its optimizer's state, its schedule and its iteration are dropped; "
+            "training starts anew from what is written"
+        )
 
 
 def _tell_about_stock(config: ModelConfig, console: Console) -> None:

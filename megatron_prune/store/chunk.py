@@ -17,13 +17,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
+from megatron_prune.model.lazy import torch
 
 _STORAGES = {
-    "DoubleStorage": torch.float64,
-    "FloatStorage": torch.float32,
-    "HalfStorage": torch.float16,
-    "BFloat16Storage": torch.bfloat16,
+    "DoubleStorage": "float64",
+    "FloatStorage": "float32",
+    "HalfStorage": "float16",
+    "BFloat16Storage": "bfloat16",
 }
 _LOCAL_HEADER = 30  # bytes, of which 26..29 hold the lengths of name and extra field
 
@@ -48,7 +48,7 @@ class _Description(pickle.Unpickler):
         if (module, name) == ("collections", "OrderedDict"):
             return OrderedDict
         if module == "torch" and name in _STORAGES:
-            return _STORAGES[name]
+            return getattr(torch, _STORAGES[name])
         raise pickle.UnpicklingError(f"names {module}.{name}; wanted one plain tensor")
 
     def persistent_load(self, pid: Any) -> Any:

@@ -65,9 +65,14 @@ def read_manifest(directory: Path) -> tuple[dict[str, Any], dict[str, FileRecord
     """The facts of a directory's manifest, and its files.
 
     Raises:
-        DamagedError: it cannot be read, or is not a manifest.
+        DamagedError: it cannot be read, or is not a manifest of ours.
     """
     facts = read_table(directory / MANIFEST, DamagedError, "not a manifest")
+    if not str(writer := facts.get("writer")).startswith(WRITER):
+        raise DamagedError(
+            f"{directory / MANIFEST}: its writer is {writer!r:.40}; wanted {WRITER}. Rename it if "
+            "another program wrote it"
+        )
     with checked_as(DamagedError, directory / MANIFEST, "not a manifest"):
         files = facts.pop("files")
         return facts, {str(n): FileRecord(int(r["bytes"]), r["sha256"]) for n, r in files.items()}

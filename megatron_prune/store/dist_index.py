@@ -1,7 +1,7 @@
 """The index (``.metadata``) of a torch_dist directory: which chunk of a tensor lies in which file.
 
-It is a pickle, unpickled by an allow-list of record classes: nothing in it runs. What comes out is
-checked field by field, because records rebuilt from damaged bytes can hold anything.
+It is a pickle, unpickled into plain records of ours (`dist_records`): nothing in it runs. What
+comes out is checked field by field, because records rebuilt from damaged bytes can hold anything.
 """
 
 from __future__ import annotations
@@ -9,37 +9,29 @@ from __future__ import annotations
 import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass
-from enum import Enum
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
-
 from megatron_prune.errors import DamagedError
+from megatron_prune.model.lazy import torch
+from megatron_prune.store.dist_records import RECORDS, Metadata, TensorStorageMetadata, Word
 
 INDEX = ".metadata"
 _MOST_BYTES = 1 << 26  # 400,000 chunks, and 20 s to look at each
-_DCP = "torch.distributed.checkpoint."
-_ALLOWED = {
+_OPTIMIZER = "optimizer."  # how the keys of its state begin
+_PLAIN = {
     "torch": {
         "Size", "float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2",
         "int64", "int32", "int16", "int8", "uint8", "bool",
     },
     "torch.serialization": {"_get_layout"},
-    f"{_DCP}metadata": {
-        "Metadata", "MetadataIndex", "TensorStorageMetadata", "BytesStorageMetadata",
-        "ChunkStorageMetadata", "TensorProperties", "_MEM_FORMAT_ENCODING", "StorageMeta",
-    },
-    f"{_DCP}filesystem": {"_StorageInfo"},
-    f"{_DCP}planner": {"SavePlan", "WriteItem", "WriteItemType", "TensorWriteData"},
 }  # fmt: skip
 
 
 def _enum_member(kind: Any, name: str) -> Any:
     """What Python 3.11.0 to 3.11.3 pickle an enum member as, ``getattr(class, name)``; no more."""
-    if isinstance(kind, type) and issubclass(kind, Enum) and name in kind.__members__:
-        return kind[name]
+    if isinstance(kind, type) and issubclass(kind, Word):
+        return kind()
     raise pickle.UnpicklingError(f"asks for {name!r} of {kind!r}, which no checkpoint index needs")
 
 
@@ -49,7 +41,9 @@ class _IndexUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) == ("builtins", "getattr"):
             return _enum_member
-        if name in _ALLOWED.get(module, ()):
+        if (module, name) in RECORDS:
+            return RECORDS[module, name]
+        if name in _PLAIN.get(module, ()):
             return super().find_class(module, name)
         raise pickle.UnpicklingError(f"names {module}.{name}, which no checkpoint index needs")
 
@@ -66,16 +60,22 @@ class Chunk:
     length: int
 
 
+Stored = tuple[tuple[int, ...], list[Chunk]]
+"""A stored tensor: its whole shape, and its chunks."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Index:
     """What a torch_dist directory says it holds.
 
     Attributes:
-        tensors: stored key -> (whole shape, chunks), without optimizer state.
+        tensors: stored key -> (whole shape, chunks), without the optimizer's.
+        optimizer: the same of its state, as far as that is tensors.
         ends: file -> bytes that are needed of it, whatever they are.
     """
 
-    tensors: Mapping[str, tuple[tuple[int, ...], list[Chunk]]]
+    tensors: Mapping[str, Stored]
+    optimizer: Mapping[str, Stored]
     ends: Mapping[str, int]
     has_optimizer_state: bool
 
@@ -111,18 +111,20 @@ def _checked(index: Any) -> Index:
             raise ValueError(f"points to {file!r}, outside its directory")
         places[place.fqn, None if place.offset is None else _sizes(place.offset)] = info
         ends[file] = max(ends.get(file, 0), start + length)
-    tensors = {}
+    tensors, optimizer = dict[str, Stored](), dict[str, Stored]()
     for key, entry in index.state_dict_metadata.items():
-        if isinstance(entry, TensorStorageMetadata) and not key.startswith("optimizer."):
+        if isinstance(entry, TensorStorageMetadata):
             whole, dtype = _sizes(entry.size), entry.properties.dtype
             if not isinstance(dtype, torch.dtype):
                 raise ValueError(f"{key} is of dtype {dtype!r}")
-            tensors[key] = (
-                whole,
-                [_chunk(key, chunk, whole, dtype, places) for chunk in entry.chunks],
-            )
-    has_optimizer_state = any(key.startswith("optimizer.") for key in index.state_dict_metadata)
-    return Index(tensors=tensors, ends=ends, has_optimizer_state=has_optimizer_state)
+            chunks = [_chunk(key, chunk, whole, dtype, places) for chunk in entry.chunks]
+            (optimizer if key.startswith(_OPTIMIZER) else tensors)[key] = whole, chunks
+    return Index(
+        tensors=tensors,
+        optimizer=optimizer,
+        ends=ends,
+        has_optimizer_state=any(key.startswith(_OPTIMIZER) for key in index.state_dict_metadata),
+    )
 
 
 def _chunk(

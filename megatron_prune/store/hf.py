@@ -8,73 +8,87 @@ then the tensors' bytes; the library's own writer wants a whole file's tensors a
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Generator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import cache, partial
 from math import prod
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
 
 from megatron_prune.errors import CheckpointError, DamagedError
 from megatron_prune.families.config import hf_name, hf_place
+from megatron_prune.families.unread import DEQUANTISE
 from megatron_prune.files import HashedFile, write_file
 from megatron_prune.model.axes import axes_of, names, split_dim, split_layer, tensor_shape
+from megatron_prune.model.blocks import EMBEDDING, OUTPUT
 from megatron_prune.model.family import Family
-from megatron_prune.model.shape import ModelConfig
+from megatron_prune.model.lazy import Tensor, torch
+from megatron_prune.model.shape import MOST_LAYERS, ModelConfig
 from megatron_prune.parsing import check_header, checked_as, read_table
 from megatron_prune.sources.source import Source
+from megatron_prune.store.companions import belongs_to
+from megatron_prune.store.recognise import foreign_content, foreign_names
 from megatron_prune.store.untrusted import load_untrusted
 from megatron_prune.store.writer import Progress, Writer, Written, ahead, row_blocks
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 BIN_SINGLE, BIN_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
+_SETS = ((SINGLE, INDEX), (BIN_SINGLE, BIN_INDEX))
 _IGNORED_SUFFIXES = (".rotary_emb.inv_freq",)  # older exports carry it and no model needs it
-_MORE_TENSORS = 1000  # than a model has, may lie in its files
 _NAMED_BYTES = 1 << 10  # of a header for one tensor; a long name takes 200
 DEFAULT_SHARD_BYTES = 5 * 10**9  # transformers' default, so a repository looks as people expect
-_WORDS = {
-    "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64,
-}  # fmt: skip
-_DTYPE_WORD = {dtype: word for word, dtype in _WORDS.items()}
+_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
 
 
-def find_weights(directory: Path, most: int) -> dict[str, Path] | Path:
-    """The weight file of a directory, or the index: tensor name -> file.
+def has_weights(directory: Path) -> bool:
+    """Whether there is a file that `find_weights` would read."""
+    return any((directory / name).is_file() for pair in _SETS for name in pair)
 
-    Args:
-        most: tensors that it can have.
+
+def most_tensors(num_layers: int) -> int:
+    """How many tensors can lie in the files of a model: a quantised one has 30 a layer."""
+    return 1000 + 100 * num_layers
+
+
+def find_weights(directory: Path) -> dict[str, Path] | Path:
+    """The weight file of a directory that has one, or the index: tensor name -> file.
+
+    Of several sets the first in transformers' order: safetensors before torch's files, and one file
+    before an index.
 
     Raises:
-        CheckpointError: there are no weights.
         DamagedError: the index is not one, or points outside the directory.
     """
-    for single, index in ((SINGLE, INDEX), (BIN_SINGLE, BIN_INDEX)):
-        if (directory / index).is_file():
-            return _read_weight_map(directory, directory / index, most)
+    for single, index in _SETS:
         if (directory / single).is_file():
             return directory / single
-    raise CheckpointError(f"{directory}: no {SINGLE}, {INDEX} or {BIN_SINGLE}; no weights to read")
+        if (directory / index).is_file():
+            return _read_weight_map(directory, directory / index)
+    raise AssertionError(f"{directory}: asked for weights where there are none")
 
 
-def _read_weight_map(directory: Path, path: Path, most: int) -> dict[str, Path]:
+def files_of(weights: Mapping[str, Path] | Path) -> set[str]:
+    """Names of the files that `find_weights` found, with that of an index."""
+    if isinstance(weights, Path):
+        return {weights.name}
+    files = {path.name for path in weights.values()}
+    return files | {BIN_INDEX if any(name.endswith(".bin") for name in files) else INDEX}
+
+
+def _read_weight_map(directory: Path, path: Path) -> dict[str, Path]:
     values = read_table(path, DamagedError, "not an index of weights")
     with checked_as(DamagedError, path, "not an index of weights"):
         items = [(str(name), str(file)) for name, file in values["weight_map"].items()]
-    if len(items) > most:
-        raise DamagedError(
-            f"{path}: names {len(items)} tensors; config.json describes another model"
-        )
-    roots = [directory.resolve()]
-    if directory.parent.name == "snapshots":  # the hub's cache: links into its own blobs
-        roots.append((directory.parent.parent / "blobs").resolve())
+    if len(items) > most_tensors(MOST_LAYERS):
+        raise DamagedError(f"{path}: names {len(items)} tensors, more than any model has")
     files: dict[str, Path] = {}
     for file in sorted({file for _, file in items}):
         plain = file and Path(file).name == file and not any(c in file for c in "\\\0")
-        if not plain or (directory / file).resolve().parent not in roots:
+        if not plain or not belongs_to(directory, directory / file):
             raise DamagedError(f"{path}: names {file!r}, outside its directory; not opened")
         if not (directory / file).is_file():
             missing = [name for name, of in items if of == file]
@@ -91,6 +105,7 @@ class HuggingFaceSource(Source):
 
     Args:
         stored_as: the family whose names its tensors have.
+        weights: from `find_weights`.
     """
 
     format = "hf"
@@ -101,42 +116,64 @@ class HuggingFaceSource(Source):
         config: ModelConfig,
         stored_as: Family,
         *,
+        weights: Mapping[str, Path] | Path,
         companion_files: dict[str, Path],
         plan_path: Path | None,
     ) -> None:
         self.path, self.config = directory, config
         self.companion_files, self.plan_path = companion_files, plan_path
-        self._stored_as = stored_as
-        wanted = self._wanted()
-        most = _MORE_TENSORS + 4 * len(wanted)  # a quantised model has three or four for each
-        self._opened = cache(partial(_open_file, most=most))
-        weights = find_weights(directory, most)
+        self._opened = cache(partial(_open_file, most=most_tensors(config.shape.num_layers)))
         if isinstance(weights, Path):
             weights = dict.fromkeys(self._opened(weights), weights)
-        self._check(weights, wanted)
-        self._files = weights
+        self._stored_as, self._files = stored_as, weights
+        self._embedding, self._head = (hf_name(w.name, stored_as) for w in (EMBEDDING, OUTPUT))
+        if config.tied:
+            self._tie()
+        self._check(weights)
+
+    def _tie(self) -> None:
+        """What transformers 5 does where config.json says tied and the file has an output layer,
+        as those of torch always have: equal values are one tensor, and of two that differ each
+        stays what it is (PreTrainedModel.tie_weights). It compares every value.
+        """
+        if self._head not in self._files:
+            return
+        if self._embedding not in self._files:
+            self._embedding = self._head
+            return
+        held = [self._held(self._files, name) for name in (self._embedding, self._head)]
+        if held[0].shape != held[1].shape or not torch.equal(*(one.load() for one in held)):
+            warnings.warn(
+                f"{self.path}: config.json says tied, yet {self._head} has values of its own; it "
+                "is kept and the model read as not tied, as transformers 5 does (others drop it)",
+                stacklevel=2,
+            )
+            self.config = replace(self.config, tied=False)
 
     def _place(self, name: str) -> tuple[str, int, int]:
         """The stored tensor that ``name`` is in, and which of how many blocks of its rows."""
+        if name == EMBEDDING.name:
+            return self._embedding, 0, 1
         return hf_place(name, self._stored_as)
 
-    def _wanted(self) -> dict[str, tuple[int, ...]]:
-        """The stored tensors and their shapes, as the configuration has them."""
+    def _check(self, weights: Mapping[str, Path]) -> None:
         wanted = {}
         for name in names(self.config):
             stored, _, blocks = self._place(name)
             rows, *columns = tensor_shape(name, self.config.shape)
             wanted[stored] = (rows * blocks, *columns)
-        return wanted
-
-    def _check(self, weights: Mapping[str, Path], wanted: Mapping[str, tuple[int, ...]]) -> None:
         missing = [name for name in wanted if name not in weights]
-        ignored = {"lm_head.weight"} if self.config.tied else set()
+        ignored = {self._head} if self.config.tied else set()
         unexpected = [
             name
             for name in weights
             if name not in wanted and name not in ignored and not name.endswith(_IGNORED_SUFFIXES)
         ]
+        if what := foreign_names(unexpected):
+            raise CheckpointError(
+                f"{self.path}: {what}; wanted the plain tensors of {self._stored_as.architecture}. "
+                "Load it with what wrote it and save the plain model"
+            )
         if missing or unexpected:
             raise DamagedError(
                 f"{self.path}: {len(missing)} tensors missing {missing[:3]}, "
@@ -153,10 +190,10 @@ class HuggingFaceSource(Source):
                     "belongs to another model"
                 )
         for name in wanted:
-            if self._held(weights, name).dtype not in _DTYPE_WORD:
+            if _word(self._held(weights, name).dtype) is None:
                 raise CheckpointError(
                     f"{weights[name]}: {name} is {self._held(weights, name).dtype}; wanted a "
-                    "floating-point model, not a quantised one"
+                    f"floating-point model, not a quantised one: {DEQUANTISE}"
                 )
 
     def _held(self, weights: Mapping[str, Path], name: str) -> _Held:
@@ -167,6 +204,12 @@ class HuggingFaceSource(Source):
 
     def dtype(self, name: str) -> torch.dtype:
         return self._held(self._files, self.stored_name(name)).dtype
+
+    @property
+    def first_dtype(self) -> torch.dtype:
+        first = min(set(self._files.values()))
+        found = [held.dtype for held in self._opened(first).values()]
+        return next((dtype for dtype in found if dtype.is_floating_point), torch.float32)
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
         axes = axes_of(name)
@@ -181,6 +224,11 @@ class HuggingFaceSource(Source):
     def close(self) -> None:
         super().close()
         self._opened.cache_clear()
+
+
+def _word(dtype: torch.dtype) -> str | None:
+    """safetensors' word for the dtype of a weight."""
+    return next((word for word, name in _DTYPES.items() if str(dtype) == f"torch.{name}"), None)
 
 
 class _Held:
@@ -200,22 +248,25 @@ def _open_file(path: Path, most: int) -> dict[str, _Held]:
     if path.suffix == ".bin":
         tensors = load_untrusted(path, mmap=True)
         if not isinstance(tensors, dict) or not all(
-            isinstance(x, Tensor) for x in tensors.values()
+            isinstance(x, torch.Tensor) for x in tensors.values()
         ):
             raise DamagedError(f"{path}: holds something other than named tensors; not loaded")
         return {n: _Held(tensors, n, tuple(x.shape), x.dtype) for n, x in tensors.items()}
-    with checked_as(DamagedError, path, "not a file of this model's tensors"):
-        check_header(path, most * _NAMED_BYTES)
     try:
+        check_header(path, most * _NAMED_BYTES)
         file = safe_open(path, framework="pt")
         held = {}
         for name in file.keys():  # noqa: SIM118 - not a mapping
             part = file.get_slice(name)
-            dtype = _WORDS.get(part.get_dtype(), torch.uint8)
+            dtype = getattr(torch, _DTYPES.get(part.get_dtype(), "uint8"))
             held[name] = _Held(file, name, tuple(part.get_shape()), dtype)
         return held
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, ValueError) as error:
+        if what := foreign_content(path):
+            raise CheckpointError(f"{path}: {what}") from None
         raise DamagedError(f"{path}: {error}; copy it again") from None
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from None
 
 
 class HuggingFaceWriter(Writer):
@@ -262,7 +313,7 @@ class HuggingFaceWriter(Writer):
         for name in self._shards[file]:
             stop = at + self._bytes(name)
             entries[hf_name(name, self._source.config.family)] = {
-                "dtype": _DTYPE_WORD[self._source.dtype(name)],
+                "dtype": _word(self._source.dtype(name)),
                 "shape": list(tensor_shape(name, self._shape)),
                 "data_offsets": [at, stop],
             }

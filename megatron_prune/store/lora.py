@@ -14,13 +14,11 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from megatron_prune.errors import ConfigError, DamagedError
 from megatron_prune.model.axes import LAYER_PREFIX, axes_of, split_dim, split_layer
 from megatron_prune.model.fusion import split, stored_name
 from megatron_prune.model.grid import ParallelGrid
+from megatron_prune.model.lazy import Tensor, torch
 from megatron_prune.model.lora import (
     PARTS,
     A,

@@ -10,29 +10,13 @@ from __future__ import annotations
 
 import io
 import json
-import mmap
-import pickle
 import sys
 from argparse import Namespace
 from collections import defaultdict
 from collections.abc import Generator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
 from pathlib import Path
 from typing import Any, cast
-
-import torch
-from torch import Tensor
-from torch.distributed.checkpoint.filesystem import _StorageInfo
-from torch.distributed.checkpoint.metadata import (
-    BytesStorageMetadata,
-    ChunkStorageMetadata,
-    Metadata,
-    MetadataIndex,
-    StorageMeta,
-    TensorProperties,
-    TensorStorageMetadata,
-)
 
 from megatron_prune.errors import CheckpointError, DamagedError
 from megatron_prune.files import HashedFile, write_file
@@ -45,7 +29,7 @@ from megatron_prune.model.axes import (
     split_layer,
     tensor_shape,
 )
-from megatron_prune.model.blocks import EMBEDDING
+from megatron_prune.model.blocks import EMBEDDING, OUTPUT
 from megatron_prune.model.fusion import (
     LINEARS,
     TE_ATTENTION,
@@ -55,24 +39,37 @@ from megatron_prune.model.fusion import (
     stored_shape,
 )
 from megatron_prune.model.grid import ParallelGrid
+from megatron_prune.model.lazy import Tensor, torch
 from megatron_prune.model.shape import ModelConfig
-from megatron_prune.parsing import checked_as
 from megatron_prune.sources.source import Source, assemble
-from megatron_prune.store.chunk import read_header
+from megatron_prune.store.dist_chunks import ChunkFiles
 from megatron_prune.store.dist_index import INDEX, Chunk, Index, read_index
+from megatron_prune.store.dist_records import (
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    StorageInfo,
+    StorageMeta,
+    TensorProperties,
+    TensorStorageMetadata,
+    dump_records,
+)
 from megatron_prune.store.megatron import (
-    ITERATION,
     Atom,
     atoms,
     by_stage,
     check_names,
+    is_of_the_model,
+    refuse_own_head,
     stored_layer,
 )
+from megatron_prune.store.training import COMMON, SavedRun
 from megatron_prune.store.writer import Progress, Writer, Written, ahead
 
 __all__ = ["COMMON", "FORMAT", "INDEX", "DistSource", "DistWriter", "read_index"]
 
-COMMON, FORMAT = "common.pt", "metadata.json"
+FORMAT = "metadata.json"
 _FORMAT_FACTS = {
     "sharded_backend": "torch_dist",
     "sharded_backend_version": 1,
@@ -101,44 +98,19 @@ class DistSource(Source):
         self.companion_files, self.plan_path = companion_files, plan_path
         self.iteration = iteration
         self.has_optimizer_state, self._chunks = index.has_optimizer_state, index.tensors
-        self._map, self._locate = cache(self._open), cache(self._find)
         self._stacks = any(k.startswith(LAYER_PREFIX) and stored_layer(k) < 0 for k in self._chunks)
         wanted = {self._place(name)[0] for name in names(config)}
-        check_names(directory / INDEX, wanted, self._chunks)
-        self._check_files(index.ends)
-        self._check_shapes()
-
-    def _open(self, file: str) -> mmap.mmap:
-        path = self.path / file
-        try:
-            with open(path, "rb") as handle:
-                return mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_COPY)
-        except (OSError, ValueError) as error:
-            raise DamagedError(f"{path}: {error}; copy it again") from None
-
-    def _find(self, chunk: Chunk) -> int:
-        """Byte position of a chunk's values in its file."""
-        path, data = self.path / chunk.file, self._map(chunk.file)
-        stop = chunk.start + chunk.length
-        if chunk.start < 0 or stop > len(data):
-            raise DamagedError(f"{path}: {len(data)} bytes, the index wants {stop}; copy it again")
-        with checked_as(DamagedError, path, "a chunk cannot be read", "; copy it again"):
-            header = read_header(data, chunk.start, stop)
-        found = header.dtype, header.sizes, header.stride
-        contiguous = tuple(torch.empty(chunk.sizes, device="meta").stride())
-        if found != (chunk.dtype, chunk.sizes, contiguous) or header.stop > stop:
-            raise DamagedError(
-                f"{path}: holds {header.dtype} {header.sizes} strided {header.stride} where the "
-                f"index says {chunk.dtype} {chunk.sizes}; copy it again"
+        if config.tied and OUTPUT.name in self._chunks:
+            refuse_own_head(directory / INDEX, f"yet it has {OUTPUT.name}")
+        if self._chunks and not any(map(is_of_the_model, self._chunks)):
+            raise CheckpointError(
+                f"{directory / INDEX}: holds {next(iter(self._chunks))} and others; wanted the "
+                "names of a GPT model of Megatron-Core (decoder.layers...). Export it with what "
+                "wrote it"
             )
-        return header.start
-
-    def _view(self, chunk: Chunk) -> Tensor:
-        count, position = torch.Size(chunk.sizes).numel(), self._locate(chunk)
-        data = self._map(chunk.file)
-        return torch.frombuffer(data, dtype=chunk.dtype, count=count, offset=position).view(
-            chunk.sizes
-        )
+        check_names(directory / INDEX, wanted, self._chunks)
+        self._files = ChunkFiles(directory, index)
+        self._check_shapes()
 
     def _place(self, name: str) -> tuple[str, bool]:
         """The key of a stored tensor, and whether it is stacked over layers."""
@@ -158,17 +130,6 @@ class DistSource(Source):
             return chunks, None, whole
         mine = [c for c in chunks if c.offsets[0] <= layer < c.offsets[0] + c.sizes[0]]
         return mine, layer, whole[1:]
-
-    def _check_files(self, ends: Mapping[str, int]) -> None:
-        """Refuse an index that reaches beyond the files it lies beside."""
-        for file, end in ends.items():
-            path = self.path / file
-            if not path.is_file():
-                raise DamagedError(f"{path}: is missing; copy it again")
-            if path.stat().st_size < end:
-                raise DamagedError(
-                    f"{path}: {path.stat().st_size} bytes, the index wants {end}; copy it again"
-                )
 
     def _check_shapes(self) -> None:
         shape = self.config.shape
@@ -208,7 +169,7 @@ class DistSource(Source):
         return assemble(name, pieces, start, stop, self.path)
 
     def _within(self, chunk: Chunk, layer: int | None) -> Tensor:
-        x = self._view(chunk)
+        x = self._files.view(chunk)
         return x if layer is None else x[layer - chunk.offsets[0]]
 
     def _piece(self, chunk: Chunk, layer: int | None, name: str, dim: int) -> Piece | None:
@@ -226,21 +187,32 @@ class DistSource(Source):
 
     def close(self) -> None:
         super().close()
-        self._locate.cache_clear()
-        self._map.cache_clear()
+        self._files.close()
 
 
 class DistWriter(Writer):
     """Writes ``__R_0.distcp`` per model-parallel rank of the target, then the index over them.
 
-    The chunk grid is the target's TP grid, so readers at that TP fetch whole chunks.
+    The chunk grid is the target's TP grid, so readers at that TP fetch whole chunks. What a run
+    left beside its model keeps its chunks, in files of its own: one for each that it lies in.
     """
 
-    def __init__(self, source: Source, grid: ParallelGrid, args: Namespace) -> None:
-        self._source, self._grid, self._args = source, grid, args
+    def __init__(
+        self, source: Source, grid: ParallelGrid, args: Namespace, run: SavedRun | None = None
+    ) -> None:
+        self._source, self._grid, self._run = source, grid, run
         self._ranks = {f"__{number}_0.distcp": rank for number, rank in enumerate(grid.ranks())}
-        self.stages = by_stage(self._ranks)
+        beside = [] if run is None else run.chunks
+        self._beside = {f"__{number}_1.distcp": file for number, file in enumerate(beside)}
+        self.stages = [*by_stage(self._ranks), *([file] for file in self._beside)]
         self.total_bytes = sum(a.bytes for rank in self._ranks.values() for a in self._atoms(*rank))
+        self.total_bytes += 0 if run is None else run.bytes
+        common = io.BytesIO()
+        more = {} if run is None else run.common
+        torch.save(
+            {"args": args, "checkpoint_version": 3.0, "iteration": args.iteration, **more}, common
+        )
+        self._common = common.getvalue()
 
     def _atoms(self, tp_rank: int, pp_rank: int) -> Any:
         return atoms(self._source, self._grid, tp_rank, pp_rank, te_norms=True, shared=True)
@@ -250,6 +222,9 @@ class DistWriter(Writer):
     ) -> Generator[None, None, Written]:
         directory.mkdir(parents=True, exist_ok=True)
         out = HashedFile.create(directory / file, pool)
+        if file in self._beside:
+            entries = yield from self._copy(file, out, progress)
+            return Written(out.close(), entries)
         entries = []
         parts, last = list(self._atoms(*self._ranks[file])), None
         for atom, data in zip(parts, ahead((atom.pull for atom in parts), pool), strict=True):
@@ -264,6 +239,21 @@ class DistWriter(Writer):
         if self._ranks[file] == (0, 0):
             entries += self._extra_states(out)
         return Written(out.close(), entries)
+
+    def _copy(
+        self, file: str, out: HashedFile, progress: Progress
+    ) -> Generator[None, None, list[Any]]:
+        """The chunks beside the model's, as they are."""
+        assert self._run is not None
+        entries = []
+        for key, whole, chunk in self._run.chunks[self._beside[file]]:
+            yield
+            offset, values = out.position, self._run.files.view(chunk)
+            _save(values, out)
+            place = (chunk.dtype, whole, chunk.offsets, chunk.sizes)
+            entries.append((key, place, offset, out.position))
+            progress(values.nbytes)
+        return entries
 
     @property
     def _layers(self) -> int:
@@ -282,38 +272,38 @@ class DistWriter(Writer):
         return entries
 
     def finish(self, directory: Path, written: Mapping[str, Written]) -> None:
-        places: dict[MetadataIndex, _StorageInfo] = {}
+        places: dict[MetadataIndex, StorageInfo] = {}
         tensors: dict[str, list[Any]] = defaultdict(list)
         keys: dict[str, Any] = {}
         for file in self.files:
             for key, place, start, stop in written[file].payload:
                 key = sys.intern(key)  # equal strings pickle alike only when they are one object
-                info = _StorageInfo(relative_path=file, offset=start, length=stop - start)
+                info = StorageInfo(relative_path=file, offset=start, length=stop - start)
                 if place is None:
                     keys[key] = BytesStorageMetadata()
-                    places[MetadataIndex(key)] = info
+                    places[MetadataIndex(fqn=key, index=None)] = info
                     continue
                 dtype, whole, offsets, sizes = place
-                chunk = ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes))
+                chunk = ChunkStorageMetadata(offsets=torch.Size(offsets), sizes=torch.Size(sizes))
                 tensors[key].append((dtype, whole, chunk))
-                places[MetadataIndex(key, offset=torch.Size(offsets))] = info
+                at = MetadataIndex(fqn=key, index=None, offset=torch.Size(offsets))
+                places[at] = info
         for key, chunks in tensors.items():
             dtype, whole, _ = chunks[0]
             parts = sorted((c for _, _, c in chunks), key=lambda c: tuple(c.offsets))
             keys[key] = TensorStorageMetadata(
-                TensorProperties(dtype=dtype), torch.Size(whole), parts
+                properties=TensorProperties(dtype=dtype), size=torch.Size(whole), chunks=parts
             )
         order = sorted(places, key=lambda i: (i.fqn, tuple(i.offset or ())))
         index = Metadata(
             state_dict_metadata=dict(sorted(keys.items())),
+            planner_data=None,
             storage_data={place: places[place] for place in order},
-            storage_meta=StorageMeta(),
+            storage_meta=StorageMeta(checkpoint_id=None, save_id=None, load_id=None, modules=[]),
             version="1.0.0",
         )
-        common = io.BytesIO()
-        torch.save({"args": self._args, "checkpoint_version": 3.0, "iteration": ITERATION}, common)
-        write_file(directory / INDEX, pickle.dumps(index, protocol=4))
-        write_file(directory / COMMON, common.getvalue())
+        write_file(directory / INDEX, dump_records(index))
+        write_file(directory / COMMON, self._common)
         write_file(directory / FORMAT, json.dumps(_FORMAT_FACTS).encode())
 
 

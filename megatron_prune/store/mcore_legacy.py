@@ -18,9 +18,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from megatron_prune.errors import CheckpointError, DamagedError, StorageError
 from megatron_prune.files import HashedFile
 from megatron_prune.model.axes import (
@@ -45,6 +42,7 @@ from megatron_prune.model.fusion import (
     stored_shape,
 )
 from megatron_prune.model.grid import ParallelGrid, part_range
+from megatron_prune.model.lazy import Tensor, torch
 from megatron_prune.model.shape import ModelConfig
 from megatron_prune.sources.source import Source, assemble
 from megatron_prune.store.chunk import record_places
@@ -53,6 +51,7 @@ from megatron_prune.store.megatron import (
     atoms,
     by_stage,
     check_names,
+    refuse_own_head,
     stored_layer,
 )
 from megatron_prune.store.untrusted import load_untrusted
@@ -139,8 +138,13 @@ class LegacySource(Source):
         path = self.rank_path(tp_rank, pp_rank)
         state = load_untrusted(path, mmap=True)
         model = state.get("model") if isinstance(state, dict) else None
+        if isinstance(state, dict) and "model0" in state:
+            raise CheckpointError(
+                f"{path}: model0, model1, ...: an interleaved pipeline, which is not read; load "
+                "and save it without virtual pipeline stages, or in torch_dist"
+            )
         if not isinstance(model, dict) or not all(isinstance(key, str) for key in model):
-            raise DamagedError(f"{path}: holds no model; copy it again, or convert it again")
+            raise DamagedError(f"{path}: holds no model; wanted one of Megatron under 'model'")
         self.has_optimizer_state = "optimizer" in state
         return model
 
@@ -174,10 +178,17 @@ class LegacySource(Source):
                 wanted[pp_rank].add(key)
             for pp_rank in range(self.grid.pipeline_parallel):
                 model = self._file(tp_rank, pp_rank)
-                held = {key for key, x in model.items() if isinstance(x, Tensor)}
-                if self.config.tied:
-                    held.discard(OUTPUT.name)  # the last stage's copy of the embedding
+                held = {key for key, x in model.items() if isinstance(x, torch.Tensor)}
+                if self.config.tied and OUTPUT.name in held:
+                    self._check_copy(tp_rank, model[OUTPUT.name])
+                    held.discard(OUTPUT.name)
                 check_names(self.rank_path(tp_rank, pp_rank), wanted[pp_rank], held)
+
+    def _check_copy(self, tp_rank: int, copy: Tensor) -> None:
+        """Of the embedding, on the last stage of a tied model: every value is the same."""
+        if not torch.equal(copy, self._stored(EMBEDDING.name, tp_rank)):
+            where = self.rank_path(tp_rank, self.grid.pipeline_parallel - 1)
+            refuse_own_head(where, f"yet {OUTPUT.name} has values of its own")
 
     def _check_shapes(self) -> None:
         for name in names(self.config):

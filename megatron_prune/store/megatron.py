@@ -13,15 +13,13 @@ from dataclasses import dataclass
 from functools import partial
 from math import prod
 
-import torch
-from torch import Tensor
-
 from megatron_prune.errors import DamagedError
 from megatron_prune.model.axes import layer_name, layer_weights, split_dim
 from megatron_prune.model.blocks import EMBEDDING, FINAL_NORM, OUTPUT
 from megatron_prune.model.family import Weight
 from megatron_prune.model.fusion import fused_of, join, megatron_name, parts_of
 from megatron_prune.model.grid import ParallelGrid, padded_vocab_size, part_range
+from megatron_prune.model.lazy import Tensor, torch
 from megatron_prune.sources.source import Source
 from megatron_prune.store.writer import BLOCK_BYTES
 
@@ -213,10 +211,28 @@ def padded_rows(read: Read, name: str, vocab_size: int, start: int, stop: int) -
 _OF_THE_MODEL = ("embedding.", "decoder.", "output_layer.")
 
 
+def is_of_the_model(key: str) -> bool:
+    """Whether a stored key is of a GPT model, and not of its optimizer or another framework."""
+    return key.startswith(_OF_THE_MODEL)
+
+
 def stored_layer(key: str) -> int:
     """The layer in a stored key, -1 in one that has none."""
     match = re.match(r"decoder\.layers\.([0-9]{1,6})\.", key)
     return int(match[1]) if match else -1
+
+
+def refuse_own_head(where: object, found: str) -> None:
+    """Refuse a tied model that holds an output layer beside its embedding.
+
+    Raises:
+        DamagedError: always; ``found`` says how the two are at odds.
+    """
+    raise DamagedError(
+        f"{where}: its configuration says that output layer and embedding are tied, {found}; "
+        "correct the one that is wrong (tie_word_embeddings in hf/config.json, or "
+        "untie_embeddings_and_output_weights in its arguments)"
+    )
 
 
 def check_names(where: object, wanted: Collection[str], held: Collection[str]) -> None:
@@ -231,7 +247,7 @@ def check_names(where: object, wanted: Collection[str], held: Collection[str]) -
     missing = sorted(set(wanted) - set(held))
     unexpected = sorted(
         key for key in set(held) - set(wanted)
-        if key.startswith(_OF_THE_MODEL) and "_extra_state" not in key
+        if is_of_the_model(key) and "_extra_state" not in key
     )  # fmt: skip
     if missing or unexpected:
         raise DamagedError(

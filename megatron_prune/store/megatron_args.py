@@ -6,14 +6,17 @@ from __future__ import annotations
 
 import warnings
 from argparse import Namespace
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from megatron_prune.errors import CheckpointError, PruneError
 from megatron_prune.families import FAMILIES, family_of_arguments
+from megatron_prune.families.windows import windowed_layers
 from megatron_prune.model.family import Family
 from megatron_prune.model.grid import ParallelGrid, padded_vocab_size
 from megatron_prune.model.shape import ModelConfig, ModelShape
+from megatron_prune.store.stock_arguments import check_function
 
 
 def megatron_args(config: ModelConfig, grid: ParallelGrid, **more: Any) -> Namespace:
@@ -39,6 +42,7 @@ def megatron_args(config: ModelConfig, grid: ParallelGrid, **more: Any) -> Names
         "rotary_seq_len_interpolation_factor": (
             scaling["factor"] if scaling.get("rope_type") == "linear" else None
         ),
+        "window_attn_skip_freq": _skip_freq(config),
         "window_size": None if config.sliding_window is None else (config.sliding_window - 1, 0),
         "add_bias_linear": config.mlp_bias,
         "add_qkv_bias": config.qkv_bias,
@@ -70,7 +74,7 @@ def megatron_args(config: ModelConfig, grid: ParallelGrid, **more: Any) -> Names
     return Namespace(**values)
 
 
-_STOCK_ROPE_SCALING = {  # megatron.core RotaryEmbedding; --rope-scaling-factor never reaches it
+STOCK_ROPE_SCALING = {  # megatron.core RotaryEmbedding; --rope-scaling-factor never reaches it
     "rope_type": "llama3",
     "factor": 8.0,
     "low_freq_factor": 1.0,
@@ -85,40 +89,33 @@ def stock_flags(config: ModelConfig) -> list[str]:
     Without them stock Megatron-LM loads the weights and computes something else, silently.
     """
     flags = [] if config.norm_epsilon == 1e-5 else [f"--norm-epsilon {config.norm_epsilon:g}"]
-    if dict(config.rope_scaling or {}) == _STOCK_ROPE_SCALING:
+    if dict(config.rope_scaling or {}) == STOCK_ROPE_SCALING:
         flags.append("--use-rope-scaling")
     if config.sliding_window is not None:
         flags.append(f"--window-size {config.sliding_window - 1},0")
+    if skips := _skip_freq(config):
+        flags.append(f"--window-attn-skip-freq '[{','.join(map(str, skips))}]'")
     if config.dtype in ("bf16", "fp16"):
         flags.append(f"--{config.dtype}")
     return flags
 
 
+def _skip_freq(config: ModelConfig) -> list[int] | None:
+    """A 1 for each layer with the window and a 0 for each without, where layers differ."""
+    if config.sliding_window is None or not config.hf_config.get("use_sliding_window"):
+        return None
+    windowed = windowed_layers({**config.hf_config, "num_hidden_layers": config.shape.num_layers})
+    return None if all(windowed) else [int(has) for has in windowed]
+
+
 def beyond_stock(config: ModelConfig) -> list[str]:
     """What of this model stock Megatron-LM's ``pretrain_gpt.py`` has no argument for."""
     found = []
-    if config.rope_scaling is not None and dict(config.rope_scaling) != _STOCK_ROPE_SCALING:
+    if config.rope_scaling is not None and dict(config.rope_scaling) != STOCK_ROPE_SCALING:
         found.append(f"rope scaling {dict(config.rope_scaling)}")
     if config.rotary_base != int(config.rotary_base):
         found.append(f"the fractional rope base {config.rotary_base}")
     return found
-
-
-_WANTED = {
-    "swiglu": (True, "only SwiGLU models"),
-    "normalization": ("RMSNorm", "only RMSNorm models"),
-    "position_embedding_type": ("rope", "only rotary position embeddings"),
-    "rotary_percent": (1.0, "only full rotary embeddings"),
-    "rotary_interleaved": (False, "only half-split rotary embeddings"),
-    "num_experts": (None, "no mixture of experts"),
-    "apply_layernorm_1p": (False, "no 1+weight norms"),
-    "virtual_pipeline_model_parallel_size": (None, "no interleaved pipeline"),
-    "window_attn_skip_freq": (None, "the same attention in all layers"),
-    "no_rope_freq": (None, "the same attention in all layers"),
-    "multi_latent_attention": (False, "no latent attention"),
-    "qk_l2_norm": (False, "no query/key norms"),
-    "softmax_type": ("vanilla", "the plain softmax"),
-}
 
 
 def config_from_args(args: Any, where: Path, family: str | None) -> ModelConfig:
@@ -128,9 +125,14 @@ def config_from_args(args: Any, where: Path, family: str | None) -> ModelConfig:
         CheckpointError: an attribute is missing, or the model is of a kind we do not read.
     """
     values = vars(args) if isinstance(args, Namespace) else {}
-    for name, (wanted, reads) in _WANTED.items():
-        if name in values and values[name] != wanted:
-            raise CheckpointError(f"{where}: args.{name} is {values[name]!r}; this reads {reads}")
+    unknown = check_function(_not_ours(values), f"{where}: args.")
+    if unknown and "model_family" not in values:
+        warnings.warn(
+            f"{where}: nobody here knows what these arguments do, and they are not read: "
+            f"{', '.join(unknown)}; if one of them changes what the model computes, what is made "
+            "of it is another model",
+            stacklevel=2,
+        )
     required = ("num_layers", "hidden_size", "num_attention_heads", "ffn_hidden_size")
     missing = [name for name in required if not isinstance(values.get(name), int)]
     if "padded_vocab_size" not in values and "vocab_size" not in values:
@@ -182,6 +184,12 @@ def config_from_args(args: Any, where: Path, family: str | None) -> ModelConfig:
     )
 
 
+def _not_ours(values: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The arguments without the one that stock and we mean differently."""
+    ours = {"rotary_seq_len_interpolation_factor"} if "model_family" in values else set()
+    return {name: value for name, value in values.items() if name not in ours}
+
+
 def _family(values: dict[str, Any], where: Path, family: str | None, like: Family) -> Family:
     """The family that is given, or told by the arguments, or that they are most ``like``."""
     qk_norm = bool(values.get("qk_layernorm"))
@@ -226,10 +234,13 @@ def _sliding_window(values: dict[str, Any]) -> int | None:
 
 
 def _rope_scaling(values: dict[str, Any]) -> dict[str, Any] | None:
+    if "rope_scaling" in values:  # said in full, of Megatron-Bridge
+        said: dict[str, Any] | None = values["rope_scaling"]
+        return said
     ours = "model_family" in values
     if values.get("use_rope_scaling"):
         factor = float(values.get("rope_scaling_factor", 8.0)) if ours else 8.0
-        return {**_STOCK_ROPE_SCALING, "factor": factor}
+        return {**STOCK_ROPE_SCALING, "factor": factor}
     if ours and values.get("rotary_seq_len_interpolation_factor"):  # stock never passes it on
         return {
             "rope_type": "linear",

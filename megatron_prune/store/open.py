@@ -9,8 +9,9 @@ read by their arguments.
 from __future__ import annotations
 
 import re
+import warnings
 from argparse import Namespace
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,30 +19,23 @@ from typing import Any
 from megatron_prune.data.tokenizers import TRACKER
 from megatron_prune.errors import CheckpointError, DamagedError
 from megatron_prune.families import read_config, read_config_as
-from megatron_prune.families.config import CONFIG
+from megatron_prune.families.config import CONFIG, dtype_word
 from megatron_prune.files import Hold, hold
+from megatron_prune.model.axes import names
 from megatron_prune.model.grid import ParallelGrid
 from megatron_prune.model.shape import ModelConfig
+from megatron_prune.model.tensors import DTYPES
 from megatron_prune.parsing import read_table
-from megatron_prune.sources.source import REPAIR, Source
+from megatron_prune.sources.source import Source
 from megatron_prune.store import hf, mcore_dist, mcore_legacy
-from megatron_prune.store.commit import MANIFEST, WRITER, check_manifest, read_manifest
+from megatron_prune.store.bridge import RUN_CONFIG, TOKENIZER, read_arguments
+from megatron_prune.store.commit import MANIFEST, check_manifest, read_manifest
+from megatron_prune.store.companions import find_companions, find_plan
 from megatron_prune.store.lora import LoraSource, read_lora
 from megatron_prune.store.megatron_args import config_from_args, warn_unverified
-from megatron_prune.store.passenger import COMPANIONS, PLAN
+from megatron_prune.store.passenger import COMPANIONS
+from megatron_prune.store.recognise import ADAPTER, foreign_directory, foreign_file
 from megatron_prune.store.untrusted import load_untrusted
-
-_NOT_COMPANIONS = (
-    ".safetensors",
-    ".bin",
-    ".pt",
-    ".pth",
-    ".gguf",
-    ".h5",
-    ".msgpack",
-    ".onnx",
-    ".index.json",
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,19 +77,33 @@ def read_facts(path: Path) -> CheckpointFacts:
         CheckpointError: nothing is there, or nothing we know.
     """
     if not path.is_dir():
-        what = "is a file; wanted a checkpoint directory" if path.exists() else "does not exist"
-        raise CheckpointError(f"{path}: {what}")
+        raise CheckpointError(
+            f"{path}: {foreign_file(path) if path.exists() else 'does not exist'}"
+        )
     directory = iteration_directory(path)
     match = re.fullmatch(r"iter_(\d+)", directory.name)
     iteration = int(match[1]) if match else 0
-    if (directory / mcore_dist.INDEX).is_file() or (directory / mcore_dist.COMMON).is_file():
-        return CheckpointFacts(directory=directory, format="torch_dist", iteration=iteration)
-    if any(directory.glob("mp_rank_*")):
+    model = hf.has_weights(directory)
+    if any((directory / name).is_file() for name in (mcore_dist.INDEX, mcore_dist.COMMON)):
+        if not (directory / CONFIG).is_file():
+            return CheckpointFacts(directory=directory, format="torch_dist", iteration=iteration)
+        if not model:
+            raise CheckpointError(
+                f"{path}: transformers' distributed checkpoint, which is not read; load it there "
+                "and save_pretrained(distributed_checkpoint=False)"
+            )
+    if any(directory.glob(f"mp_rank_*/{mcore_legacy.FILE}")):
         return CheckpointFacts(directory=directory, format="torch", iteration=iteration)
-    if (directory / CONFIG).is_file() or any(
-        (directory / name).is_file() for name in (hf.SINGLE, hf.INDEX, hf.BIN_SINGLE, hf.BIN_INDEX)
-    ):
+    has_config = (directory / CONFIG).is_file()
+    if has_config and model:
         return CheckpointFacts(directory=directory, format="hf")
+    if what := foreign_directory(directory):
+        raise CheckpointError(f"{path}: {what}")
+    if has_config:
+        raise CheckpointError(
+            f"{path}: no {hf.SINGLE}, {hf.INDEX} or {hf.BIN_SINGLE} beside its {CONFIG}; "
+            "no weights to read"
+        )
     raise CheckpointError(
         f"{path}: no config.json, no .metadata and no mp_rank_* directories; wanted a Hugging Face "
         "directory or a Megatron checkpoint"
@@ -120,8 +128,27 @@ def open_source(path: Path, *, family: str | None = None) -> Source:
     else:
         source = _open_legacy(facts, family)
     source.held = held
+    if dtype_word(source.config.hf_config) is None:
+        _tell_dtype(source)
     _check_described(facts.directory, source.config)
     return source
+
+
+def _tell_dtype(source: Source) -> None:
+    """For a model whose configuration says no dtype: that of its weights, which the next one has
+    to say. Where they are of several, which of them is said."""
+    first = str(source.first_dtype).removeprefix("torch.")
+    found = {str(source.dtype(name)).removeprefix("torch.") for name in names(source.config)}
+    if len(found) > 1:
+        warnings.warn(
+            f"{source.path}: weights are {' and '.join(sorted(found))}, and no dtype is said; what "
+            f"is written says {first}, that of the first of them, as transformers would load it",
+            stacklevel=2,
+        )
+    values = source.config.hf_config
+    dtype = next((short for short, long in DTYPES.items() if long == first), "fp32")
+    said = {**values, "dtype": first} if values else values
+    source.config = replace(source.config, dtype=dtype, hf_config=said)
 
 
 def _read_and_hold(path: Path) -> tuple[CheckpointFacts, Hold | None]:
@@ -159,8 +186,6 @@ def _check_described(directory: Path, config: ModelConfig) -> None:
         described, _ = read_manifest(directory)
     except DamagedError:  # none, or somebody else's; `verify` insists on one it can read
         return
-    if not str(described.get("writer")).startswith(WRITER):
-        return
     differences = check_manifest(directory, hashes=False)
     for name, found in (("shape", config.shape.as_dict()), ("tied", config.tied)):
         if described.get(name, found) != found:
@@ -172,29 +197,29 @@ def _check_described(directory: Path, config: ModelConfig) -> None:
         )
 
 
-def companion_files(directory: Path) -> dict[str, Path]:
-    """Files that travel with a model: everything at the top that is not weights or ours."""
-    return {
-        path.name: path
-        for path in sorted(directory.iterdir())
-        if path.is_file()
-        and not path.name.startswith(".")
-        and not path.name.endswith(_NOT_COMPANIONS)
-        and path.name not in (CONFIG, PLAN, REPAIR, MANIFEST)
-    }
-
-
-def _plan_in(directory: Path) -> Path | None:
-    return directory / PLAN if (directory / PLAN).is_file() else None
-
-
 def _open_hf(directory: Path) -> Source:
-    return hf.HuggingFaceSource(
+    if (directory / ADAPTER).is_file():
+        raise CheckpointError(
+            f"{directory}: a model and a PEFT adapter beside it ({ADAPTER}); transformers loads "
+            "both, this reads the model alone. Merge them first (peft: merge_and_unload(), then "
+            "save_pretrained), or move the adapter's files away"
+        )
+    weights = hf.find_weights(directory)
+    found = find_companions(directory, directory, hf.files_of(weights))
+    source = hf.HuggingFaceSource(
         directory,
         *read_config_as(directory / CONFIG),
-        companion_files=companion_files(directory),
-        plan_path=_plan_in(directory),
+        weights=weights,
+        companion_files=found.files,
+        plan_path=found.plan,
     )
+    if found.left:
+        warnings.warn(
+            f"{directory}: read from {', '.join(sorted(hf.files_of(weights))[:2])}; left out, as "
+            f"transformers does: {', '.join(found.left)}",
+            stacklevel=2,
+        )
+    return source
 
 
 def _megatron_config(
@@ -202,20 +227,38 @@ def _megatron_config(
 ) -> tuple[ModelConfig, dict[str, Path]]:
     companions = facts.directory / COMPANIONS
     if (companions / CONFIG).is_file():
-        return read_config(companions / CONFIG), companion_files(companions)
+        found = find_companions(companions, facts.directory)
+        return read_config(companions / CONFIG), found.files
     warn_unverified(facts.directory)
     args = common.get("args") if isinstance(common, dict) else None
-    return config_from_args(args, where, family), {}
+    beside = facts.directory / TOKENIZER  # where Megatron-Bridge puts it
+    carried = find_companions(beside, facts.directory).files if beside.is_dir() else {}
+    try:
+        return config_from_args(args, where, family), carried
+    except (TypeError, ValueError, OverflowError) as error:  # numbers that are none
+        kind = type(error).__name__
+        raise CheckpointError(f"{where}: its arguments: {kind}: {error}") from None
 
 
 def _open_dist(facts: CheckpointFacts, family: str | None) -> Source:
     directory = facts.directory
-    path, advice = directory / mcore_dist.FORMAT, "; copy it again"
-    backend = read_table(path, DamagedError, advice=advice).get("sharded_backend")
+    _check_index_kind(directory)
+    path = directory / mcore_dist.FORMAT
+    found = read_table(path, DamagedError, advice="; copy it again")
+    if "sharded_backend" not in found:
+        raise CheckpointError(
+            f"{path}: has no sharded_backend; wanted Megatron's, which names the format"
+        )
+    backend = found["sharded_backend"]
     if backend != "torch_dist":
-        raise CheckpointError(f"{directory}: sharded backend {backend!r}; wanted torch_dist")
-    common_path = directory / mcore_dist.COMMON
+        raise CheckpointError(
+            f"{directory}: sharded backend {backend!r}; wanted torch_dist. Load it with the "
+            "Megatron-LM that wrote it and save it with --ckpt-format torch_dist"
+        )
+    common_path, run = directory / mcore_dist.COMMON, directory / RUN_CONFIG
     common = load_untrusted(common_path, mmap=False)
+    if isinstance(common, dict) and "args" not in common and run.is_file():
+        common_path, common = run, {**common, "args": read_arguments(run)}
     index = mcore_dist.read_index(directory)
     config, companions = _megatron_config(facts, common, common_path, family)
     lora = read_lora(common, common_path, config)
@@ -226,8 +269,34 @@ def _open_dist(facts: CheckpointFacts, family: str | None) -> Source:
         _grid_of(common),
         index,
         companion_files=companions,
-        plan_path=_plan_in(directory),
+        plan_path=find_plan(directory),
         iteration=facts.iteration,
+    )
+
+
+def _check_index_kind(directory: Path) -> None:
+    """Refuse a directory of torch.distributed.checkpoint that is no torch_dist.
+
+    Raises:
+        DamagedError: it is, by its manifest, and has lost the file that says so.
+        CheckpointError: it is of another format.
+    """
+    if (directory / mcore_dist.FORMAT).is_file():
+        return
+    try:
+        listed = mcore_dist.FORMAT in read_manifest(directory)[1]
+    except DamagedError:
+        listed = False
+    if listed:
+        raise DamagedError(
+            f"{directory}: {mcore_dist.FORMAT} is missing, which its {MANIFEST} lists; fetch that "
+            "file from where the checkpoint came from"
+        )
+    raise CheckpointError(
+        f"{directory}: a torch.distributed.checkpoint directory without {mcore_dist.FORMAT}: "
+        "Megatron's torch_dcp or fsdp_dtensor, FSDP, torchtitan or the like; this reads "
+        "torch_dist. Load it with what wrote it and save it with --ckpt-format torch_dist, or for "
+        "Hugging Face"
     )
 
 
@@ -261,6 +330,6 @@ def _open_legacy(facts: CheckpointFacts, family: str | None) -> Source:
         config,
         grid,
         companion_files=companions,
-        plan_path=_plan_in(directory),
+        plan_path=find_plan(directory),
         iteration=facts.iteration,
     )

@@ -95,6 +95,7 @@ class Passenger:
         target = directory if format == "hf" else directory / COMPANIONS
         target.mkdir(exist_ok=True)
         for name, data in self.files.items():
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
             write_file(target / name, data)
         config = json.dumps(hf_config(self.config), indent=2) + "\n"
         write_file(target / CONFIG, config.encode())

@@ -7,16 +7,20 @@ stand-ins. Any other name is refused, and no code of the file is ever imported o
 
 from __future__ import annotations
 
+import threading
 from argparse import Namespace
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from megatron_prune.errors import DamagedError
+from megatron_prune.errors import CheckpointError, DamagedError
+from megatron_prune.model.lazy import torch
+from megatron_prune.store.recognise import foreign_content
 
 _STAND_IN_PREFIXES = ("megatron.", "numpy.", "transformer_engine.", "signal.", "enum.", "pathlib.")
 _STAND_IN_NAMES = {"_codecs.encode", "_io.BytesIO", "types.SimpleNamespace"}
+_LOCK = threading.Lock()  # what torch may build is one list for all threads
 
 
 class Opaque:
@@ -28,6 +32,9 @@ class Opaque:
     def __setstate__(self, state: Any) -> None:
         pass
 
+    def __reduce__(self) -> Any:
+        raise DamagedError("names a class that no state of a run needs; it is not written again")
+
 
 def load_untrusted(path: Path, *, mmap: bool) -> Any:
     """A ``torch.save`` file as tensors, containers, ``Namespace`` and `Opaque` stand-ins.
@@ -38,20 +45,43 @@ def load_untrusted(path: Path, *, mmap: bool) -> Any:
         DamagedError: the file is cut short, or names something that is not allowed.
     """
     try:
-        named = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-        named = [name for name in named if name != "argparse.Namespace"]
-        refused = [
-            n for n in named if not n.startswith(_STAND_IN_PREFIXES) and n not in _STAND_IN_NAMES
-        ]
-        if refused:
-            raise DamagedError(
-                f"{path}: names {', '.join(sorted(refused))}, which no model needs; not loaded"
-            )
-        allowed: list[Any] = [Namespace, *((Opaque, name) for name in named)]
-        with torch.serialization.safe_globals(allowed):
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+        with _LOCK, _only_ours():
+            return _load(path, mmap)
     except DamagedError:
         raise
+    except FileNotFoundError:
+        raise DamagedError(f"{path}: is missing; copy it again") from None
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from None
     except Exception as error:  # a damaged pickle can raise anything
+        if what := foreign_content(path):
+            raise CheckpointError(f"{path}: {what}") from None
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise DamagedError(f"{path}: cannot be read: {reason}; copy it again") from None
+
+
+@contextmanager
+def _only_ours() -> Iterator[None]:
+    """torch keeps one list of classes to build, and libraries add to it when they are imported:
+    megatron-core numpy's arrays and paths, torch itself meshes of devices."""
+    known = torch.serialization.get_safe_globals()
+    torch.serialization.clear_safe_globals()
+    try:
+        yield
+    finally:
+        torch.serialization.add_safe_globals(known)
+
+
+def _load(path: Path, mmap: bool) -> Any:
+    named = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    named = [name for name in named if name != "argparse.Namespace"]
+    refused = [
+        n for n in named if not n.startswith(_STAND_IN_PREFIXES) and n not in _STAND_IN_NAMES
+    ]
+    if refused:
+        raise DamagedError(
+            f"{path}: names {', '.join(sorted(refused))}, which no model needs; not loaded"
+        )
+    allowed: list[Any] = [Namespace, *((Opaque, name) for name in named)]
+    with torch.serialization.safe_globals(allowed):
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)

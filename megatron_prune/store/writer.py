@@ -16,11 +16,9 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from megatron_prune.files import FileRecord
 from megatron_prune.model.axes import axes_of, split_dim, split_layer, tensor_shape
+from megatron_prune.model.lazy import Tensor, torch
 from megatron_prune.model.shape import ModelShape
 from megatron_prune.sources.source import Source
 

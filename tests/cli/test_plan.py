@@ -137,3 +137,33 @@ def test_a_plan_that_cannot_be_written_exits_4(models: Models, tmp_path: Path) -
     (tmp_path / "file").write_text("")
     for place in (tmp_path / "none/p.json", tmp_path / "file/p.json"):
         refused("plan", "--load", models("gqa"), "--save", place, code=4, says=str(place))
+
+
+@pytest.mark.parametrize(
+    ("kind", "hidden", "engines"),
+    [
+        ("gqa", 48, None), ("gqa", 36, "TGI take"), ("qwen", 36, "TGI, mlx-lm, vLLM and SGLang"),
+        ("mistral", 36, None), ("qwen3", 36, None),
+    ],
+)  # fmt: skip
+def test_engines_that_derive_head_dim_are_named_for_every_family(
+    kind: str, hidden: int, engines: str | None, models: Models, tmp_path: Path
+) -> None:
+    remain = ("--hidden-size-remain", hidden)
+    done = ok("plan", "--load", models(kind), "--save", tmp_path / "p.json", *remain)
+    assert ("for head_dim in family" in done.err) == (engines is not None)
+    assert (engines or "") in done.err
+    pruned = ok("prune", "--load", models(kind), "--save", tmp_path / "p", "--to", "hf", *remain)
+    assert ("for head_dim in family" in pruned.err) == (engines is not None)
+
+
+def test_both_rules_of_head_dim_are_told_of_layers_of_different_widths(
+    models: Models, tmp_path: Path
+) -> None:
+    """transformers loads such a model by LlamaConfig, whose rule holds there too."""
+    done = ok(
+        "plan", "--load", models("gqa"), "--save", tmp_path / "p.json", "--nonuniform",
+        "--ffn-hidden-size-remain", 60, "--hidden-size-remain", 40,
+    )  # fmt: skip
+    assert "is not a multiple of 6 heads" in done.err
+    assert "llama.cpp, mlx-lm take hidden_size / heads" in done.err

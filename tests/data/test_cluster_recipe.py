@@ -32,7 +32,7 @@ def _with_bos(folder: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("bos", [False, True])
+@pytest.mark.parametrize("bos", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_byte_for_byte_as_preprocess(
     tmp_path: Path, bpe: Path, texts: list[str], bos: bool
 ) -> None:

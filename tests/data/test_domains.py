@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
 
 import numpy as np
@@ -68,6 +69,17 @@ def test_bounds_that_cannot_be_kept_are_refused(floor: float, cap: float, says: 
     with pytest.raises(ConfigError) as caught:
         check_rule(UpdateRule(floor=floor, cap=cap), WEIGHTS)
     assert says in str(caught.value)
+
+
+@pytest.mark.parametrize("count", range(2, 40))
+def test_the_bound_that_a_refusal_names_is_taken(count: int) -> None:
+    """A share such as 1/7, rounded to the wrong side, would be refused again."""
+    weights = {str(n): 1 / count for n in range(count)}
+    for bounds in ({"floor": 1.0}, {"cap": 1e-9}):
+        with pytest.raises(ConfigError) as caught:
+            check_rule(UpdateRule(**bounds), weights)
+        named = float(re.search("wanted ([0-9.]+) or", str(caught.value))[1])
+        check_rule(UpdateRule(**dict.fromkeys(bounds, named)), weights)
 
 
 @pytest.mark.parametrize("loss", [math.nan, math.inf])

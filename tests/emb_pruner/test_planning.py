@@ -155,7 +155,8 @@ def test_tokens_that_are_asked_for_stay(
         ((), "--vocab-size-remain K is missing"),
         (("--vocab-size-remain", 500), "not a multiple of 128 (128 x --balance-for 1), so shards "
          "would be padded; wanted 384 or 512, or --any-size"),
-        (("--vocab-size-remain", 640, "--balance-for", 4), "wanted 512 or 1024, or --any-size"),
+        (("--vocab-size-remain", 640, "--balance-for", 4), "wanted 512, or --any-size"),
+        (("--vocab-size-remain", 640, "--balance-for", 8), "padded; wanted --any-size"),
         (("--vocab-size-remain", 128), "258 tokens have to stay and 700 of 700"),
         (("--vocab-size-remain", 1024), "258 tokens have to stay and 700 of 700"),
         (("--vocab-size-remain", 512, "--method", "leaf"), "needs --counts"),

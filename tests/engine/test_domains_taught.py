@@ -31,7 +31,7 @@ RUNS: dict[str, tuple[int, bool, tuple[object, ...], str | None]] = {
     "constant": (1, True, CONSTANT, None),
     "untaught": (1, False, CONSTANT, None),
 }
-RESUMED = ("alone", "pp2", "dp2", "hidden-dp2")
+RESUMED = ("pp2", "hidden-dp2")
 STOPS = (1, 3)  # between two updates, and after one
 
 

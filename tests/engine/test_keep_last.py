@@ -29,14 +29,14 @@ def test_readers_of_a_run_that_rotates_get_whole_checkpoints(
     tmp_path: Path, reference: Path, corpus: Path
 ) -> None:
     save, whole = tmp_path / "run", tmp_path / "whole"
-    flags = (*ROTATE, "--train-iters", 30)
-    ok(*words(reference / "gqa", whole, corpus, *flags, "--keep-last", 30))
+    flags = (*ROTATE, "--train-iters", 15)
+    ok(*words(reference / "gqa", whole, corpus, *flags, "--keep-last", 15))
     name = "model.layers.0.mlp.up_proj.weight"  # changes with every step, as all do
     wanted = {}
     for path in whole.glob("iter_*"):
         ok("convert", "--load", path, "--save", tmp_path / path.name, "--to", "hf")
         wanted[tensors(tmp_path / path.name)[name].numpy().tobytes()] = tmp_path / path.name
-    assert len(wanted) == 30
+    assert len(wanted) == 15
     (process,) = start(words(reference / "gqa", save, corpus, *flags), 1, tmp_path / "said.txt")
     seen = set()
     for number in itertools.count():

@@ -182,5 +182,5 @@ def test_ranks_with_different_arguments_all_refuse(
     given = (*stage, "--load", make_model(tmp_path / "m", "gqa"), "--save", tmp_path / "s")
     done = processes.launch(2, given, instead={1: (*given, "--seq-length", 32)})
     assert [rank.codes for rank in done] == [[2], [2]], done
-    assert "the command line differs between ranks: rank 1 of 2" in done[0].err
+    assert "--seq-length differs between ranks: rank 0 has 24, rank 1 has 32" in done[0].err
     assert not (tmp_path / "s").exists()

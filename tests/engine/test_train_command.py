@@ -122,13 +122,13 @@ def test_tensorboard_has_megatrons_names(whole: Path) -> None:
     "flags",
     [
         (),
-        ("--bf16",),
+        pytest.param(("--bf16",), marks=pytest.mark.slow),
         ("--fp16", "--initial-loss-scale", 1024),
         ("--use-distributed-optimizer",),
         RAMP,
         ("--log-interval", 4),
-        ("--init-random",),
-        ("--recompute-granularity", "selective"),
+        pytest.param(("--init-random",), marks=pytest.mark.slow),
+        pytest.param(("--recompute-granularity", "selective"), marks=pytest.mark.slow),
     ],
     ids=lambda flags: " ".join(map(str, flags)) or "plain",
 )

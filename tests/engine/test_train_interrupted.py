@@ -217,7 +217,7 @@ KILLED: dict[str, tuple[int, bool, tuple[object, ...]]] = {
 @pytest.mark.parametrize(
     ("name", "times"),
     [
-        ("plain", 8),
+        ("plain", 3),
         *(pytest.param(name, 20, marks=pytest.mark.slow) for name in KILLED),
     ],
 )

@@ -90,7 +90,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, reference: Path, corpus: Path
 
 def _jobs(folder: Path, reference: Path, corpus: Path) -> list[tuple[str, Job]]:
     def job(save: str, load: str, ranks: int, flags: tuple[object, ...], **more: str) -> Job:
-        start = folder / load if load in RUNS else reference / load
+        start = folder / load if load in (*RUNS, "resharded") else reference / load
         flags = (
             *QUICK,
             *flags,
@@ -104,6 +104,10 @@ def _jobs(folder: Path, reference: Path, corpus: Path) -> list[tuple[str, Job]]:
     for name, (load, ranks, flags) in AGAIN.items():
         jobs.append((f"{name}-1", job(name, load, ranks, (*flags, *HALF))))
         jobs.append((f"{name}-2", job(name, load, ranks, flags)))
+    reshard = ("reshard", "--load", folder / "half-dp2-split", "--save", folder / "resharded")
+    flags = {"words": [*map(str, (*reshard, *TP3))]}
+    jobs.append(("resharded", Job(check="command", world=2, given=flags)))
+    jobs.append(("tp3-from-resharded", job("tp3-from-resharded", "resharded", 3, (*TP3, *SPLIT))))
     jobs.append(("disagree", job("disagree", "gqa", 2, (), rank1="--seed 6")))
     return jobs
 
@@ -116,6 +120,13 @@ def test_every_command_ends_well(runs: Path) -> None:
     codes = torch.load(runs / "codes.pt")
     bad = {name: found for name, found in codes.items() if set(found) != {0}}
     assert list(bad) == ["disagree"], bad
+
+
+def test_a_resharded_run_goes_on_to_the_bit(runs: Path) -> None:
+    ours, theirs = runs / "tp3-split-from-dp2", runs / "tp3-from-resharded"
+    assert losses(theirs) == losses(ours) and list(losses(theirs)) == [3, 4]
+    wanted, found = weights(ours), weights(theirs)
+    assert all(torch.equal(wanted[name], found[name]) for name in wanted)
 
 
 ALIKE = {  # -> the run of one process

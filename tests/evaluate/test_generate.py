@@ -99,6 +99,10 @@ def test_chat_asks_with_the_models_template(models, tmp_path: Path) -> None:
     ("flags", "says"),
     [
         (("--max-new-tokens", 400), "more than the 128 positions of the model; give"),
+        (
+            ("--prompt", "word " * 200),
+            "tokens, the model 128 positions, its answer included; give a prompt of 127 or less",
+        ),
         (("--temperature", -1), "--temperature -1.0; wanted 0 (greedy) or more"),
         (("--top-p", 0, "--temperature", 1), "--top-p 0.0; wanted above 0"),
         (("--top-k", 5), "at --temperature 0 none is drawn"),

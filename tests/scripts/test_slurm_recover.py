@@ -99,6 +99,7 @@ def test_a_signal_saves_and_queues_again_and_the_next_slice_ends_it(
     assert told(save)[-1]["iteration"] == 60
 
 
+@pytest.mark.slow
 def test_errors_are_queued_again_only_when_told_to_and_not_without_end(
     tmp_path: Path,
     slurm: dict[str, str],

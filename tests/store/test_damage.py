@@ -106,7 +106,7 @@ def fuzz(checkpoint: Path, tiny: Path, rounds: int) -> None:
 
 
 def test_no_random_damage_is_accepted_or_crashes(checkpoint: Path, tiny: Path) -> None:
-    fuzz(checkpoint, tiny, 200)
+    fuzz(checkpoint, tiny, 50)
 
 
 @pytest.mark.slow

@@ -125,7 +125,7 @@ def convert(
     return done.returncode, done.stdout, done.stderr
 
 
-@pytest.mark.parametrize("ranks", [0, 2])
+@pytest.mark.parametrize("ranks", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_the_directory_arrives_whole(models, tmp_path: Path, hub: Hub, ranks: int) -> None:
     flags = ("--private", "--max-shard-size", "100KB")
     code, out, err = convert(models("gqa"), tmp_path / "out", hub, *flags, ranks=ranks)

@@ -103,7 +103,7 @@ def test_we_read_what_megatron_writes(
 def test_optimizer_state_is_dropped_and_said_so(saved: str, megatron: Path, tmp_path: Path) -> None:
     given = ("--load", megatron / f"four-{saved}", "--save", tmp_path / "b", "--to", "hf")
     done = ok("prune", *given, "--drop-layers", 1)
-    assert "its optimizer state is dropped" in done.err
+    assert "its optimizer's state, its schedule and its iteration are dropped" in done.err
 
 
 def test_what_megatron_wrote_is_inspected_and_resharded(megatron: Path, tmp_path: Path) -> None:

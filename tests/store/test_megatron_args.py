@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import shutil
+import warnings
 from argparse import Namespace
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_prune.errors import CheckpointError
 from megatron_prune.families import FAMILIES
@@ -22,6 +24,7 @@ from megatron_prune.store.megatron_args import (
     megatron_args,
     stock_flags,
 )
+from megatron_prune.store.stock_arguments import is_known
 from tests import pico
 
 LLAMA3 = {
@@ -101,11 +104,40 @@ def test_a_window_makes_a_mistral_and_is_refused_elsewhere() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("no_rope_freq", [1, 0]), ("softmax_type", "off-by-one")]
-)
+    ("name", "value"),
+    [
+        ("no_rope_freq", [1, 0]), ("softmax_type", "off-by-one"), ("glu_linear_offset", 1.0),
+        ("activation_func_clamp_value", 7.0), ("use_mup", True), ("attention_output_gate", True),
+        ("apply_residual_connection_post_layernorm", True), ("softmax_scale", 1.0),
+        ("mtp_num_layers", 1), ("heterogeneous_layers_config_path", "x.json"),
+        ("rotary_seq_len_interpolation_factor", 4), ("modelopt_enabled", True),
+        ("spec", ["module", "layer"]), ("rope_type", "yarn"), ("num_experts", 8),
+    ],
+)  # fmt: skip
 def test_kinds_of_model_that_would_be_read_wrongly_are_refused(name: str, value: Any) -> None:
     with pytest.raises(CheckpointError, match=f"args.{name} is"):
         read(stock(**{name: value}))
+
+
+def test_every_field_of_the_installed_megatron_is_in_a_list() -> None:
+    known = [field.name for field in fields(TransformerConfig) if is_known(field.name)]
+    assert known == [field.name for field in fields(TransformerConfig)]
+    assert not is_known("embedding_multiplier")
+
+
+def test_arguments_that_nobody_knows_are_named_where_they_are_set() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        read(stock(new_switch=False, new_number=0, wandb_project="x", moe_router_topk=2))
+    with pytest.warns(UserWarning, match=r"embedding_multiplier=2.0"):
+        read(stock(embedding_multiplier=2.0))
+
+
+def test_windows_in_some_layers_have_their_flag() -> None:
+    values = {"use_sliding_window": True, "max_window_layers": 1}
+    some = config(family=FAMILIES["qwen2"], sliding_window=16, hf_config=values)
+    assert stock_flags(some) == ["--window-size 15,0", "--window-attn-skip-freq '[0,1]'"]
+    assert megatron_args(some, ParallelGrid()).window_attn_skip_freq == [0, 1]
 
 
 def test_flags_name_what_stock_does_not_take_from_a_checkpoint() -> None:

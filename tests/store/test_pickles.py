@@ -20,8 +20,11 @@ from typing import Any
 
 import pytest
 import torch
+from torch.distributed.checkpoint.metadata import Metadata
 
-from tests.pico import run, stock_copy
+from megatron_prune.errors import DamagedError
+from megatron_prune.store.untrusted import load_untrusted
+from tests.pico import ok, run, stock_copy
 
 Models, Shards = Callable[[str], Path], Callable[..., Path]
 
@@ -203,6 +206,31 @@ def test_names_that_megatrons_own_files_use_are_inert_stand_ins(
     assert not evil.exists() and "numpy.f2py.crackfortran" not in sys.modules
 
 
+class Registered:
+    """A class that a library has told torch to build."""
+
+    made = 0
+
+    def __init__(self, *_: object) -> None:
+        Registered.made += 1
+
+    def __reduce__(self) -> Any:
+        return Registered, (1,)
+
+
+def test_what_libraries_let_torch_build_is_not_built(tmp_path: Path) -> None:
+    """megatron-core registers a dozen classes when it is imported, torch its meshes of devices."""
+    torch.save({"x": Registered()}, tmp_path / "x.pt")
+    before = Registered.made
+    with torch.serialization.safe_globals([Registered]):
+        torch.load(tmp_path / "x.pt", weights_only=True)
+        assert Registered.made == before + 1
+        with pytest.raises(DamagedError, match="Registered, which no model needs"):
+            load_untrusted(tmp_path / "x.pt", mmap=False)
+        assert Registered.made == before + 1
+        assert Registered in torch.serialization.get_safe_globals()
+
+
 def test_arguments_are_kept_as_values_and_classes_as_stand_ins(
     shards: Shards, tmp_path: Path
 ) -> None:
@@ -222,3 +250,12 @@ def test_arguments_are_kept_as_values_and_classes_as_stand_ins(
         del sys.modules["megatron.nothing"]
     done = run("inspect", path)
     assert done.code == 0 and "hidden_size                   48" in done.out, done
+
+
+def test_an_index_has_the_bytes_of_torchs_own_records(models, tmp_path: Path) -> None:
+    to = ("--to", "megatron", "--tensor-model-parallel-size", 3)
+    ok("convert", "--load", models("gqa"), "--save", tmp_path, *to)
+    data = next(tmp_path.rglob(".metadata")).read_bytes()
+    index = pickle.loads(data)
+    assert type(index) is Metadata and len(index.storage_data) > 40
+    assert pickle.dumps(index, protocol=4) == data

@@ -40,7 +40,7 @@ from megatron_prune.model.family import Family
 from megatron_prune.model.grid import padded_vocab_size
 from megatron_prune.model.lora import Lora, check_rank
 from megatron_prune.model.shape import ModelConfig
-from megatron_prune.sources.source import DTYPES
+from megatron_prune.model.tensors import DTYPES, torch_dtype
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,10 +76,11 @@ def check_model(config: ModelConfig, options: ModelOptions, tensor_parallel: int
     if seq < 2:
         raise ConfigError(f"--seq-length is {seq}; wanted 2 or more: each token predicts the next")
     if config.sliding_window is not None and seq > config.sliding_window:
+        most = config.sliding_window
+        remedy = f"; use --seq-length {most} or less, where both are the same" if most > 1 else ""
         raise ConfigError(
-            f"--seq-length {seq} is longer than the model's sliding window of "
-            f"{config.sliding_window} tokens, which the engine does not implement; "
-            f"use --seq-length {config.sliding_window} or less, where both are the same"
+            f"--seq-length {seq} is longer than the model's sliding window of {most} tokens, which "
+            f"the engine does not implement{remedy}"
         )
     if seq > config.max_position_embeddings:
         raise ConfigError(
@@ -147,7 +148,7 @@ def transformer_config(
     config: ModelConfig, groups: Groups, options: ModelOptions
 ) -> TransformerConfig:
     """Megatron's configuration of this model in this layout."""
-    shape, grid, dtype = config.shape, groups.grid, DTYPES[options.dtype]
+    shape, grid, dtype = config.shape, groups.grid, torch_dtype(options.dtype)
     fused = uses_transformer_engine(options.transformer_impl)
     return TransformerConfig(
         num_layers=shape.num_layers,

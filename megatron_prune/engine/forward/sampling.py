@@ -5,11 +5,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
-
 from megatron_prune.errors import ConfigError
 from megatron_prune.flags import flag
+from megatron_prune.model.lazy import Tensor, torch
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -30,7 +30,8 @@ from megatron_prune.engine.objectives.hidden_loss import HiddenLoss
 from megatron_prune.engine.objectives.objective import LM_LOSS
 from megatron_prune.engine.objectives.teachers import load_teacher
 from megatron_prune.model.grid import ParallelGrid, padded_vocab_size
-from megatron_prune.sources.source import DTYPES, Source
+from megatron_prune.model.tensors import torch_dtype
+from megatron_prune.sources.source import Source
 
 
 def kept_logits_bytes(
@@ -39,7 +40,7 @@ def kept_logits_bytes(
     """What the last stage keeps of one teacher's logits in one step; ``tokens`` a microbatch."""
     held = microbatches if grid.pipeline_parallel > 1 else 1
     columns = padded_vocab_size(vocab_size, grid.tensor_parallel) // grid.tensor_parallel
-    return held * tokens * columns * DTYPES[dtype].itemsize
+    return held * tokens * columns * torch_dtype(dtype).itemsize
 
 
 class Distillation:

@@ -30,7 +30,8 @@ from megatron_prune.model.axes import norm_names
 from megatron_prune.model.blocks import ATTENTION, EMBEDDING
 from megatron_prune.model.family import Half
 from megatron_prune.model.shape import ModelConfig
-from megatron_prune.sources.source import DTYPES, Source
+from megatron_prune.model.tensors import torch_dtype
+from megatron_prune.sources.source import Source
 
 _BLOCK_TOKENS = 8192  # embedding rows read at once
 
@@ -101,7 +102,7 @@ class Stream:
     def __init__(self, source: Source, windows_WS: Tensor, groups: Groups, dtype: str) -> None:
         self._device = groups.device
         mine = windows_WS[groups.dp_rank :: groups.data_parallel]
-        embedded = together(groups.ranks, lambda: _embed(source, mine, DTYPES[dtype]))
+        embedded = together(groups.ranks, lambda: _embed(source, mine, torch_dtype(dtype)))
         self._states = list(embedded)
 
     def __len__(self) -> int:

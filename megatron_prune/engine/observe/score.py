@@ -74,6 +74,11 @@ class ScoreOptions(ScoreRuns):
         if not 1 <= count < num_layers and (
             self.needing("removed") or self.removal_layers is not None
         ):
+            if num_layers == 1:
+                raise ConfigError(
+                    "the model has one layer, which cannot be removed: leave out --removal-layers "
+                    "and the criteria that remove layers"
+                )
             raise ConfigError(
                 f"--removal-layers {count}: the model has {num_layers} layers; wanted 1 to "
                 f"{num_layers - 1}"

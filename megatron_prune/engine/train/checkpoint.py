@@ -9,25 +9,22 @@ newest complete one can always be found again.
 from __future__ import annotations
 
 import os
-import pickle
 import re
 import shutil
 import sys
-from argparse import Namespace
 from collections.abc import Iterator, Mapping
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_prune.data.tokenizers import TRACKER
 from megatron_prune.engine.failures import is_lost_rank, together
 from megatron_prune.engine.groups import Groups
+from megatron_prune.engine.train.dist_reader import load_sharded
 from megatron_prune.engine.train.dist_writer import ShardedWrite
 from megatron_prune.engine.train.options import TrainOptions
 from megatron_prune.errors import ConfigError, DamagedError, StorageError
@@ -40,20 +37,22 @@ from megatron_prune.store.commit import (
     write_manifest,
 )
 from megatron_prune.store.lora import LORA, lora_record
-from megatron_prune.store.mcore_dist import COMMON, read_index
+from megatron_prune.store.mcore_dist import COMMON
 from megatron_prune.store.megatron_args import megatron_args
 from megatron_prune.store.open import read_facts
 from megatron_prune.store.passenger import Passenger
+from megatron_prune.store.training import STATE, state_in
 from megatron_prune.store.untrusted import load_untrusted
 
-STATE = "training"  # our key in common.pt: what a run continues with
-_LOAD_ERRORS = (
-    CheckpointException,  # a BaseException
+_WRONG_STATE = (  # what megatron-core and our own code meet in values that are none of a run's
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
     CheckpointingException,
-    pickle.UnpicklingError,
-    KeyError,
+    LookupError,
     RuntimeError,
-    OSError,
+    TypeError,
+    ValueError,
 )
 _NUMBER = re.compile("[0-9]{1,18}")
 _OURS = re.compile(
@@ -137,9 +136,7 @@ def training_state(directory: Path) -> Mapping[str, Any] | None:
     """What a training run left in a checkpoint, None in a checkpoint that is a model only."""
     if not (directory / COMMON).is_file():
         return None
-    common = load_untrusted(directory / COMMON, mmap=False)
-    state = common.get(STATE) if isinstance(common, dict) else None
-    return state if isinstance(state, dict) and isinstance(state.get("iteration"), int) else None
+    return state_in(load_untrusted(directory / COMMON, mmap=False), directory / COMMON)
 
 
 def find_start(options: TrainOptions, *, mend: bool = True) -> Start:
@@ -276,6 +273,25 @@ def _publish(options: TrainOptions, ranks: Ranks, iteration: int) -> None:
         os.close(lock)
 
 
+@contextmanager
+def taking_up(start: Start) -> Iterator[None]:
+    """Around all that takes up a saved state: what is none, whatever it makes fail, is refused.
+
+    Raises:
+        DamagedError: naming the checkpoint.
+    """
+    try:
+        yield
+    except _WRONG_STATE as error:
+        if start.state is None or is_lost_rank(error):
+            raise
+        first = (str(error).strip().splitlines() or [""])[0]
+        raise DamagedError(
+            f"{start.directory}: its training state cannot be taken up: {type(error).__name__}: "
+            f"{first[:200]}; take its weights into a new run with --finetune"
+        ) from error
+
+
 def load_checkpoint(
     start: Start,
     options: TrainOptions,
@@ -291,28 +307,20 @@ def load_checkpoint(
 
     Raises:
         ConfigError: its optimizer state is of another kind than the flags ask for.
-        DamagedError: it cannot be read.
+        DamagedError: it cannot be read, see `load_sharded`.
     """
     state = start.state
     assert state is not None
     if optimizer is not None:
         _check_same_optimizer(start.directory, state, options)
-    together(groups.ranks, lambda: (read_index(start.directory), None)[1])  # no pickle executes
     weights = model.sharded_state_dict(metadata=None)
     wanted: dict[str, Any] = {"model": weights}
     if optimizer is not None:
         wanted["optimizer"] = optimizer.sharded_state_dict(
             weights, is_loading=True, metadata=_metadata()
         )
-    try:
-        with torch.serialization.safe_globals([Namespace]):
-            loaded = dist_checkpointing.load(wanted, str(start.directory))
-        model.load_state_dict(loaded["model"])
-    except _LOAD_ERRORS as error:
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise DamagedError(
-            f"{start.directory}: cannot be loaded: {first}; copy it again"
-        ) from error
+    loaded = load_sharded(wanted, start.directory, groups.ranks)
+    model.load_state_dict(loaded["model"])
     return loaded.get("optimizer") if optimizer is not None else None, loaded["opt_param_scheduler"]
 
 

@@ -171,7 +171,7 @@ def build_datasets(
 ) -> tuple[Any, Any]:
     """Training and validation datasets of at least ``samples`` samples; None for no validation.
 
-    Called on all ranks: rank 0 writes the index cache, the others read it.
+    Called on all ranks.
     """
     blend = parse_blend(options.data_path)
     weights = blend.weights
@@ -195,16 +195,33 @@ def build_datasets(
         config.split_matrix[1] if has_validation else None,
         None,
     ]
-    train, validation, _ = BlendedMegatronDatasetBuilder(
-        GPTDataset, [samples[0], samples[1], 0], lambda: True, config
-    ).build()
+    train, validation, _ = build_parts(config, [samples[0], samples[1], 0])
     return train, validation
 
 
-def clean_cache(path: Path) -> None:
-    """Remove cached indices that a kill has cut short, or that would need pickle to be opened.
+def build_parts(config: GPTDatasetConfig, samples: list[int | None]) -> list[Any]:
+    """Megatron's datasets of the three parts, without what it opens its cached indices with: numpy,
+    allowed to unpickle. On all ranks: rank 0 writes the cache, the others read it.
+    """
+    original = np.load
 
-    Megatron takes an index for good when its files exist, and opens them with pickle allowed.
+    def load(file: Any, mmap_mode: Any = None, allow_pickle: bool = False) -> Any:
+        return original(file, mmap_mode=mmap_mode, allow_pickle=False)
+
+    np.load = load  # type: ignore[assignment]
+    try:
+        parts: list[Any] = BlendedMegatronDatasetBuilder(
+            GPTDataset, samples, lambda: True, config
+        ).build()
+    finally:
+        np.load = original
+    return parts
+
+
+def clean_cache(path: Path) -> None:
+    """Remove cached indices that a kill has cut short, or that are pickles.
+
+    Megatron takes an index for good when its files exist.
     """
     for file in sorted(path.glob("*_index.npy")):
         try:

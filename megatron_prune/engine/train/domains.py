@@ -16,8 +16,6 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
-from megatron.core.datasets.gpt_dataset import GPTDataset
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from torch import Tensor
 
@@ -42,7 +40,12 @@ from megatron_prune.engine.forward.microbatches import microbatch
 from megatron_prune.engine.forward.windows import microbatch_results, microbatches_at_once
 from megatron_prune.engine.groups import Groups
 from megatron_prune.engine.train.checkpoint import Start
-from megatron_prune.engine.train.corpora import check_corpora, check_split, dataset_config
+from megatron_prune.engine.train.corpora import (
+    build_parts,
+    check_corpora,
+    check_split,
+    dataset_config,
+)
 from megatron_prune.engine.train.metrics import MetricsLog
 from megatron_prune.engine.train.options import TrainOptions
 from megatron_prune.errors import ConfigError, DamagedError
@@ -198,7 +201,7 @@ class Joined:
 def _one_epoch(
     prefix: str, share: tuple[float, float], part: int, cut: Cut, vocab_size: int, eod: int | None
 ) -> Any:
-    """A GPTDataset of one part, each sample once. On all ranks: rank 0 writes the index."""
+    """A GPTDataset of one part, each sample once; on all ranks."""
     config = dataset_config(
         seed=cut.seed,
         seq_length=cut.seq_length,
@@ -210,10 +213,7 @@ def _one_epoch(
         blend=([prefix], None),
     )
     config.split_matrix = [share if number == part else None for number in range(3)]
-    parts = BlendedMegatronDatasetBuilder(
-        GPTDataset, [None, None, None], lambda: True, config
-    ).build()
-    return parts[part]
+    return build_parts(config, [None, None, None])[part]
 
 
 def build_domains(

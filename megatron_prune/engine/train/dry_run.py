@@ -18,7 +18,8 @@ from megatron_prune.engine.train.options import TrainOptions
 from megatron_prune.model import axes
 from megatron_prune.model.grid import ParallelGrid, padded_vocab_size
 from megatron_prune.model.shape import ModelConfig
-from megatron_prune.sources.source import DTYPES, Source
+from megatron_prune.model.tensors import torch_dtype
+from megatron_prune.sources.source import Source
 
 
 def stage_parameters(config: ModelConfig, grid: ParallelGrid, pp_rank: int) -> int:
@@ -57,7 +58,7 @@ def _trained(
     factors = [factor_parameters(lora, shape, grid, p) for p in stages]
     whole = factor_parameters(lora, shape, ParallelGrid(), 0)
     told = f"{lora.flags}: trains {whole:,} parameters, on the fullest rank {max(factors):,}"
-    fixed = DTYPES[options.dtype].itemsize
+    fixed = torch_dtype(options.dtype).itemsize
     return {"lora": told}, max(
         stage_parameters(config, grid, p) * fixed + factors[p] * each for p in stages
     )
@@ -68,7 +69,7 @@ def _teachers(
 ) -> dict[str, str]:
     """A row a teacher: where it lies and what it adds to the fullest rank."""
     rows = {}
-    size = DTYPES[options.dtype].itemsize
+    size = torch_dtype(options.dtype).itemsize
     micro = options.micro_batch_size
     count = options.batch_size(copies) // (micro * copies)
     tokens = micro * options.seq_length // options.context_parallel_size

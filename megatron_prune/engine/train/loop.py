@@ -22,7 +22,12 @@ from megatron_prune.engine.forward.weights import draw_weights, load_weights
 from megatron_prune.engine.groups import Groups
 from megatron_prune.engine.objectives.distillation import Distillation
 from megatron_prune.engine.objectives.objective import LM_LOSS, LanguageModelLoss, Objective
-from megatron_prune.engine.train.checkpoint import Start, find_start, load_checkpoint
+from megatron_prune.engine.train.checkpoint import (
+    Start,
+    find_start,
+    load_checkpoint,
+    taking_up,
+)
 from megatron_prune.engine.train.corpora import clean_cache
 from megatron_prune.engine.train.domains import DomainLoading
 from megatron_prune.engine.train.guard import StepGuard
@@ -88,15 +93,23 @@ class Training:
         self._all_written = True
         self._skipped = 0  # in a row, by fp16's loss scale
         self._at = self._batch = 0  # of the step under way: its iteration and its samples
-        chosen, self.samples = choose_guests(options, groups, inputs)
-        self.objective = objective or chosen
-        self.losses = StepLosses(self.objective.names, state)
-        self.guard = StepGuard(options, state.get("guard"))
+        with taking_up(start):
+            chosen, self.samples = choose_guests(options, groups, inputs)
+            self.objective = objective or chosen
+            self.losses = StepLosses(self.objective.names, state)
+            self.guard = StepGuard(options, state.get("guard"))
         self._build_model(inputs)
         source.close()
 
     def _build_model(self, inputs: RunInputs) -> None:
         options, groups, start = self.options, self.groups, inputs.start
+        fresh = options.init_random or options.finetune
+        if start.state is None and not fresh and inputs.source.format != "hf":
+            beside = "; the optimizer's is not of this program" * inputs.source.has_optimizer_state
+            self._say(
+                f"{start.directory}: holds no training state to continue{beside}; its weights "
+                "begin a new run at step 1"
+            )
         self.model = build_model(self.config, groups, model_options(options))
         if start.state is None and options.init_random:
             draw_weights(self.model, self.config, groups, options.seed)
@@ -109,7 +122,8 @@ class Training:
         self.optimizer = build_optimizer(self.ddp, options)
         self.scheduler = build_scheduler(self.optimizer, options, groups.data_parallel)
         if start.state is not None:
-            self._continue(start)
+            with taking_up(start):
+                self._continue(start)
 
     def _continue(self, start: Start) -> None:
         """Take up the weights, the optimizer's state and the schedule of a saved run."""

@@ -24,7 +24,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron_prune.engine.forward.model import LanguageModel
 from megatron_prune.engine.train.options import TrainOptions, warmup_iters
 from megatron_prune.errors import ConfigError
-from megatron_prune.sources.source import DTYPES
+from megatron_prune.model.tensors import torch_dtype
 
 
 def wrap_model(model: LanguageModel, options: TrainOptions) -> DistributedDataParallel:
@@ -51,7 +51,7 @@ def build_optimizer(ddp: DistributedDataParallel, options: TrainOptions) -> Any:
         clip_grad=options.clip_grad,
         bf16=options.dtype == "bf16",
         fp16=options.dtype == "fp16",
-        params_dtype=DTYPES[options.dtype],
+        params_dtype=torch_dtype(options.dtype),
         use_distributed_optimizer=options.use_distributed_optimizer,
         loss_scale=options.loss_scale,
         initial_loss_scale=options.initial_loss_scale,
