@@ -8,13 +8,16 @@ from __future__ import annotations
 import builtins
 import functools
 import importlib
+import io
 import os
 import pathlib
 import pickle
+import resource
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +26,7 @@ import torch
 from torch.distributed.checkpoint.metadata import Metadata
 
 from megatron_prune.errors import DamagedError
-from megatron_prune.store.untrusted import load_untrusted
+from megatron_prune.store.untrusted import BoundedUnpickler, load_untrusted
 from tests.pico import ok, run, stock_copy
 
 Models, Shards = Callable[[str], Path], Callable[..., Path]
@@ -259,3 +262,14 @@ def test_an_index_has_the_bytes_of_torchs_own_records(models, tmp_path: Path) ->
     index = pickle.loads(data)
     assert type(index) is Metadata and len(index.storage_data) > 40
     assert pickle.dumps(index, protocol=4) == data
+
+
+@pytest.mark.parametrize(
+    "data", [b"\x80\x04K\x01r\xff\xff\xff\x3f.", b"\x80\x05\x96" + (1 << 34).to_bytes(8, "little")]
+)
+def test_a_few_bytes_do_not_ask_for_gigabytes(data: bytes) -> None:
+    """C's unpickler takes 16 GB for a place that far back, or an array of such length."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with suppress(Exception):
+        BoundedUnpickler(io.BytesIO(data)).load()
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < before + (100 << 10)
