@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 
 from megatron_prune.errors import ConfigError, DamagedError
 from megatron_prune.files import replace_file
+from megatron_prune.files.parsing import checked_as
 from megatron_prune.model.lazy import np
-from megatron_prune.parsing import checked_as
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

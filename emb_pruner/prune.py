@@ -20,7 +20,7 @@ from emb_pruner.vocab_plan import VocabPlan
 from megatron_prune.data.tokenizers import tokenizer_directory
 from megatron_prune.errors import ConfigError, PlanError
 from megatron_prune.families.config import CONFIG
-from megatron_prune.parsing import read_table
+from megatron_prune.files.parsing import read_table
 from megatron_prune.planning.plan import Kept, PrunePlan
 from megatron_prune.sources.source import VOCAB_PLAN, DerivedSource, Source
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from emb_pruner.forest import Forest
 from megatron_prune.errors import PlanError
-from megatron_prune.parsing import checked_as, read_json
+from megatron_prune.files.parsing import checked_as, read_json
 
 VERSION = 1
 

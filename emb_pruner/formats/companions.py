@@ -24,7 +24,7 @@ from emb_pruner.formats.sentencepiece import (
 )
 from emb_pruner.vocab_plan import VocabPlan
 from megatron_prune.errors import ConfigError, DamagedError
-from megatron_prune.parsing import read_table
+from megatron_prune.files.parsing import read_table
 
 _COPIED = ("special_tokens_map.json", "chat_template.jinja", "chat_template.json")
 SENTENCEPIECE = re.compile(r"\.model(\.v\w+)?$")  # the names of such files

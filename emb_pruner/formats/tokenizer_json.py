@@ -37,7 +37,7 @@ from emb_pruner.formats.spelling import (
 from emb_pruner.vocab_plan import VocabPlan, check_fits
 from megatron_prune.data.tokenizers import check_ids, load_tokenizer, unreadable
 from megatron_prune.errors import ConfigError, DamagedError
-from megatron_prune.parsing import checked_as, read_table
+from megatron_prune.files.parsing import checked_as, read_table
 
 FILE = "tokenizer.json"  # as it is written, whatever name it was read by
 MODELS = ("BPE", "Unigram")

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_prune.errors import ConfigError
-from megatron_prune.parsing import read_yaml
+from megatron_prune.files.parsing import read_yaml
 
 
 def with_dashes(argv: Sequence[str]) -> list[str]:

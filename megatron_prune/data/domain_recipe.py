@@ -32,7 +32,7 @@ from typing import Any
 from megatron_prune.data.domains import shares
 from megatron_prune.data.scaling_law import fit_scaling_law
 from megatron_prune.errors import ConfigError
-from megatron_prune.parsing import read_json, read_yaml
+from megatron_prune.files.parsing import read_json, read_yaml
 
 _KEYS = {"domains", "targets", "parameters"}
 _DOMAIN_KEYS = {"name", "prefixes", "weight", "validation", "target", "scaling"}

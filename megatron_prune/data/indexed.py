@@ -46,8 +46,8 @@ from megatron_prune.files import (
     one_at_a_time,
     write_file,
 )
+from megatron_prune.files.parsing import parse_json
 from megatron_prune.model.lazy import np
-from megatron_prune.parsing import parse_json
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any
 from megatron_prune.data.indexed import HEADER, MAGIC, TYPES, corpus_path
 from megatron_prune.errors import ConfigError, DamagedError
 from megatron_prune.files import hash_file
+from megatron_prune.files.parsing import checked_as, read_table
 from megatron_prune.model.lazy import np
-from megatron_prune.parsing import checked_as, read_table
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from megatron_prune.errors import ConfigError, DamagedError, PruneError
 from megatron_prune.families import FAMILIES, on_disk
-from megatron_prune.parsing import read_table
+from megatron_prune.files.parsing import read_table
 
 if TYPE_CHECKING:
     from sentencepiece import SentencePieceProcessor

@@ -27,7 +27,7 @@ from megatron_prune.errors import ConfigError, DamagedError
 from megatron_prune.evaluate.options import Bar, EvaluateOptions
 from megatron_prune.evaluate.text import evaluate
 from megatron_prune.files import hash_file, replace_file
-from megatron_prune.parsing import checked_as, read_table
+from megatron_prune.files.parsing import checked_as, read_table
 from megatron_prune.planning.fit import Fit
 from megatron_prune.planning.plan import PrunePlan
 from megatron_prune.sources.pruned import PrunedSource

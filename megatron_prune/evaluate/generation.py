@@ -13,8 +13,8 @@ from megatron_prune.engine.forward.weights import load_weights
 from megatron_prune.engine.groups import Groups
 from megatron_prune.errors import ConfigError
 from megatron_prune.evaluate.options import Bar, GenerateOptions
+from megatron_prune.files.parsing import read_table
 from megatron_prune.model.shape import ModelConfig
-from megatron_prune.parsing import read_table
 from megatron_prune.sources.source import Source
 from megatron_prune.store import open_source
 

@@ -11,9 +11,9 @@ from megatron_prune.families.nemotron_nas import NEMOTRON_NAS
 from megatron_prune.families.qwen1 import QWEN1
 from megatron_prune.families.qwen2 import QWEN2
 from megatron_prune.families.qwen3 import QWEN3
+from megatron_prune.files.parsing import checked_as, read_table
 from megatron_prune.model.family import Family
 from megatron_prune.model.shape import ModelConfig
-from megatron_prune.parsing import checked_as, read_table
 
 FAMILIES = {family.name: family for family in (LLAMA, MISTRAL, QWEN2, QWEN3)}
 _ON_DISK = {family.model_type: family for family in (*FAMILIES.values(), QWEN1, NEMOTRON_NAS)}

@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_prune.errors import DamagedError, PlanError
+from megatron_prune.files.parsing import checked_as, read_json
 from megatron_prune.model.costs import Sizes
 from megatron_prune.model.lazy import np
-from megatron_prune.parsing import checked_as, read_json
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from megatron_prune.errors import PlanError
+from megatron_prune.files.parsing import checked_as, read_json
 from megatron_prune.model.lazy import Tensor, torch
 from megatron_prune.model.shape import AXES, Axis, ModelShape
-from megatron_prune.parsing import checked_as, read_json
 
 VERSION = 1
 PRUNE_TYPES = ("balance", "unbalance")

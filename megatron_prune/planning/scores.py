@@ -17,9 +17,9 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from megatron_prune.errors import DamagedError, PlanError
+from megatron_prune.files.parsing import check_header, checked_as, parse_json
 from megatron_prune.model.lazy import Tensor, torch
 from megatron_prune.model.shape import AXES, SCORED_AXES, ModelShape
-from megatron_prune.parsing import check_header, checked_as, parse_json
 
 Criterion = Callable[[str, int, int | None, int], Tensor]
 """(axis letter, its size, source layer or None for a model-wide axis, seed) -> [size] scores."""

@@ -16,8 +16,8 @@ from typing import Any
 
 from megatron_prune.errors import ConfigError, PlanError
 from megatron_prune.files import hash_file
+from megatron_prune.files.parsing import read_json
 from megatron_prune.model.shape import ModelShape
-from megatron_prune.parsing import read_json
 from megatron_prune.planning.plan import PrunePlan, load_plan
 from megatron_prune.planning.scores import Scores, load_scores
 from megatron_prune.report.judged import is_judgement, is_task_results

@@ -15,7 +15,7 @@ from typing import Any
 
 from megatron_prune.errors import CheckpointError, ConfigError, DamagedError
 from megatron_prune.files import hash_file
-from megatron_prune.parsing import parse_json
+from megatron_prune.files.parsing import parse_json
 from megatron_prune.sources.source import COMMANDS
 from megatron_prune.store.commit import MANIFEST, read_manifest
 from megatron_prune.store.open import iteration_directory

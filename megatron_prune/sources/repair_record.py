@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from megatron_prune.errors import DamagedError
+from megatron_prune.files.parsing import checked_as, read_json
 from megatron_prune.model.axes import axes_of, names, split_layer
 from megatron_prune.model.blocks import FINAL_NORM
 from megatron_prune.model.lazy import Tensor, torch
 from megatron_prune.model.shape import ModelConfig
 from megatron_prune.model.tensors import DTYPES, torch_dtype
-from megatron_prune.parsing import checked_as, read_json
 from megatron_prune.planning.plan import PrunePlan
 
 VERSION = 1

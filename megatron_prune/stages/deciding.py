@@ -12,11 +12,11 @@ from megatron_prune.criteria import CRITERIA
 from megatron_prune.errors import ConfigError, PlanError
 from megatron_prune.families.block_configs import FFN_MULTIPLE, says_ffn_mult
 from megatron_prune.families.config import check_widths
+from megatron_prune.files.parsing import read_json
 from megatron_prune.flags import Group, flag, given_flags, positive
 from megatron_prune.model.axes import count_parameters
 from megatron_prune.model.costs import weight_bytes
 from megatron_prune.model.shape import SCORED_AXES, ModelConfig
-from megatron_prune.parsing import read_json
 from megatron_prune.planning.allocation import COMPARISONS, Nonuniform
 from megatron_prune.planning.choose import Targets, make_plan, parse_layers
 from megatron_prune.planning.margins import decisions, rounding_text

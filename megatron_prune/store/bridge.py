@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_prune.errors import CheckpointError
-from megatron_prune.parsing import read_yaml
+from megatron_prune.files.parsing import read_yaml
 from megatron_prune.store.megatron_args import STOCK_ROPE_SCALING
 
 RUN_CONFIG, TOKENIZER = "run_config.yaml", "tokenizer"

@@ -31,7 +31,7 @@ from megatron_prune.files import (
     try_lock,
     write_file,
 )
-from megatron_prune.parsing import checked_as, read_table
+from megatron_prune.files.parsing import checked_as, read_table
 from megatron_prune.ranks import Ranks
 from megatron_prune.sources.source import CARD
 

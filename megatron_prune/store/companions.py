@@ -14,7 +14,7 @@ from pathlib import Path
 
 from megatron_prune.errors import CheckpointError
 from megatron_prune.families.config import CONFIG
-from megatron_prune.parsing import read_table
+from megatron_prune.files.parsing import read_table
 from megatron_prune.sources.source import REPAIR
 from megatron_prune.store.commit import MANIFEST, WRITER
 from megatron_prune.store.passenger import PLAN

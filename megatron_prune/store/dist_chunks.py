@@ -10,8 +10,8 @@ from functools import cache
 from pathlib import Path
 
 from megatron_prune.errors import DamagedError
+from megatron_prune.files.parsing import checked_as
 from megatron_prune.model.lazy import Tensor, torch
-from megatron_prune.parsing import checked_as
 from megatron_prune.store.chunk import read_header
 from megatron_prune.store.dist_index import Chunk, Index
 

@@ -23,12 +23,12 @@ from megatron_prune.errors import CheckpointError, DamagedError
 from megatron_prune.families.config import hf_name, hf_place
 from megatron_prune.families.unread import DEQUANTISE
 from megatron_prune.files import HashedFile, write_file
+from megatron_prune.files.parsing import check_header, checked_as, read_table
 from megatron_prune.model.axes import axes_of, names, split_dim, split_layer, tensor_shape
 from megatron_prune.model.blocks import EMBEDDING, OUTPUT
 from megatron_prune.model.family import Family
 from megatron_prune.model.lazy import Tensor, torch
 from megatron_prune.model.shape import ModelConfig
-from megatron_prune.parsing import check_header, checked_as, read_table
 from megatron_prune.sources.source import Source
 from megatron_prune.store.companions import belongs_to
 from megatron_prune.store.recognise import foreign_content, foreign_names

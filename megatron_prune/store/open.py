@@ -21,11 +21,11 @@ from megatron_prune.errors import CheckpointError, DamagedError
 from megatron_prune.families import read_config, read_config_as
 from megatron_prune.families.config import CONFIG, dtype_word
 from megatron_prune.files import Hold, hold
+from megatron_prune.files.parsing import read_table
 from megatron_prune.model.axes import names
 from megatron_prune.model.grid import ParallelGrid
 from megatron_prune.model.shape import ModelConfig
 from megatron_prune.model.tensors import DTYPES
-from megatron_prune.parsing import read_table
 from megatron_prune.sources.source import Source
 from megatron_prune.store import hf, mcore_dist, mcore_legacy
 from megatron_prune.store.bridge import RUN_CONFIG, TOKENIZER, read_arguments

@@ -17,10 +17,10 @@ from typing import Any
 from megatron_prune.families.block_configs import CODE, code
 from megatron_prune.families.config import CONFIG, hf_config
 from megatron_prune.files import write_file
+from megatron_prune.files.parsing import parse_json
 from megatron_prune.model.axes import count_parameters
 from megatron_prune.model.grid import ParallelGrid
 from megatron_prune.model.shape import ModelConfig
-from megatron_prune.parsing import parse_json
 from megatron_prune.sources.source import COMMANDS, REPAIR, Source
 
 COMPANIONS, PLAN = "hf", "plan.json"

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from megatron_prune import __version__
 from megatron_prune.engine.objectives.objective import LM_LOSS
 from megatron_prune.files import flush_file, open_to_append, replace_file
-from megatron_prune.parsing import parse_json
+from megatron_prune.files.parsing import parse_json
 from megatron_prune.sources.source import COMMANDS
 
 METRICS = "metrics.jsonl"

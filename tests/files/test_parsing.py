@@ -14,8 +14,7 @@ from hypothesis import strategies as st
 
 from megatron_prune.errors import CheckpointError, ConfigError, PlanError, ShapeError, StorageError
 from megatron_prune.files import open_to_append
-from megatron_prune.model.shape import ModelShape
-from megatron_prune.parsing import (
+from megatron_prune.files.parsing import (
     JSON_BYTES,
     check_header,
     checked_as,
@@ -25,6 +24,7 @@ from megatron_prune.parsing import (
     read_table,
     read_yaml,
 )
+from megatron_prune.model.shape import ModelShape
 from megatron_prune.store import open_source
 from tests import pico
 from tests.pico import refused
