@@ -18,7 +18,7 @@ ROOTS = (PACKAGE.name, "emb_pruner", "tools")
 # `emb_pruner` is a part, but for the predecessor's commands in it, which call our command line.
 LAYERS = (
     ("__init__", "errors", "flags"),
-    ("ranks", "files"),
+    ("ranks", "files", "contents"),
     ("model", "solve"),
     ("families",),
     ("planning",),

@@ -21,6 +21,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from megatron_prune.contents import foreign_text
 from megatron_prune.errors import ConfigError, DamagedError
 from megatron_prune.families import FAMILIES, on_disk
 
@@ -371,6 +372,23 @@ def unreadable(path: Path, error: BaseException) -> BaseException:
     if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
         return error
     said = " ".join(str(error).split())[:200]
+    if path.is_file() and (what := _no_tokenizer(path)):
+        return ConfigError(f"tokenizer {path}: {what}")
     if "trust_remote_code" in said:
         return ConfigError(f"tokenizer {path}: it needs code of its author, which is never run")
     return DamagedError(f"tokenizer {path}: cannot be read ({said}); copy it again from its source")
+
+
+def _no_tokenizer(path: Path) -> str | None:
+    """What a file is that was given for a tokenizer's; None where it looks like one."""
+    if what := foreign_text(path):
+        return what
+    if path.suffix != ".json":
+        return None
+    try:
+        values = json.loads(path.read_bytes())
+    except (ValueError, RecursionError):
+        return None
+    if isinstance(values, dict) and "model" in values:
+        return None
+    return "is JSON, but no tokenizer.json; give that, or the directory that it lies in"

@@ -71,6 +71,17 @@ def test_dashes_and_underscores_are_the_same(models: Models, tmp_path: Path) -> 
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
 
 
+@pytest.mark.parametrize("path", ["", "a\0b"])
+def test_an_empty_word_is_no_path(
+    path: str, models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`--load "$UNSET"` is not the directory that the command runs in."""
+    monkeypatch.chdir(models("gqa"))
+    for argv in (("inspect", path), ("plan", "--load", path, "--save", tmp_path / "plan.json")):
+        done = run(*argv)
+        assert done.code == 2 and "wanted a path" in done.err
+
+
 def test_underscores_in_values_stay(models: Models, tmp_path: Path) -> None:
     ok("plan", "--load", models("gqa"), f"--save={tmp_path}/my_plan_1.json")
     assert (tmp_path / "my_plan_1.json").exists()
