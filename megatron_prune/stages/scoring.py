@@ -69,7 +69,7 @@ def score(options: ScoreOptions, console: Console = SILENT) -> Scored:
     check_output_file(options.save, overwrite=True, inputs=inputs)  # scores are added to
     from megatron_prune.engine.forward.model import check_model
 
-    with opened(options.load, options.family, console) as source:
+    with opened(options.load, options.family) as source:
         source.config.shape.check_uniform("score", "score its source")
         how = options.score_options(criteria, source.config, console)
         grid.check(source.config.shape)
