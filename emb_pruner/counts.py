@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import io
 import zipfile
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,25 +15,14 @@ from typing import TYPE_CHECKING
 from megatron_prune.errors import ConfigError, DamagedError
 from megatron_prune.files import replace_file
 from megatron_prune.model.lazy import np
+from megatron_prune.parsing import checked_as
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 VERSION = 1
 _TOTALS = ("bytes", "characters", "documents")
-_BROKEN = (  # what NumPy and zipfile raise on bytes that are no archive of numbers
-    ValueError,
-    KeyError,
-    TypeError,
-    AttributeError,
-    EOFError,
-    IndexError,
-    RuntimeError,
-    MemoryError,
-    SyntaxError,
-    zipfile.BadZipFile,
-    zlib.error,
-)
+_MOST_BYTES = 1 << 28  # unpacked: 30 million tokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,26 +72,24 @@ def load_counts(path: Path, tokenizer_digest: str | None = None) -> Counts:
         ConfigError: missing, of another version, or of another tokenizer.
         DamagedError: not a counts file, or one that contradicts itself.
     """
-    try:
+    if not path.is_file():
+        raise ConfigError(f"{path}: is not there; wanted a file of `vocab count`")
+    with checked_as(DamagedError, path, "not a file of `vocab count`", "; count again"):
+        with zipfile.ZipFile(path) as packed:
+            if sum(record.file_size for record in packed.infolist()) > _MOST_BYTES:
+                raise ValueError(f"holds more than {_MOST_BYTES >> 20} MiB")
         with np.load(path, allow_pickle=False) as archive:
             values = {name: archive[name] for name in archive.files}
         version = int(values["version"])
-        if version != VERSION:
-            raise ConfigError(f"{path}: counts of version {version}; this reads {VERSION}")
+    if version != VERSION:
+        raise ConfigError(f"{path}: counts of version {version}; this reads {VERSION}")
+    with checked_as(DamagedError, path, "not a file of `vocab count`", "; count again"):
         counts = Counts(
             counts_V=values["counts"],
             tokenizer_digest=str(values["tokenizer_digest"]),
             **{name: int(values[name]) for name in _TOTALS},
         )
         _check(counts, int(values["tokens"]))
-    except OSError as error:
-        raise ConfigError(
-            f"{path}: {error.strerror or error}; wanted a file of `vocab count`"
-        ) from None
-    except _BROKEN as error:
-        raise DamagedError(
-            f"{path}: not a file of `vocab count` ({type(error).__name__}: {error}); count again"
-        ) from None
     if tokenizer_digest not in (None, counts.tokenizer_digest):
         raise ConfigError(
             f"{path}: counts of another tokenizer (digest {counts.tokenizer_digest[:12]}, "

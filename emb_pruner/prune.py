@@ -17,8 +17,10 @@ from emb_pruner.config_ids import renumber, renumber_config
 from emb_pruner.formats import Vocabulary
 from emb_pruner.formats.companions import SENTENCEPIECE
 from emb_pruner.vocab_plan import VocabPlan
+from megatron_prune.data.tokenizers import tokenizer_directory
 from megatron_prune.errors import ConfigError, PlanError
 from megatron_prune.families.config import CONFIG
+from megatron_prune.parsing import read_table
 from megatron_prune.planning.plan import Kept, PrunePlan
 from megatron_prune.sources.source import VOCAB_PLAN, DerivedSource, Source
 
@@ -48,32 +50,61 @@ def check_vocab_plan(plan: VocabPlan, vocabulary: Vocabulary, source: Source) ->
             f"was made for {plan.tokenizer_digest[:12]}... ({plan.source_size} tokens); make a "
             "plan for this tokenizer"
         )
-    rows = source.config.shape.vocab_size
-    if rows < plan.source_size:
+    tokens_beyond(vocabulary, source.config.shape.vocab_size, source.path)
+
+
+def tokens_beyond(vocabulary: Vocabulary, rows: int, where: Path) -> list[int]:
+    """Added tokens that a model has no rows for, such as a ``[PAD]`` that nobody made room for.
+
+    They stay in the tokenizer, behind all others and without a row, as they were.
+
+    Args:
+        rows: of the model at ``where``.
+
+    Raises:
+        PlanError: tokens that were not added have no rows either.
+    """
+    if vocabulary.size <= rows:
+        return []
+    known = vocabulary.forest.mandatory
+    beyond = [id for id in range(rows, vocabulary.size) if vocabulary.token(id)]
+    if any(known.get(id) not in ("special", "added") for id in beyond):
         raise PlanError(
-            f"{source.path}: has rows for {rows} tokens, the plan's tokenizer has "
-            f"{plan.source_size}; this tokenizer is not the model's"
+            f"{where}: has rows for {rows} tokens, the tokenizer of {vocabulary.path} has "
+            f"{vocabulary.size}; this tokenizer is not the model's"
         )
+    return beyond
+
+
+def rows_beside(tokenizer: Path) -> tuple[Path, int] | None:
+    """The config.json beside a tokenizer, and the model's rows by it; None where nothing tells."""
+    path = tokenizer_directory(tokenizer) / CONFIG if tokenizer.is_dir() else None
+    if path is None or not path.is_file():
+        return None
+    rows = read_table(path, ConfigError, "not a model configuration").get("vocab_size")
+    return (path, rows) if type(rows) is int else None
 
 
 def vocabulary_axis(plan: VocabPlan, source: Source, base: PrunePlan | None = None) -> PrunePlan:
     """The plan that cuts the model's rows to the kept tokens, beside what ``base`` cuts.
 
-    Rows beyond the tokenizer's tokens go. Kept rows lie on whatever rank they come to.
+    Rows beyond the tokenizer's tokens go; `tokens_beyond` the rows have none. Kept rows lie on
+    whatever rank they come to.
 
     Raises:
         PlanError: ``base`` decides about the vocabulary already.
     """
+    kept = tuple(id for id in plan.kept if id < source.config.shape.vocab_size)
     if base is not None:
         if base.kept.vocab is not None:
             raise PlanError(
                 "the plan keeps a vocabulary of its own (kept.vocab) and another is given with "
                 "--vocab-plan; leave one out"
             )
-        return replace(base, kept=replace(base.kept, vocab=plan.kept))
+        return replace(base, kept=replace(base.kept, vocab=kept))
     return PrunePlan(
         source=source.config.shape,
-        kept=Kept(vocab=plan.kept),
+        kept=Kept(vocab=kept),
         criterion=plan.method,
         seed=0,
         prune_type="unbalance",
@@ -95,8 +126,9 @@ def vocab_plan_of(plan: PrunePlan, vocabulary: Vocabulary) -> VocabPlan:
             f"kept.vocab: holds {kept[-1]}; the tokenizer of {vocabulary.path} has {size} tokens, "
             "further rows are padding; keep tokens only"
         )
+    rows = plan.source.vocab_size
     return VocabPlan(
-        kept=kept,
+        kept=(*kept, *(id for id in range(rows, size) if vocabulary.token(id))),
         source_size=size,
         tokenizer_digest=vocabulary.digest,
         method=plan.criterion,
@@ -119,23 +151,13 @@ def write_companions(
     (directory / VOCAB_PLAN).write_text(plan.to_json())
     path = source.companion_files.get(GENERATION_CONFIG)
     if path is not None:
-        values = renumber(_read_object(path), plan, str(path))
+        values = renumber(read_table(path, ConfigError, "not a generation config"), plan, str(path))
         (directory / GENERATION_CONFIG).write_text(json.dumps(values, indent=2) + "\n")
         written = [*written, GENERATION_CONFIG]
     kept = {
         name: path for name, path in source.companion_files.items() if not is_tokenizer_file(name)
     }
     return kept | {name: directory / name for name in (*written, VOCAB_PLAN)}
-
-
-def _read_object(path: Path) -> Mapping[str, object]:
-    try:
-        values = json.loads(path.read_text())
-    except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{path}: not a generation config: {error}") from None
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path}: not a generation config; mend or remove it")
-    return values
 
 
 class VocabularySource(DerivedSource):

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from emb_pruner.forest import Forest
 from megatron_prune.errors import PlanError
+from megatron_prune.parsing import checked_as, read_json
 
 VERSION = 1
 
@@ -73,8 +74,8 @@ def load_vocab_plan(path: Path) -> VocabPlan:
     Raises:
         PlanError: missing, not a vocabulary plan, another version, or one that contradicts itself.
     """
-    try:
-        values = json.loads(path.read_text())
+    values = read_json(path, PlanError, flag="--plan", unique=True)
+    with checked_as(PlanError, f"--plan {path}", "not a vocabulary plan"):
         if values["version"] != VERSION:
             raise PlanError(f"version {values['version']!r}; this reads version {VERSION}")
         kept = values["kept"]
@@ -93,14 +94,6 @@ def load_vocab_plan(path: Path) -> VocabPlan:
         if plan.size != values["size"]:
             raise PlanError(f"size says {values['size']}, kept has {plan.size} tokens")
         return plan
-    except OSError as error:
-        raise PlanError(f"--plan {path}: {error.strerror}") from None
-    except PlanError as error:
-        raise PlanError(f"--plan {path}: {error}") from None
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise PlanError(
-            f"--plan {path}: not a vocabulary plan: {type(error).__name__} {error}"
-        ) from None
 
 
 def check_fits(plan: VocabPlan, forest: Forest, digest: str, name: str) -> None:

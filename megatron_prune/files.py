@@ -12,17 +12,21 @@ import fcntl
 import hashlib
 import os
 import secrets
+import stat
+import time
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from glob import escape
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TextIO
 
 from megatron_prune.errors import StorageError
 
 _FLUSH_BYTES = 256 << 20  # of one file; what is smaller stays in the page cache
 _PIECE_BYTES = 1 << 18  # a call of write; its source stays in the core's cache: 15% less time
+_TRIES, _TRY_SECONDS = 250, 0.02
 _WORTH_A_THREAD = 1 << 16  # bytes; hashing fewer takes less time than handing them over
 
 
@@ -157,9 +161,29 @@ def replace_file(path: Path, data: bytes) -> None:
             flush_file(file)
             os.replace(temporary, path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # of a file system that takes nothing
+            temporary.unlink()
         raise StorageError(f"{path}: {error.strerror}; nothing was changed") from error
     flush_path(path.parent)
+
+
+def open_to_append(path: Path) -> TextIO:
+    """A file of lines, old or new, to add to.
+
+    Raises:
+        StorageError: it cannot be written, is a link (which may lead to a file that is not ours to
+            write), or no file.
+    """
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
+    try:
+        handle = os.open(path, flags, 0o666)
+    except OSError as error:
+        reason = "is a link, and not followed" if path.is_symlink() else error.strerror
+        raise StorageError(f"{path}: {reason}") from error
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise StorageError(f"{path}: is no file; move it away")
+    return open(handle, "a", encoding="utf-8")
 
 
 def _sweep_files_beside(path: Path) -> None:
@@ -237,3 +261,17 @@ def hold(directory: Path) -> Hold | None:
         return None
     held, is_locked = Hold(handle), lock(handle, shared=True)
     return held if is_locked is None or (is_locked and lies_at(directory, handle)) else None
+
+
+@contextmanager
+def one_at_a_time(directory: Path) -> Iterator[None]:
+    """Between processes, for a moment; after a while without, for a lock may be anybody's."""
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        for _ in range(_TRIES):
+            if lock(handle):
+                break
+            time.sleep(_TRY_SECONDS)
+        yield
+    finally:
+        os.close(handle)

@@ -15,6 +15,7 @@ from megatron_prune.model.axes import axes_of, layer_name, names, split_layer, t
 from megatron_prune.model.lazy import Tensor, torch
 from megatron_prune.model.tensors import dtype_word
 from megatron_prune.planning.plan import PrunePlan, load_plan
+from megatron_prune.sources.finite import is_finite, nonfinite_text
 from megatron_prune.sources.repair_record import Replaced, digest, load_repair
 from megatron_prune.sources.source import Source
 from megatron_prune.store.commit import MANIFEST, check_manifest
@@ -102,7 +103,7 @@ def _check_repaired(pruned: Source, name: str, replaced: Replaced, plan: PrunePl
         raise DamagedError(
             f"{pruned.path}: {stored}: is {tuple(found.shape)}, the plan makes {wanted}"
         )
-    _check_finite(pruned, stored, found)
+    _check_finite(pruned, name, found)
     if digest(found) != replaced.sha256.get(dtype_word(found.dtype)):
         raise DamagedError(
             f"{pruned.path}: {stored}: its SHA-256 is not the one {pruned.repair_path} has for "
@@ -111,17 +112,17 @@ def _check_repaired(pruned: Source, name: str, replaced: Replaced, plan: PrunePl
     return found.numel()
 
 
-def _check_finite(pruned: Source, stored: str, found: Tensor) -> None:
-    if not torch.isfinite(found).all():
-        count = int((~torch.isfinite(found)).sum())
-        raise DamagedError(f"{pruned.path}: {stored}: {count} values are not finite")
+def _check_finite(pruned: Source, name: str, found: Tensor) -> None:
+    if not is_finite(found):
+        raise DamagedError(nonfinite_text(pruned, name))
 
 
 def _compare(pruned: Source, name: str, at: int, found: Tensor, wanted: Tensor) -> None:
-    name = pruned.stored_name(name)
+    stored = pruned.stored_name(name)
     if found.shape != wanted.shape:
         raise DamagedError(
-            f"{pruned.path}: {name}: is {tuple(found.shape)}, the plan makes {tuple(wanted.shape)}"
+            f"{pruned.path}: {stored}: is {tuple(found.shape)}, the plan makes "
+            f"{tuple(wanted.shape)}"
         )
     _check_finite(pruned, name, found)
     wanted = wanted.to(found.dtype)  # a checkpoint written with --dtype is compared in it
@@ -131,6 +132,6 @@ def _compare(pruned: Source, name: str, at: int, found: Tensor, wanted: Tensor) 
         first = tuple(place)
         inside = (place[0] - at, *place[1:])
         raise DamagedError(
-            f"{pruned.path}: {name} at {first}: is {found[inside].item()!r}, the planned slice of "
-            f"the source is {wanted[inside].item()!r}"
+            f"{pruned.path}: {stored} at {first}: is {found[inside].item()!r}, the planned slice "
+            f"of the source is {wanted[inside].item()!r}"
         )

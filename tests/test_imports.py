@@ -17,8 +17,8 @@ ROOTS = (PACKAGE.name, "emb_pruner", "tools")
 # file or a folder of the package; `engine` is taken apart, since it is as large as all the rest.
 # `emb_pruner` is a part, but for the predecessor's commands in it, which call our command line.
 LAYERS = (
-    ("__init__", "errors", "flags"),
-    ("ranks", "files", "contents"),
+    ("__init__", "errors", "flags", "contents"),
+    ("ranks", "files", "parsing"),
     ("model", "solve"),
     ("families",),
     ("planning",),

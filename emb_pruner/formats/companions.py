@@ -24,6 +24,7 @@ from emb_pruner.formats.sentencepiece import (
 )
 from emb_pruner.vocab_plan import VocabPlan
 from megatron_prune.errors import ConfigError, DamagedError
+from megatron_prune.parsing import read_table
 
 _COPIED = ("special_tokens_map.json", "chat_template.jinja", "chat_template.json")
 SENTENCEPIECE = re.compile(r"\.model(\.v\w+)?$")  # the names of such files
@@ -36,14 +37,9 @@ def sentencepiece_files(folder: Path) -> list[Path]:
 
 
 def _object(file: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-        if isinstance(found, dict):
-            return found
-        said = "not an object"
-    except (ValueError, RecursionError) as error:
-        said = str(error)
-    raise DamagedError(f"tokenizer {file}: {said}; copy it again from its source")
+    return read_table(
+        file, DamagedError, "cannot be read", flag="tokenizer", advice="; copy it again"
+    )
 
 
 def _dump(values: Any) -> bytes:

@@ -35,8 +35,9 @@ from emb_pruner.formats.spelling import (
     letter_bytes,
 )
 from emb_pruner.vocab_plan import VocabPlan, check_fits
-from megatron_prune.data.tokenizers import load_tokenizer, unreadable
+from megatron_prune.data.tokenizers import check_ids, load_tokenizer, unreadable
 from megatron_prune.errors import ConfigError, DamagedError
+from megatron_prune.parsing import checked_as, read_table
 
 FILE = "tokenizer.json"  # as it is written, whatever name it was read by
 MODELS = ("BPE", "Unigram")
@@ -49,16 +50,12 @@ def read_document(path: Path) -> dict[str, Any]:
         ConfigError: a model that cannot be pruned.
         DamagedError: not JSON, or not of a tokenizer.
     """
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
+    what, advice = "not a tokenizer.json", "; copy it again from its source"
+    document = read_table(path, DamagedError, what, flag="tokenizer", advice=advice)
+    with checked_as(DamagedError, f"tokenizer {path}", what, advice):
         document["model"].get("type")
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise DamagedError(
-            f"tokenizer {path}: not a tokenizer.json ({type(error).__name__} {error}); copy it "
-            "again from its source"
-        ) from None
     check_tokenizer_model(path, document["model"])
-    return dict(document)
+    return document
 
 
 def check_tokenizer_model(path: Path, model: dict[str, Any]) -> None:
@@ -123,6 +120,7 @@ class TokenizerJson:
         self._tokenizer.no_padding()
         self.ids: dict[str, int] = dict(self._tokenizer.get_vocab(with_added_tokens=True))
         self.tokens = {id: token for token, id in self.ids.items()}
+        check_ids(path, self.ids)
         self.size = max(self.tokens) + 1
         self.is_byte_level = "ByteLevel" in _types(
             [document.get("pre_tokenizer"), document.get("decoder")]

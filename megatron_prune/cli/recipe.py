@@ -10,9 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from megatron_prune.errors import ConfigError
+from megatron_prune.parsing import read_yaml
 
 
 def with_dashes(argv: Sequence[str]) -> list[str]:
@@ -60,12 +59,7 @@ def expand_recipe(stage: str, argv: Sequence[str]) -> list[str]:
     if "=" not in argv[at] and at + 1 == len(argv):
         return argv  # argparse says what is missing
     path = Path(argv[at].partition("=")[2] if "=" in argv[at] else argv[at + 1])
-    try:
-        recipe = yaml.safe_load(path.read_text())
-    except OSError as error:
-        raise ConfigError(f"--config {path}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--config {path}: not YAML: {' '.join(str(error).split())}") from None
+    recipe = read_yaml(path, ConfigError, flag="--config")
     if not isinstance(recipe, dict):
         raise ConfigError(
             f"--config {path}: wanted a table of flags, found {type(recipe).__name__}"

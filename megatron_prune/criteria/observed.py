@@ -25,6 +25,7 @@ from megatron_prune.model.axes import (
 from megatron_prune.model.blocks import EMBEDDING, OUTPUT
 from megatron_prune.model.lazy import Tensor, torch
 from megatron_prune.model.shape import AXES, LAYER_AXES, ModelConfig, ModelShape
+from megatron_prune.sources.finite import nonfinite_text
 from megatron_prune.sources.source import Source
 
 _ROWS = 1 << 25  # values of a weight that are looked at together: 256 MB in float64
@@ -182,9 +183,7 @@ def weight_squares(
             values = source.read(name, *((start, stop) if axes != "D" else ()))
             squares = values.double().square()
             if not bool(squares.sum().isfinite()):  # fp32 squared is far from float64's end
-                raise DamagedError(
-                    f"{source.path}: {source.stored_name(name)} holds values that are not finite"
-                )
+                raise DamagedError(f"{nonfinite_text(source, name)}; nothing can be scored")
             units.add(name, squares, start)
             # a tied embedding is the output layer too
             norm = norm_before(OUTPUT.name if name == EMBEDDING.name and config.tied else name)

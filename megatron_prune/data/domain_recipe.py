@@ -23,18 +23,16 @@ Paths count from the working directory, as in flags.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from megatron_prune.data.domains import shares
 from megatron_prune.data.scaling_law import fit_scaling_law
 from megatron_prune.errors import ConfigError
+from megatron_prune.parsing import read_json, read_yaml
 
 _KEYS = {"domains", "targets", "parameters"}
 _DOMAIN_KEYS = {"name", "prefixes", "weight", "validation", "target", "scaling"}
@@ -78,12 +76,7 @@ def read_recipe(path: Path) -> DomainRecipe:
     Raises:
         ConfigError: missing, not YAML, or an entry that is missing, unknown or not usable.
     """
-    try:
-        found = yaml.safe_load(path.read_text())
-    except OSError as error:
-        raise ConfigError(f"--domains {path}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--domains {path}: not YAML: {' '.join(str(error).split())}") from None
+    found = read_yaml(path, ConfigError, flag="--domains")
     if not isinstance(found, dict) or not isinstance(found.get("domains"), list):
         raise ConfigError(f"--domains {path}: wanted a table with a list 'domains'")
     _refuse_unknown(f"--domains {path}", found, _KEYS)
@@ -125,10 +118,10 @@ def _positive(where: str, value: Any) -> float:
     """YAML takes 1e9 for a string; so numbers may be strings here."""
     try:
         number = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         number = math.nan
     if isinstance(value, bool) or not (math.isfinite(number) and number > 0):
-        raise ConfigError(f"{where} is {value!r}; wanted a number above 0")
+        raise ConfigError(f"{where} is {value!r:.60}; wanted a number above 0")
     return number
 
 
@@ -188,12 +181,7 @@ def read_targets(path: Path) -> dict[str, float]:
     Raises:
         ConfigError: missing, or not such a file.
     """
-    try:
-        found = json.loads(path.read_text())
-    except OSError as error:
-        raise ConfigError(f"targets {path}: {error.strerror}") from None
-    except (ValueError, UnicodeDecodeError) as error:
-        raise ConfigError(f"targets {path}: not JSON: {error}") from None
+    found = read_json(path, ConfigError, flag="targets")
     table = found.get("domains", found) if isinstance(found, dict) else None
     if not isinstance(table, dict):
         raise ConfigError(f"targets {path}: wanted a table of domains and their losses")
@@ -217,7 +205,7 @@ def other_windows(recipe: DomainRecipe, now: Mapping[str, Any]) -> str | None:
     if recipe.targets is None:
         return None
     read_targets(Path(recipe.targets))  # it is one
-    saved = json.loads(Path(recipe.targets).read_text())
+    saved = read_json(Path(recipe.targets), ConfigError, flag="targets")
     far = [
         f"{key} {saved[key]}, now {now[key]}" for key in now if saved.get(key, now[key]) != now[key]
     ]

@@ -12,23 +12,26 @@ The index, little endian: ``MMIDIDX\\0\\0``, version u64 = 1, type u8, sequences
 u64; then lengths in tokens int32[sequences], offsets in bytes int64[sequences], and for each
 document the number of its first sequence, int64[documents + 1].
 
-A corpus of three files appears whole or not at all in this way: all are written and fsynced as
-``.NAME.tmp`` beside the target, the sidecar last; then the old index goes, and bin, json, idx are
-renamed in that order. No index, no corpus: at no instant can a reader pair an old file with a new
-one. A run that was killed between the renames is finished by the next one (``finish_interrupted``);
-one killed before leaves temporary files that the next run takes over. A lock on the temporary .bin
-keeps two writers apart.
+A corpus of three files appears whole or not at all in this way: all are written and fsynced in a
+directory ``.NAME.tmp.XXXXXXXX`` beside the target, the sidecar last; then the old index goes, and
+bin, json, idx are renamed in that order. No index, no corpus: at no instant can a reader pair an
+old file with a new one. A run that was killed between the renames is finished by the next one
+(``finish_interrupted``); one killed before leaves a directory that the next run sweeps. A lock on
+it keeps two writers apart; nobody can foresee its name, so that no link can wait there.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import secrets
+import shutil
 import struct
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
+from glob import escape
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -37,13 +40,14 @@ from megatron_prune.errors import ConfigError, StorageError
 from megatron_prune.files import (
     FileRecord,
     HashedFile,
-    flush_file,
     flush_path,
     hash_file,
-    lies_at,
     lock,
+    one_at_a_time,
+    write_file,
 )
 from megatron_prune.model.lazy import np
+from megatron_prune.parsing import parse_json
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -64,11 +68,6 @@ def token_dtype(vocab_size: int) -> np.dtype[Any]:
 def corpus_path(prefix: str | Path, suffix: str) -> Path:
     """``/data/en_text_document`` and ``.idx``, joined; dots in names are kept."""
     return Path(f"{prefix}{suffix}")
-
-
-def temporary_path(prefix: str | Path, suffix: str) -> Path:
-    final = corpus_path(prefix, suffix)
-    return final.with_name(f".{final.name}.tmp")
 
 
 def refuse_existing(prefix: str | Path, *, overwrite: bool) -> None:
@@ -105,48 +104,91 @@ def finish_interrupted(prefix: str | Path) -> bool:
     Returns:
         Whether there was one; leftovers of any other kind are not touched.
     """
-    index, sidecar, data = (temporary_path(prefix, suffix) for suffix in (".idx", ".json", ".bin"))
-    if corpus_path(prefix, ".idx").exists() or not index.exists():
+    if corpus_path(prefix, ".idx").exists() or not (parent := _parent(prefix)).is_dir():
         return False
-    if data.exists() and not sidecar.exists():
+    with one_at_a_time(parent):
+        for folder in _temporaries(prefix):
+            with _locked(folder) as is_ours:
+                if is_ours is not False and _is_complete(prefix, folder):
+                    _publish(prefix, folder)
+                    return True
+    return False
+
+
+def _is_complete(prefix: str | Path, folder: Path) -> bool:
+    """Whether a temporary, with what it has published already, makes a corpus."""
+    index, sidecar, data = (folder / suffix[1:] for suffix in (".idx", ".json", ".bin"))
+    if not index.exists() or (data.exists() and not sidecar.exists()):
         return False  # killed before the sidecar was complete
     record = sidecar if sidecar.exists() else corpus_path(prefix, ".json")
     written = data if data.exists() else corpus_path(prefix, ".bin")
     if not (record.is_file() and written.is_file()):
         return False
-    with _claim(written, prefix):
-        try:
-            facts = json.loads(record.read_bytes())
-            wanted = facts["bin"]["bytes"], facts["idx"]["sha256"]
-        except (ValueError, KeyError, TypeError):
-            return False  # killed while the sidecar was written
-        if wanted != (written.stat().st_size, hash_file(index).sha256):
-            return False
-        _publish(prefix)
-    return True
+    try:
+        facts = parse_json(record.read_bytes())
+        wanted = facts["bin"]["bytes"], facts["idx"]["sha256"]
+    except (ValueError, KeyError, TypeError):
+        return False  # killed while the sidecar was written
+    return bool(wanted == (written.stat().st_size, hash_file(index).sha256))
 
 
-def _claim(path: Path, prefix: str | Path) -> BinaryIO:
-    """``path`` open for appending and locked; the kernel drops the lock when this process ends."""
-    # not "wb": it may be another's until the lock says otherwise
-    file = open(path, "ab")  # noqa: SIM115 (handed to the caller)
-    is_locked = lock(file.fileno())  # None: some cluster file systems have no locks
-    if is_locked is False or not lies_at(path, file.fileno()):
-        file.close()
-        raise ConfigError(
-            f"{prefix}: another process is writing this corpus ({path.name} is locked); wait for it"
-        )
-    return file
+def _parent(prefix: str | Path) -> Path:
+    return corpus_path(prefix, ".bin").absolute().parent
 
 
-def _publish(prefix: str | Path) -> None:
-    folder = corpus_path(prefix, ".bin").parent
+def _temporaries(prefix: str | Path) -> list[Path]:
+    return sorted(_parent(prefix).glob(f".{escape(Path(prefix).name)}.tmp.*"))
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[bool | None]:
+    """Whether a temporary is this process's for the block: False while its writer lives, None
+    where the file system has no locks, or it is no directory."""
+    try:
+        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    except OSError:
+        yield None
+        return
+    try:
+        yield lock(handle)
+    finally:
+        os.close(handle)
+
+
+def _claim(prefix: str | Path) -> tuple[Path, int]:
+    """A new temporary directory of a corpus, and the handle that is its lock as long as this
+    process lives; sweeps those of dead writers.
+
+    Raises:
+        ConfigError: another process is writing this corpus.
+    """
+    parent = _parent(prefix)
+    with one_at_a_time(parent):
+        for folder in _temporaries(prefix):
+            with _locked(folder) as is_ours:
+                if is_ours:
+                    shutil.rmtree(folder)
+            if is_ours is False:
+                raise ConfigError(
+                    f"{prefix}: another process is writing this corpus ({folder.name} is locked); "
+                    "wait for it"
+                )
+        folder = parent / f".{Path(prefix).name}.tmp.{secrets.token_hex(4)}"
+        folder.mkdir()
+        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        lock(handle)  # some cluster file systems have none
+    return folder, handle
+
+
+def _publish(prefix: str | Path, folder: Path) -> None:
+    parent = _parent(prefix)
     flush_path(folder)
     corpus_path(prefix, ".idx").unlink(missing_ok=True)
     for suffix in SUFFIXES:
-        if temporary_path(prefix, suffix).exists():
-            os.replace(temporary_path(prefix, suffix), corpus_path(prefix, suffix))
-    flush_path(folder)
+        if (folder / suffix[1:]).exists():
+            os.replace(folder / suffix[1:], corpus_path(prefix, suffix))
+    flush_path(parent)
+    folder.rmdir()
 
 
 @contextmanager
@@ -164,6 +206,7 @@ class CorpusWriter:
 
     Attributes:
         documents, sequences, tokens: how many were added so far.
+        folder: where the files lie until they are published.
         max_token_id: the largest id so far, -1 before the first.
     """
 
@@ -176,16 +219,13 @@ class CorpusWriter:
         self.documents = self.sequences = self.tokens = 0
         self.max_token_id = -1
         self._publishing = False
-        folder = corpus_path(prefix, ".bin").parent
         with _writing(self.prefix):
-            folder.mkdir(parents=True, exist_ok=True)
-            self._lengths = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 (closed at exit)
-            self._ends = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115
-            self._data = _claim(temporary_path(prefix, ".bin"), prefix)
-            self._data.truncate(0)
+            _parent(prefix).mkdir(parents=True, exist_ok=True)
+            self.folder, self._handle = _claim(prefix)
+            self._lengths = tempfile.TemporaryFile(dir=self.folder)  # noqa: SIM115 (closed at exit)
+            self._ends = tempfile.TemporaryFile(dir=self.folder)  # noqa: SIM115
+            self._data = open(self.folder / "bin", "xb")  # noqa: SIM115
             self._data_out = HashedFile(self._data)
-            for suffix in (".json", ".idx"):
-                temporary_path(prefix, suffix).unlink(missing_ok=True)
 
     def __enter__(self) -> CorpusWriter:
         return self
@@ -197,8 +237,8 @@ class CorpusWriter:
         trace: TracebackType | None,
     ) -> None:
         if not self._publishing:
-            for suffix in SUFFIXES:
-                temporary_path(self.prefix, suffix).unlink(missing_ok=True)
+            shutil.rmtree(self.folder, ignore_errors=True)
+        os.close(self._handle)
         for file in (self._data, self._lengths, self._ends):
             with suppress(OSError):  # a full disk again; what counts was flushed by prepare
                 file.close()
@@ -245,19 +285,17 @@ class CorpusWriter:
                 bin=asdict(self._data_out.finish()),
                 idx=asdict(self._write_index()),
             )
-            with open(temporary_path(self.prefix, ".json"), "wb") as file:
-                file.write((json.dumps(sidecar, indent=2) + "\n").encode())
-                flush_file(file)
+            write_file(self.folder / "json", (json.dumps(sidecar, indent=2) + "\n").encode())
         return sidecar
 
     def publish(self) -> None:
         """Rename to the final names; call after ``prepare``."""
         self._publishing = True
         with _writing(self.prefix):
-            _publish(self.prefix)
+            _publish(self.prefix, self.folder)
 
     def _write_index(self) -> FileRecord:
-        with open(temporary_path(self.prefix, ".idx"), "wb") as file:
+        with open(self.folder / "idx", "xb") as file:
             out = HashedFile(file)
             code = CODES[self.dtype.name]
             out.write(HEADER.pack(MAGIC, 1, code, self.sequences, self.documents + 1))

@@ -13,7 +13,6 @@ not there, that has no tokens or another tokenizer's ids is refused as a mistake
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +21,7 @@ from megatron_prune.data.indexed import HEADER, MAGIC, TYPES, corpus_path
 from megatron_prune.errors import ConfigError, DamagedError
 from megatron_prune.files import hash_file
 from megatron_prune.model.lazy import np
+from megatron_prune.parsing import checked_as, read_table
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -122,22 +122,17 @@ def load_sidecar(prefix: str | Path) -> dict[str, Any] | None:
         "vocab_size": int,
         "tokenizer_digest": str,
     }
-    try:
-        sidecar = json.loads(path.read_bytes())
-        if sidecar["version"] != SIDECAR_VERSION:
-            raise ConfigError(
-                f"{path}: version {sidecar['version']!r}, this program reads {SIDECAR_VERSION}"
-            )
+    what, advice = "not the sidecar of a corpus", f"; {_AGAIN}"
+    sidecar = read_table(path, DamagedError, what, advice=advice)
+    if (version := sidecar.get("version")) != SIDECAR_VERSION and isinstance(version, int):
+        raise ConfigError(f"{path}: version {version}, this program reads {SIDECAR_VERSION}")
+    with checked_as(DamagedError, path, what, advice):
         wrong = [key for key, kind in wanted.items() if not isinstance(sidecar[key], kind)]
+        wrong += [] if isinstance(sidecar.get("eod"), int | None) else ["eod"]
         hashes = [sidecar[part][key] for part in ("bin", "idx") for key in ("bytes", "sha256")]
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise DamagedError(f"{path}: not the sidecar of a corpus ({error!r}); {_AGAIN}") from None
-    if wrong or not all(isinstance(value, int | str) for value in hashes):
-        raise DamagedError(
-            f"{path}: not the sidecar of a corpus (wrong kind of {', '.join(wrong) or 'hash'}); "
-            f"{_AGAIN}"
-        )
-    return dict(sidecar)
+        if wrong or not all(isinstance(value, int | str) for value in (version, *hashes)):
+            raise ValueError(f"wrong kind of {', '.join(wrong) or 'hash'}")
+    return sidecar
 
 
 def _refuse_missing(prefix: str) -> None:

@@ -22,8 +22,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from megatron_prune.contents import foreign_text
-from megatron_prune.errors import ConfigError, DamagedError
+from megatron_prune.errors import ConfigError, DamagedError, PruneError
 from megatron_prune.families import FAMILIES, on_disk
+from megatron_prune.parsing import read_table
 
 if TYPE_CHECKING:
     from sentencepiece import SentencePieceProcessor
@@ -34,6 +35,7 @@ TRACKER = "latest_checkpointed_iteration.txt"
 PROBE = (
     "The  quick brown fox's 12,345.67 naïve cafés\n\tdef f(x_1):\n        return x**2  # 你好 🙂\n"
 )
+_MOST_HOLES = 100_000  # ids without a token
 _SIGNS = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -229,6 +231,7 @@ def _from_file(path: Path) -> TextTokenizer:
 
     try:
         tokenizer = Tokenizer.from_file(str(path))
+        check_ids(path, tokenizer.get_vocab(with_added_tokens=True))
     except BaseException as error:
         raise unreadable(path, error) from None
     model = json.loads(tokenizer.to_str())["model"]
@@ -324,18 +327,25 @@ def _read_by_transformers(folder: Path) -> Any:
 def _from_transformers(folder: Path) -> TextTokenizer:
     tokenizer = _read_by_transformers(folder)
     backend: _Backend = _Python(tokenizer)
-    if tokenizer.is_fast:
-        from tokenizers import Tokenizer
+    try:
+        check_ids(folder, tokenizer.get_vocab())
+        if tokenizer.is_fast:
+            from tokenizers import Tokenizer
 
-        alone = _Fast(Tokenizer.from_str(tokenizer.backend_tokenizer.to_str()))
-        if _do_the_same(alone, backend, [PROBE, PROBE + (tokenizer.eos_token or "") + PROBE, ""]):
-            backend = alone
-    return TextTokenizer(
-        backend,
-        name=str(folder),
-        eod=tokenizer.eos_token_id,
-        unknown=getattr(tokenizer, "unk_token_id", None),
-    )
+            alone, end = (
+                Tokenizer.from_str(tokenizer.backend_tokenizer.to_str()),
+                tokenizer.eos_token,
+            )
+            if _do_the_same(_Fast(alone), backend, [PROBE, PROBE + (end or "") + PROBE, ""]):
+                backend = _Fast(alone)
+        return TextTokenizer(
+            backend,
+            name=str(folder),
+            eod=tokenizer.eos_token_id,
+            unknown=getattr(tokenizer, "unk_token_id", None),
+        )
+    except BaseException as error:  # configured so that it fails on every text
+        raise unreadable(folder, error) from None
 
 
 def _model_type(folder: Path) -> str | None:
@@ -344,10 +354,26 @@ def _model_type(folder: Path) -> str | None:
     A type that transformers does not know by itself is that of the family it is read as.
     """
     path = folder / "config.json"
-    kind = json.loads(path.read_text()).get("model_type") if path.is_file() else None
+    told = read_table(path, ConfigError, "not a model configuration") if path.is_file() else {}
+    kind = told.get("model_type")
     if (family := on_disk(kind)) is not None:
         return FAMILIES[family.name].model_type
     return kind if isinstance(kind, str) else None
+
+
+def check_ids(path: Path, vocab: Mapping[str, int]) -> None:
+    """Refuse ids far beyond the number of tokens: `tokenizers` writes its model down id by id, and
+    lists here are as long as the largest.
+
+    Raises:
+        DamagedError: with both numbers; also for no token at all.
+    """
+    size = max(vocab.values(), default=-1) + 1
+    if not 0 < size <= 2 * len(vocab) + _MOST_HOLES:
+        raise DamagedError(
+            f"tokenizer {path}: {len(vocab)} tokens with ids up to {size - 1}; copy it again from "
+            "its source"
+        )
 
 
 def _do_the_same(left: _Backend, right: _Backend, texts: Sequence[str]) -> bool:
@@ -369,7 +395,8 @@ def unreadable(path: Path, error: BaseException) -> BaseException:
 
     Rust's panics are BaseExceptions, as Ctrl-C is.
     """
-    if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+    is_panic = type(error).__name__ == "PanicException"
+    if isinstance(error, PruneError) or not (is_panic or isinstance(error, Exception)):
         return error
     said = " ".join(str(error).split())[:200]
     if path.is_file() and (what := _no_tokenizer(path)):

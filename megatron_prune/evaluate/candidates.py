@@ -27,6 +27,7 @@ from megatron_prune.errors import ConfigError, DamagedError
 from megatron_prune.evaluate.options import Bar, EvaluateOptions
 from megatron_prune.evaluate.text import evaluate
 from megatron_prune.files import hash_file, replace_file
+from megatron_prune.parsing import checked_as, read_table
 from megatron_prune.planning.fit import Fit
 from megatron_prune.planning.plan import PrunePlan
 from megatron_prune.sources.pruned import PrunedSource
@@ -193,11 +194,10 @@ def _cached(path: Path, key: dict[str, Any]) -> float | None:
     """The loss in a cache's file, None when there is none."""
     if not path.is_file():
         return None
-    try:
-        values = json.loads(path.read_text())
+    what, advice = "not what was written here", "; remove it, it is made again"
+    values = read_table(path, DamagedError, what, flag="--cache", advice=advice)
+    with checked_as(DamagedError, f"--cache {path}", what, advice):
         loss = float(values.pop("loss"))
-        if values == key:
-            return loss
-    except (OSError, ValueError, KeyError, AttributeError, TypeError):
-        pass
-    raise DamagedError(f"--cache {path}: not what was written here; remove it, it is made again")
+        if values != key:
+            raise ValueError("of another model or other data")
+        return loss

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -15,6 +14,7 @@ from megatron_prune.engine.groups import Groups
 from megatron_prune.errors import ConfigError
 from megatron_prune.evaluate.options import Bar, GenerateOptions
 from megatron_prune.model.shape import ModelConfig
+from megatron_prune.parsing import read_table
 from megatron_prune.sources.source import Source
 from megatron_prune.store import open_source
 
@@ -53,7 +53,7 @@ def stop_tokens(source: Source, eod: int | None) -> frozenset[int]:
     """The tokens that end a text: those of generation_config.json, else of config.json, else the
     tokenizer's, as transformers looks for them."""
     path = source.companion_files.get("generation_config.json")
-    values = {} if path is None else json.loads(path.read_text())
+    values = {} if path is None else read_table(path, ConfigError, "not a generation config")
     for found in (values.get("eos_token_id"), source.config.hf_config.get("eos_token_id"), eod):
         if found is not None:
             return frozenset(found if isinstance(found, list) else [found])

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
-from megatron_prune.errors import CheckpointError, PruneError
+from megatron_prune.errors import CheckpointError
 from megatron_prune.families.llama import LLAMA
 from megatron_prune.families.mistral import MISTRAL
 from megatron_prune.families.nemotron_nas import NEMOTRON_NAS
@@ -14,6 +13,7 @@ from megatron_prune.families.qwen2 import QWEN2
 from megatron_prune.families.qwen3 import QWEN3
 from megatron_prune.model.family import Family
 from megatron_prune.model.shape import ModelConfig
+from megatron_prune.parsing import checked_as, read_table
 
 FAMILIES = {family.name: family for family in (LLAMA, MISTRAL, QWEN2, QWEN3)}
 _ON_DISK = {family.model_type: family for family in (*FAMILIES.values(), QWEN1, NEMOTRON_NAS)}
@@ -39,24 +39,15 @@ def read_config_as(path: Path) -> tuple[ModelConfig, Family]:
     Raises:
         CheckpointError: see `read_config`.
     """
-    try:
-        values = json.loads(path.read_text())
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: not a model configuration: {error}") from None
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{path}: not a model configuration")
+    values = read_table(path, CheckpointError, "not a model configuration")
     family = on_disk(values.get("model_type"))
     if family is None:
         known = ", ".join(_ON_DISK)
         raise CheckpointError(
             f"{path}: model_type {values.get('model_type')!r}; wanted one of {known}"
         )
-    try:
+    with checked_as(CheckpointError, path, "not a model configuration"):
         return family.read(values), family
-    except PruneError as error:
-        raise CheckpointError(f"{path}: {error}") from None
-    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
-        raise CheckpointError(f"{path}: {type(error).__name__}: {error}") from None
 
 
 def family_of_arguments(*, qkv_bias: bool, all_bias: bool, window: bool, qk_norm: bool) -> Family:

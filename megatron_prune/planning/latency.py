@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from megatron_prune.errors import DamagedError, PlanError
 from megatron_prune.model.costs import Sizes
 from megatron_prune.model.lazy import np
+from megatron_prune.parsing import checked_as, read_json
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -80,15 +81,14 @@ def load_latency_table(path: Path) -> LatencyTable:
         PlanError: missing.
         DamagedError: not a latency table, or one without measurements.
     """
-    try:
-        values = json.loads(path.read_text())
-    except OSError as error:
+    if not path.is_file():
         raise PlanError(
-            f"--latency-table {path}: {error.strerror}; make it with `megatron-prune profile`"
-        ) from None
-    except (ValueError, RecursionError) as error:
-        raise DamagedError(f"--latency-table {path}: not JSON: {error}") from None
-    try:
+            f"--latency-table {path}: is not there; make it with `megatron-prune profile`"
+        )
+    values = read_json(path, DamagedError, flag="--latency-table")
+    names = ", ".join(field.name for field in fields(LatencyTable))
+    advice = f"; wanted version, {names}; measure again with `megatron-prune profile`"
+    with checked_as(DamagedError, f"--latency-table {path}", "not a latency table", advice):
         if values.pop("version") != VERSION:
             raise ValueError(f"another version than {VERSION}")
         values["layers"] = tuple(LayerTime(**row) for row in values["layers"])
@@ -99,12 +99,6 @@ def load_latency_table(path: Path) -> LatencyTable:
             _check_fields(part)
         if not table.layers or not table.outputs:
             raise ValueError("wanted layers and outputs")
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        names = ", ".join(field.name for field in fields(LatencyTable))
-        raise DamagedError(
-            f"--latency-table {path}: not a latency table ({error}); wanted version, {names}; "
-            "measure again with `megatron-prune profile`"
-        ) from None
     return table
 
 

@@ -16,9 +16,10 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from megatron_prune.errors import PlanError, PruneError
+from megatron_prune.errors import PlanError
 from megatron_prune.model.lazy import Tensor, torch
 from megatron_prune.model.shape import AXES, Axis, ModelShape
+from megatron_prune.parsing import checked_as, read_json
 
 VERSION = 1
 PRUNE_TYPES = ("balance", "unbalance")
@@ -248,18 +249,9 @@ def load_plan(path: Path) -> PrunePlan:
     Raises:
         PlanError: missing, not a plan, another version, or a plan that contradicts itself.
     """
-    try:
-        values = json.loads(path.read_text())
-    except OSError as error:
-        raise PlanError(f"--plan {path}: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        raise PlanError(f"--plan {path}: not JSON: {error}") from None
-    try:
+    values = read_json(path, PlanError, flag="--plan", unique=True)
+    with checked_as(PlanError, f"--plan {path}", "not a plan"):
         return plan_from_dict(values)
-    except PruneError as error:
-        raise PlanError(f"--plan {path}: {error}") from None
-    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
-        raise PlanError(f"--plan {path}: not a plan: {type(error).__name__} {error}") from None
 
 
 def plan_from_dict(values: Mapping[str, Any]) -> PrunePlan:

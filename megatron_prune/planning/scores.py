@@ -16,9 +16,10 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from megatron_prune.errors import DamagedError, PlanError, ShapeError
+from megatron_prune.errors import DamagedError, PlanError
 from megatron_prune.model.lazy import Tensor, torch
 from megatron_prune.model.shape import AXES, SCORED_AXES, ModelShape
+from megatron_prune.parsing import check_header, checked_as, parse_json
 
 Criterion = Callable[[str, int, int | None, int], Tensor]
 """(axis letter, its size, source layer or None for a model-wide axis, seed) -> [size] scores."""
@@ -29,6 +30,7 @@ AXIS_WORDS = {axis: AXES[axis].word.replace("_", "-") for axis in SCORED_AXES}
 _VERSION = "1"
 _KEY = "megatron_prune.scores"
 _STATISTICS = "statistics"
+_MOST_HEADER = 1 << 20  # bytes; all criteria on all axes take some thousands
 
 
 def score_shape(axis: str, shape: ModelShape) -> tuple[int, ...]:
@@ -250,12 +252,16 @@ def load_scores(path: Path) -> Scores:
     """
     if not path.is_file():
         raise PlanError(f"--scores {path}: is not there; make it with `megatron-prune score`")
-    try:
-        with safe_open(path, framework="pt") as file:
-            header = json.loads((file.metadata() or {})[_KEY])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    with checked_as(DamagedError, path, "not a scores file"):
+        check_header(path, _MOST_HEADER)
+        try:
+            with safe_open(path, framework="pt") as file:
+                header = parse_json((file.metadata() or {})[_KEY])
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except SafetensorError as error:
+            raise ValueError(error) from None
         if header["version"] != _VERSION:
-            raise DamagedError(f"{path}: version {header['version']!r}; this reads {_VERSION}")
+            raise DamagedError(f"version {header['version']!r}; this reads {_VERSION}")
         criteria: dict[str, dict[str, Tensor]] = {}
         statistics: dict[str, Tensor] = {}
         for key, x in tensors.items():
@@ -265,23 +271,13 @@ def load_scores(path: Path) -> Scores:
             else:
                 criteria.setdefault(name, {})[last] = x
             if x.dtype != torch.float32:
-                raise DamagedError(f"{path}: {key} is {x.dtype}; wanted float32, score again")
+                raise DamagedError(f"{key} is {x.dtype}; wanted float32, score again")
             if not bool(torch.isfinite(x).all()):
-                raise DamagedError(f"{path}: {key} holds values that are not finite; score again")
-        shape, digest = ModelShape.from_dict(header["shape"]), str(header["source_digest"])
-        provenance = dict(header["provenance"])
-    except (
-        *(SafetensorError, ShapeError, OSError, ValueError, LookupError),
-        *(TypeError, AttributeError, RecursionError),
-    ) as error:
-        raise DamagedError(f"{path}: not a scores file: {error}") from None
-    try:
+                raise DamagedError(f"{key} holds values that are not finite; score again")
         return Scores(
-            shape=shape,
-            source_digest=digest,
+            shape=ModelShape.from_dict(header["shape"]),
+            source_digest=str(header["source_digest"]),
             criteria=criteria,
             statistics=statistics,
-            provenance=provenance,
+            provenance=dict(header["provenance"]),
         )
-    except DamagedError as error:
-        raise DamagedError(f"{path}: {error}") from None

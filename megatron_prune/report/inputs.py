@@ -7,7 +7,6 @@ tried (JSON with a list ``candidates``), training runs (directories with ``metri
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,6 +17,7 @@ from typing import Any
 from megatron_prune.errors import ConfigError, PlanError
 from megatron_prune.files import hash_file
 from megatron_prune.model.shape import ModelShape
+from megatron_prune.parsing import read_json
 from megatron_prune.planning.plan import PrunePlan, load_plan
 from megatron_prune.planning.scores import Scores, load_scores
 from megatron_prune.report.judged import is_judgement, is_task_results
@@ -173,10 +173,7 @@ def _read(path: Path) -> Scores | PrunePlan | Search | Run | Judged:
         raise ConfigError(f"{path}: {what}; {WANTED}")
     if _is_safetensors(path):
         return load_scores(path)
-    try:
-        values = json.loads(path.read_text())
-    except (ValueError, RecursionError):
-        raise ConfigError(f"{path}: neither safetensors nor JSON; {WANTED}") from None
+    values = read_json(path, ConfigError, "neither safetensors nor JSON", advice=f"; {WANTED}")
     if isinstance(values, dict) and "kept" in values:
         return load_plan(path)
     if isinstance(values, dict) and isinstance(values.get("candidates"), list):

@@ -6,7 +6,6 @@ series, and `Run.missing` names what it lacks. Nothing is read from checkpoints 
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,6 +15,7 @@ from typing import Any
 
 from megatron_prune.errors import CheckpointError, ConfigError, DamagedError
 from megatron_prune.files import hash_file
+from megatron_prune.parsing import parse_json
 from megatron_prune.sources.source import COMMANDS
 from megatron_prune.store.commit import MANIFEST, read_manifest
 from megatron_prune.store.open import iteration_directory
@@ -108,9 +108,9 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     rows: dict[int, dict[str, Any]] = {}
     for number, line in enumerate(lines, start=1):
         try:
-            row = json.loads(line)
+            row = parse_json(line)
             iteration = int(row["iteration"])
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, OverflowError):
             if number == len(lines):
                 break
             raise ConfigError(
@@ -157,7 +157,7 @@ def _commands(path: Path) -> list[Mapping[str, Any]]:
     found: list[Mapping[str, Any]] = []
     for line in path.read_text(errors="replace").splitlines() if path.is_file() else ():
         try:
-            row = json.loads(line)
+            row = parse_json(line)
         except ValueError:
             continue  # cut short by a kill
         if isinstance(row, dict) and isinstance(row.get("argv"), list):

@@ -43,8 +43,8 @@ class PrunedSource(DerivedSource):
     def dtype(self, name: str) -> torch.dtype:
         return self._source.dtype(self._source_name(name)[0])
 
-    def stored_name(self, name: str) -> str:
-        return self._source.stored_name(self._source_name(name)[0])
+    def origin(self, name: str) -> tuple[Source, str]:
+        return self._source.origin(self._source_name(name)[0])
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
         source_name, layer = self._source_name(name)

@@ -21,6 +21,7 @@ from megatron_prune.model.blocks import FINAL_NORM
 from megatron_prune.model.lazy import Tensor, torch
 from megatron_prune.model.shape import ModelConfig
 from megatron_prune.model.tensors import DTYPES, torch_dtype
+from megatron_prune.parsing import checked_as, read_json
 from megatron_prune.planning.plan import PrunePlan
 
 VERSION = 1
@@ -84,10 +85,11 @@ def load_repair(path: Path, plan: PrunePlan, target: ModelConfig) -> Repair:
         DamagedError: not a record, one of another plan, or one that claims a tensor which no repair
             replaces.
     """
-    try:
-        values = json.loads(path.read_text())
+    what = "not the record of a repair"
+    values = read_json(path, DamagedError, what, unique=True)
+    with checked_as(DamagedError, path, what):
         if values["version"] != VERSION:
-            raise DamagedError(f"{path}: version {values['version']!r}; this reads {VERSION}")
+            raise DamagedError(f"version {values['version']!r}; this reads {VERSION}")
         tensors = {name: _replaced(fields) for name, fields in values["tensors"].items()}
         repair = Repair(
             plan_digest=values["plan_digest"],
@@ -95,8 +97,6 @@ def load_repair(path: Path, plan: PrunePlan, target: ModelConfig) -> Repair:
             settings=dict(values["settings"]),
             tensors=tensors,
         )
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        raise DamagedError(f"{path}: not the record of a repair: {error}") from None
     if repair.plan_digest != plan.digest:
         raise DamagedError(f"{path}: is of another plan than the one given")
     # of a layer what reads or writes the hidden state, and the norms

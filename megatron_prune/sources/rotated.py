@@ -74,8 +74,8 @@ class RotatedSource(DerivedSource):
     def dtype(self, name: str) -> torch.dtype:
         return self._source.dtype(self._stored(name))
 
-    def stored_name(self, name: str) -> str:
-        return self._source.stored_name(self._stored(name))
+    def origin(self, name: str) -> tuple[Source, str]:
+        return self._source.origin(self._stored(name))
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
         axes = axes_of(name)

@@ -99,6 +99,10 @@ class Source(ABC):
         """What the tensor is called where it lies, for messages."""
         return name
 
+    def origin(self, name: str) -> tuple[Source, str]:
+        """The source that has the files, and its canonical name for the tensor."""
+        return self, name
+
     def close(self) -> None:
         """Let go of open files."""
         if self.held is not None:
@@ -153,7 +157,11 @@ class DerivedSource(Source):
         return self._source.stored_vocab_size
 
     def stored_name(self, name: str) -> str:
-        return self._source.stored_name(name)
+        origin, name = self.origin(name)
+        return origin.stored_name(name)
+
+    def origin(self, name: str) -> tuple[Source, str]:
+        return self._source.origin(name)
 
     def close(self) -> None:
         self._source.close()

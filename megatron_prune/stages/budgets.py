@@ -17,7 +17,7 @@ from megatron_prune.model.costs import (
 from megatron_prune.model.shape import ModelConfig
 from megatron_prune.planning.latency import LatencyModel, fit_latency, load_latency_table
 from megatron_prune.planning.search import PROPORTIONS, Budget
-from megatron_prune.stages.common import Loads, check_not_input, check_output_file
+from megatron_prune.stages.common import check_not_input, check_output_file
 from megatron_prune.stages.console import Console
 from megatron_prune.stages.deciding import PlanFlags
 from megatron_prune.stages.quantities import (
@@ -33,7 +33,7 @@ _AT_SEQ, _AT_BATCH = 4096, 1  # of a budget, where no latency table says others
 
 
 @dataclass(frozen=True, kw_only=True)
-class SearchFlags(Loads, PlanFlags):
+class SearchFlags(PlanFlags):
     """Of a stage that finds the shape that a budget allows, and writes a plan."""
 
     save: Path = flag("plan file", metavar="PLAN")

@@ -33,7 +33,14 @@ class Loads:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Saves:
+class AllowsNonfinite(Loads):
+    """Of a stage that refuses weights which are no numbers."""
+
+    allow_nonfinite: bool = flag("go on where weights are NaN or infinite", default=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Saves(AllowsNonfinite):
     """Of a stage that writes a checkpoint."""
 
     save: Path = flag("new directory", metavar="DST")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -17,14 +16,16 @@ from megatron_prune.flags import Group, flag, given_flags, positive
 from megatron_prune.model.axes import count_parameters
 from megatron_prune.model.costs import weight_bytes
 from megatron_prune.model.shape import SCORED_AXES, ModelConfig
+from megatron_prune.parsing import read_json
 from megatron_prune.planning.allocation import COMPARISONS, Nonuniform
 from megatron_prune.planning.choose import Targets, make_plan, parse_layers
 from megatron_prune.planning.margins import decisions, rounding_text
 from megatron_prune.planning.plan import PRUNE_TYPES, PrunePlan
 from megatron_prune.planning.scores import Criterion, Scores, load_scores
 from megatron_prune.sources.source import Source
-from megatron_prune.stages.common import shape_table
+from megatron_prune.stages.common import AllowsNonfinite, shape_table
 from megatron_prune.stages.console import Console
+from megatron_prune.stages.reading import check_weights
 
 PLAN = Group("plan")
 NONUNIFORM = Group("layers that keep different numbers of FFN channels")
@@ -40,7 +41,7 @@ def _remain(name: str) -> Any:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PlanFlags:
+class PlanFlags(AllowsNonfinite):
     """Of a stage that decides what is kept."""
 
     hidden_size_remain: int | None = _remain("hidden_size")
@@ -180,6 +181,8 @@ def decide(
     if options.nonuniform:
         check_widths(source.config.family)
     scores, targets = _scores(options, source), options.targets
+    if scores is None:  # else `score` has read them all
+        check_weights(source, console, allow=options.allow_nonfinite)
     name = options.criterion
     criterion = CRITERIA[name] if scores is None else scores.criterion(name)
     planner = partial(
@@ -272,10 +275,7 @@ def _scores(options: PlanFlags, source: Source) -> Scores | None:
 
 
 def _from_file(path: Path) -> dict[str, object]:
-    try:
-        values = json.loads(path.read_text())
-    except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(f"--prune-config-path {path}: {error}") from None
+    values = read_json(path, ConfigError, flag="--prune-config-path")
     known = {*(f"{name}_remain" for name in _REMAIN), "drop_layers"}
     if not isinstance(values, dict) or set(values) - known:
         unknown = sorted(set(values) - known) if isinstance(values, dict) else values

@@ -18,8 +18,9 @@
       --balance-for 8 --ffn-hidden-size-remain 8256
 
 Every target is optional; what is not named is kept whole, or with a budget as large as fits. The
-command reads a few values of the source to fingerprint it, no tensor; --evaluate-data runs the
-pruned models, and --rounds scores the model again as it shrinks.
+command reads a few values of the source to fingerprint it, and without --scores, whose maker has
+done so, every weight once to see that it is a number; --evaluate-data runs the pruned models, and
+--rounds scores the model again as it shrinks.
 """
 
 from __future__ import annotations

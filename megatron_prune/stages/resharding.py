@@ -18,7 +18,6 @@ from megatron_prune.model.grid import Layout
 from megatron_prune.stages.common import (
     FORMATS,
     LegacyNames,
-    Loads,
     Saves,
     check_save,
     opened,
@@ -30,7 +29,7 @@ from megatron_prune.surgery import Target
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReshardOptions(LegacyNames, Layout, Saves, Loads):
+class ReshardOptions(LegacyNames, Layout, Saves):
     ckpt_format: str | None = flag(
         "Megatron's formats: distributed or legacy (default: the source's)",
         default=None,

@@ -9,7 +9,7 @@ from megatron_prune.flags import flag
 from megatron_prune.model.grid import Layout, ParallelGrid
 from megatron_prune.model.tensors import DTYPES
 from megatron_prune.sources.source import CastSource, Source
-from megatron_prune.stages.common import FORMATS, LegacyNames, Loads, Saves
+from megatron_prune.stages.common import FORMATS, LegacyNames, Saves
 from megatron_prune.stages.publishing import Publishing
 from megatron_prune.store.hf import DEFAULT_SHARD_BYTES
 from megatron_prune.surgery import Target
@@ -18,7 +18,7 @@ _SIZES = {"GIB": 2**30, "MIB": 2**20, "GB": 10**9, "MB": 10**6, "KB": 10**3}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Targeted(Publishing, LegacyNames, Layout, Saves, Loads):
+class Targeted(Publishing, LegacyNames, Layout, Saves):
     """Of a stage that writes a model in any format."""
 
     to: str = flag("target format", choices=("hf", "megatron"))

@@ -20,6 +20,7 @@ from megatron_prune.flags import flag, positive
 from megatron_prune.ranks import is_first_rank
 from megatron_prune.stages.common import check_output_file, give_one
 from megatron_prune.stages.console import SILENT, Console
+from megatron_prune.stages.vocabulary import tell_tokens_beyond
 
 if TYPE_CHECKING:
     from emb_pruner.counts import Counts
@@ -110,6 +111,7 @@ def _count(options: VocabCountOptions, console: Console) -> Counts:
         raise ConfigError("--tokenizer PATH is missing: whose tokens to count in --input")
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # processes are counted by --workers alone
     counter = TokenCounter(options.tokenizer, options.json_key)
+    tell_tokens_beyond(counter.vocabulary, options.tokenizer, console)
     corpora = check_corpora(
         options.input, options.input_kind, counter.vocabulary.digest, counter.vocabulary.size
     )

@@ -13,7 +13,7 @@ were learned first and needs no --counts.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +22,7 @@ from megatron_prune.flags import flag, flag_name, given, positive
 from megatron_prune.model.grid import VOCAB_DIVISOR
 from megatron_prune.stages.common import check_output_file
 from megatron_prune.stages.console import SILENT, Console
+from megatron_prune.stages.vocabulary import tell_tokens_beyond
 
 if TYPE_CHECKING:
     from emb_pruner.formats import Vocabulary
@@ -117,6 +118,9 @@ def vocab_plan(options: VocabPlanOptions, console: Console = SILENT) -> VocabPla
             flag="--save-ids",
         )
     vocabulary = open_vocabulary(options.tokenizer)
+    beyond = tell_tokens_beyond(vocabulary, options.tokenizer, console)
+    if options.vocab_size_remain is not None:  # of tokens with a row
+        options = replace(options, vocab_size_remain=options.vocab_size_remain + beyond)
     plan = _plan(vocabulary, options)
     report = _report(vocabulary, plan, held_out, options.json_key)
     if options.save_ids is not None:

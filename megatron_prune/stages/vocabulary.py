@@ -29,6 +29,7 @@ class Cut:
     companions: Callable[[Source], Source] = lambda pruned: pruned
 
 
+_TOLD = 4  # tokens that a warning names
 VOCABULARY = Group("vocabulary, in the same pass")
 
 
@@ -116,6 +117,27 @@ def _open_vocabulary(tokenizer: Path | None, source: Source) -> Vocabulary:
             f"model's own in {source.path} is {own.digest[:12]}...; leave the flag out"
         )
     return own
+
+
+def tell_tokens_beyond(vocabulary: Vocabulary, path: Path, console: Console) -> int:
+    """How many tokens have no row by the config.json beside a tokenizer; says which.
+
+    Raises:
+        PlanError: the tokenizer is another model's.
+    """
+    from emb_pruner.prune import rows_beside, tokens_beyond
+
+    if (told := rows_beside(path)) is None:
+        return 0
+    config, rows = told
+    if beyond := tokens_beyond(vocabulary, rows, config):
+        named = ", ".join(f"{vocabulary.token(id)!r} ({id})" for id in beyond[:_TOLD])
+        more = f" and {len(beyond) - _TOLD} more" if len(beyond) > _TOLD else ""
+        console.say(
+            f"warning: {config}: has rows for {rows} tokens and none for {named}{more}; they stay "
+            "tokens without a row, behind those that are kept"
+        )
+    return len(beyond)
 
 
 def tell_padding(plan: PrunePlan, target: Target, console: Console) -> None:

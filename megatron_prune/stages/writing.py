@@ -11,10 +11,12 @@ from megatron_prune.model.axes import count_parameters
 from megatron_prune.model.shape import ModelConfig
 from megatron_prune.planning.plan import PrunePlan
 from megatron_prune.ranks import Ranks, joined_ranks
+from megatron_prune.sources.finite import FiniteSource
 from megatron_prune.sources.repair_record import Repair
 from megatron_prune.sources.source import CARD, Source
 from megatron_prune.stages.common import Saves, agree_on_options
 from megatron_prune.stages.console import Console
+from megatron_prune.stages.reading import tell_nonfinite
 from megatron_prune.store.megatron_args import beyond_stock, stock_flags
 from megatron_prune.store.model_card import is_ours
 from megatron_prune.surgery import Target, make_writer, write_checkpoint
@@ -75,7 +77,7 @@ def write(
             joined for the writing.
     """
     writer = make_writer(source, target)
-    seconds = None
+    checked, seconds = FiniteSource(source, allow=options.allow_nonfinite), None
     if not options.dry_run:
         card = source.companion_files.get(CARD)
         if card is not None and not is_ours(card.read_bytes()):
@@ -91,7 +93,7 @@ def write(
             if ranks is None:
                 agree_on_options(joined, options)
             write_checkpoint(
-                source,
+                checked,
                 target,
                 ranks=joined,
                 plan=plan,
@@ -99,6 +101,7 @@ def write(
                 overwrite=options.overwrite,
                 progress=progress,
             )
+            tell_nonfinite(source, joined.gather(list(checked.found)), console)
         seconds = time.perf_counter() - began
         if target.format != "hf":
             _tell_about_stock(source.config, console)

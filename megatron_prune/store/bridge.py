@@ -15,9 +15,8 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from megatron_prune.errors import CheckpointError
+from megatron_prune.parsing import read_yaml
 from megatron_prune.store.megatron_args import STOCK_ROPE_SCALING
 
 RUN_CONFIG, TOKENIZER = "run_config.yaml", "tokenizer"
@@ -55,10 +54,7 @@ def read_arguments(path: Path) -> Namespace:
 
 
 def _model_fields(path: Path) -> dict[str, Any]:
-    try:
-        run = yaml.safe_load(path.read_text())
-    except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
-        raise CheckpointError(f"{path}: not the configuration of a run: {error}") from None
+    run = read_yaml(path, CheckpointError, "not the configuration of a run")
     model = run.get("model") if isinstance(run, dict) else None
     if not isinstance(model, dict):
         raise CheckpointError(f"{path}: has no model; wanted Megatron-Bridge's run_config.yaml")

@@ -112,16 +112,12 @@ def record_places(data: mmap.mmap, start: int, stop: int) -> Callable[[str], tup
 def read_header(data: mmap.mmap, start: int, stop: int) -> ChunkHeader:
     """The header of the archive in bytes ``[start, stop)`` of a map.
 
-    Raises:
-        ValueError, KeyError, zipfile.BadZipFile, pickle.UnpicklingError: not such an archive.
+    It raises whatever zipfile and pickle raise on what is no such archive (`parsing.checked_as`).
     """
     place = record_places(data, start, stop)
     first, last = place("data.pkl")
-    try:
-        storage, offset, sizes, stride, *_ = _Description(io.BytesIO(data[first:last])).load()
-        _, dtype, key, _, count = storage
-    except (TypeError, EOFError, IndexError, AttributeError) as error:
-        raise ValueError(f"no plain tensor: {error}") from None
+    storage, offset, sizes, stride, *_ = _Description(io.BytesIO(data[first:last])).load()
+    _, dtype, key, _, count = storage
     begin, end = place(f"data/{key}")
     if not isinstance(dtype, torch.dtype) or count * dtype.itemsize != end - begin:
         raise ValueError("its values are not as many as it says")

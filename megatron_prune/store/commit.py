@@ -14,7 +14,6 @@ import os
 import secrets
 import shutil
 import socket
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -24,13 +23,20 @@ from typing import Any
 
 from megatron_prune import __version__
 from megatron_prune.errors import ConfigError, DamagedError, StorageError
-from megatron_prune.files import FileRecord, flush_path, hash_file, lock, try_lock, write_file
+from megatron_prune.files import (
+    FileRecord,
+    flush_path,
+    hash_file,
+    one_at_a_time,
+    try_lock,
+    write_file,
+)
+from megatron_prune.parsing import checked_as, read_table
 from megatron_prune.ranks import Ranks
 from megatron_prune.sources.source import CARD
 
 MANIFEST = "manifest.json"
 WRITER = "megatron_prune"  # how our manifests are told from other files of that name
-_TRIES, _TRY_SECONDS = 250, 0.02
 
 
 def write_manifest(
@@ -61,25 +67,15 @@ def read_manifest(directory: Path) -> tuple[dict[str, Any], dict[str, FileRecord
     Raises:
         DamagedError: it cannot be read, or is not a manifest of ours.
     """
-    try:
-        facts = json.loads((directory / MANIFEST).read_text())
-        if not str(writer := facts.get("writer")).startswith(WRITER):
-            raise DamagedError(
-                f"{directory / MANIFEST}: its writer is {writer!r:.40}; wanted {WRITER}. Rename it "
-                "if another program wrote it"
-            )
+    facts = read_table(directory / MANIFEST, DamagedError, "not a manifest")
+    if not str(writer := facts.get("writer")).startswith(WRITER):
+        raise DamagedError(
+            f"{directory / MANIFEST}: its writer is {writer!r:.40}; wanted {WRITER}. Rename it if "
+            "another program wrote it"
+        )
+    with checked_as(DamagedError, directory / MANIFEST, "not a manifest"):
         files = facts.pop("files")
         return facts, {str(n): FileRecord(int(r["bytes"]), r["sha256"]) for n, r in files.items()}
-    except (
-        OSError,
-        ValueError,
-        LookupError,
-        TypeError,
-        AttributeError,
-        OverflowError,
-        RecursionError,
-    ) as error:
-        raise DamagedError(f"{directory / MANIFEST}: not a manifest: {error}") from None
 
 
 def check_manifest(directory: Path, *, hashes: bool = True) -> list[str]:
@@ -128,7 +124,7 @@ def check_target(target: Path, *, overwrite: bool) -> None:
 def sweep_beside(target: Path) -> None:
     """Remove what dead writers left beside the target, and put back what they had set aside."""
     if target.parent.is_dir():
-        with _one_at_a_time(target.parent):
+        with one_at_a_time(target.parent):
             _sweep(target)
 
 
@@ -148,7 +144,7 @@ def _publish(temporary: Path, target: Path) -> None:
     for directory, _, _ in os.walk(temporary):  # its files are flushed, their names not yet
         flush_path(Path(directory))
     old = None
-    with _one_at_a_time(target.parent):  # nobody takes what is aside for a dead writer's
+    with one_at_a_time(target.parent):  # nobody takes what is aside for a dead writer's
         if target.exists():
             if _is_used(target):
                 old = target.with_name(f".{target.name}.old.{secrets.token_hex(4)}")
@@ -223,7 +219,7 @@ def _start(target: Path, overwrite: bool) -> tuple[Path, int]:
         check_target(target, overwrite=overwrite)  # before its parents are made
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with _one_at_a_time(target.parent):
+        with one_at_a_time(target.parent):
             _sweep(target)
             _refuse_other_writers(target)
             check_target(target, overwrite=overwrite)
@@ -254,17 +250,3 @@ def _refuse_other_writers(target: Path) -> None:
         raise ConfigError(
             f"--save {target}: {who} is writing it; wait for it, or choose another place"
         )
-
-
-@contextmanager
-def _one_at_a_time(directory: Path) -> Iterator[None]:
-    """Between processes, for a moment; after a while without, for a lock may be anybody's."""
-    handle = os.open(directory, os.O_RDONLY)
-    try:
-        for _ in range(_TRIES):
-            if lock(handle):
-                break
-            time.sleep(_TRY_SECONDS)
-        yield
-    finally:
-        os.close(handle)

@@ -8,13 +8,13 @@ to anything else would be copied out and might be published.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_prune.errors import CheckpointError
 from megatron_prune.families.config import CONFIG
+from megatron_prune.parsing import read_table
 from megatron_prune.sources.source import REPAIR
 from megatron_prune.store.commit import MANIFEST, WRITER
 from megatron_prune.store.passenger import PLAN
@@ -123,9 +123,9 @@ def _below(directory: Path) -> Iterator[Path]:
 
 def _is_ours(path: Path) -> bool:
     try:
-        values = json.loads(path.read_text())
-    except (OSError, ValueError, RecursionError):
+        values = read_table(path, CheckpointError)
+    except CheckpointError:
         return False
-    if not isinstance(values, dict) or not all(key in values for key in _OURS[path.name]):
+    if not all(key in values for key in _OURS[path.name]):
         return False
     return path.name != MANIFEST or str(values["writer"]).startswith(WRITER)

@@ -6,13 +6,12 @@ A chunk is what the index says it is, or it is refused. Nothing is unpickled, se
 from __future__ import annotations
 
 import mmap
-import pickle
-import zipfile
 from functools import cache
 from pathlib import Path
 
 from megatron_prune.errors import DamagedError
 from megatron_prune.model.lazy import Tensor, torch
+from megatron_prune.parsing import checked_as
 from megatron_prune.store.chunk import read_header
 from megatron_prune.store.dist_index import Chunk, Index
 
@@ -51,10 +50,8 @@ class ChunkFiles:
         stop = chunk.start + chunk.length
         if chunk.start < 0 or stop > len(data):
             raise DamagedError(f"{path}: {len(data)} bytes, the index wants {stop}; copy it again")
-        try:
+        with checked_as(DamagedError, path, "a chunk cannot be read", "; copy it again"):
             header = read_header(data, chunk.start, stop)
-        except (ValueError, KeyError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
-            raise DamagedError(f"{path}: a chunk cannot be read: {error}; copy it again") from None
         found = header.dtype, header.sizes, header.stride
         contiguous = tuple(torch.empty(chunk.sizes, device="meta").stride())
         if found != (chunk.dtype, chunk.sizes, contiguous) or header.stop > stop:

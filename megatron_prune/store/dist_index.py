@@ -17,6 +17,7 @@ from megatron_prune.model.lazy import torch
 from megatron_prune.store.dist_records import RECORDS, Metadata, TensorStorageMetadata, Word
 
 INDEX = ".metadata"
+_MOST_BYTES = 1 << 26  # 400,000 chunks, and 20 s to look at each
 _OPTIMIZER = "optimizer."  # how the keys of its state begin
 _PLAIN = {
     "torch": {
@@ -89,6 +90,8 @@ def read_index(directory: Path) -> Index:
     path = directory / INDEX
     try:
         with open(path, "rb") as file:
+            if (size := path.stat().st_size) > _MOST_BYTES:
+                raise ValueError(f"{size} bytes; wanted at most {_MOST_BYTES}")
             return _checked(_IndexUnpickler(file).load())
     except OSError as error:
         raise DamagedError(f"{path}: {error.strerror}; copy it again") from None

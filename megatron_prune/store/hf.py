@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Generator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,8 @@ from megatron_prune.model.axes import axes_of, names, split_dim, split_layer, te
 from megatron_prune.model.blocks import EMBEDDING, OUTPUT
 from megatron_prune.model.family import Family
 from megatron_prune.model.lazy import Tensor, torch
-from megatron_prune.model.shape import ModelConfig
+from megatron_prune.model.shape import MOST_LAYERS, ModelConfig
+from megatron_prune.parsing import check_header, checked_as, read_table
 from megatron_prune.sources.source import Source
 from megatron_prune.store.companions import belongs_to
 from megatron_prune.store.recognise import foreign_names
@@ -39,6 +40,7 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 BIN_SINGLE, BIN_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 _SETS = ((SINGLE, INDEX), (BIN_SINGLE, BIN_INDEX))
 _IGNORED_SUFFIXES = (".rotary_emb.inv_freq",)  # older exports carry it and no model needs it
+_NAMED_BYTES = 1 << 10  # of a header for one tensor; a long name takes 200
 DEFAULT_SHARD_BYTES = 5 * 10**9  # transformers' default, so a repository looks as people expect
 _DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
 
@@ -46,6 +48,11 @@ _DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float
 def has_weights(directory: Path) -> bool:
     """Whether there is a file that `find_weights` would read."""
     return any((directory / name).is_file() for pair in _SETS for name in pair)
+
+
+def most_tensors(num_layers: int) -> int:
+    """How many tensors can lie in the files of a model: a quantised one has 30 a layer."""
+    return 1000 + 100 * num_layers
 
 
 def find_weights(directory: Path) -> dict[str, Path] | Path:
@@ -74,11 +81,11 @@ def files_of(weights: Mapping[str, Path] | Path) -> set[str]:
 
 
 def _read_weight_map(directory: Path, path: Path) -> dict[str, Path]:
-    try:
-        weight_map = json.loads(path.read_text())["weight_map"]
-        items = [(str(name), str(file)) for name, file in weight_map.items()]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise DamagedError(f"{path}: not an index of weights: {error}") from None
+    values = read_table(path, DamagedError, "not an index of weights")
+    with checked_as(DamagedError, path, "not an index of weights"):
+        items = [(str(name), str(file)) for name, file in values["weight_map"].items()]
+    if len(items) > most_tensors(MOST_LAYERS):
+        raise DamagedError(f"{path}: names {len(items)} tensors, more than any model has")
     files: dict[str, Path] = {}
     for file in sorted({file for _, file in items}):
         plain = file and Path(file).name == file and not any(c in file for c in "\\\0")
@@ -116,7 +123,7 @@ class HuggingFaceSource(Source):
     ) -> None:
         self.path, self.config = directory, config
         self.companion_files, self.plan_path = companion_files, plan_path
-        self._opened = cache(_open_file)
+        self._opened = cache(partial(_open_file, most=most_tensors(config.shape.num_layers)))
         if isinstance(weights, Path):
             weights = dict.fromkeys(self._opened(weights), weights)
         self._stored_as, self._files = stored_as, weights
@@ -239,7 +246,7 @@ class _Held:
         return self._file.get_tensor(self._name)
 
 
-def _open_file(path: Path) -> dict[str, _Held]:
+def _open_file(path: Path, most: int) -> dict[str, _Held]:
     if path.suffix == ".bin":
         tensors = load_untrusted(path, mmap=True)
         if not isinstance(tensors, dict) or not all(
@@ -249,6 +256,7 @@ def _open_file(path: Path) -> dict[str, _Held]:
         tensors = plain_values(tensors, path)
         return {n: _Held(tensors, n, tuple(x.shape), x.dtype) for n, x in tensors.items()}
     try:
+        check_header(path, most * _NAMED_BYTES)
         file = safe_open(path, framework="pt")
         held = {}
         for name in file.keys():  # noqa: SIM118 - not a mapping
@@ -256,7 +264,7 @@ def _open_file(path: Path) -> dict[str, _Held]:
             dtype = getattr(torch, _DTYPES.get(part.get_dtype(), "uint8"))
             held[name] = _Held(file, name, tuple(part.get_shape()), dtype)
         return held
-    except SafetensorError as error:
+    except (SafetensorError, ValueError) as error:
         if what := foreign_content(path):
             raise CheckpointError(f"{path}: {what}") from None
         raise DamagedError(f"{path}: {error}; copy it again") from None

@@ -8,7 +8,6 @@ read by their arguments.
 
 from __future__ import annotations
 
-import json
 import re
 import warnings
 from argparse import Namespace
@@ -26,6 +25,7 @@ from megatron_prune.model.axes import names
 from megatron_prune.model.grid import ParallelGrid
 from megatron_prune.model.shape import ModelConfig
 from megatron_prune.model.tensors import DTYPES
+from megatron_prune.parsing import read_table
 from megatron_prune.sources.source import Source
 from megatron_prune.store import hf, mcore_dist, mcore_legacy
 from megatron_prune.store.bridge import RUN_CONFIG, TOKENIZER, read_arguments
@@ -241,14 +241,11 @@ def _megatron_config(
 def _open_dist(facts: CheckpointFacts, family: str | None) -> Source:
     directory = facts.directory
     _check_index_kind(directory)
-    try:
-        found = json.loads((directory / mcore_dist.FORMAT).read_text())
-    except (OSError, ValueError, RecursionError) as error:
-        raise DamagedError(f"{directory / mcore_dist.FORMAT}: {error}; copy it again") from None
-    if not isinstance(found, dict) or "sharded_backend" not in found:
+    path = directory / mcore_dist.FORMAT
+    found = read_table(path, DamagedError, advice="; copy it again")
+    if "sharded_backend" not in found:
         raise CheckpointError(
-            f"{directory / mcore_dist.FORMAT}: has no sharded_backend; wanted Megatron's, which "
-            "names the format"
+            f"{path}: has no sharded_backend; wanted Megatron's, which names the format"
         )
     backend = found["sharded_backend"]
     if backend != "torch_dist":

@@ -20,6 +20,7 @@ from megatron_prune.files import write_file
 from megatron_prune.model.axes import count_parameters
 from megatron_prune.model.grid import ParallelGrid
 from megatron_prune.model.shape import ModelConfig
+from megatron_prune.parsing import parse_json
 from megatron_prune.sources.source import COMMANDS, REPAIR, Source
 
 COMPANIONS, PLAN = "hf", "plan.json"
@@ -43,10 +44,10 @@ def _command_lines(path: Path) -> list[str]:
     kept = []
     for line in path.read_text(errors="replace").splitlines():
         try:
-            row = json.loads(line)
+            row = parse_json(line)
             if all(isinstance(row[name], kind) for name, kind in kinds.items()):
                 kept.append(line)
-        except (ValueError, KeyError, TypeError, RecursionError):
+        except (ValueError, KeyError, TypeError):
             continue
     return kept
 

@@ -140,7 +140,7 @@ def test_verify_names_what_differs_and_exits_3(
         name = "model.layers.1.mlp.up_proj.weight"
         place = 4 * 36 + 5
         write_value(tmp_path / "p", name, place, float("nan") if edit == "nan" else 7.0)
-        says = "1 values are not finite" if edit == "nan" else f"{name} at (4, 5): is 7.0"
+        says = "1 of 2160 values are not finite" if edit == "nan" else f"{name} at (4, 5): is 7.0"
     elif edit == "config":
         path = tmp_path / "p/config.json"
         path.write_text(path.read_text().replace("50000", "60000"))

@@ -18,7 +18,6 @@ from megatron_prune.data.indexed import (
     CorpusWriter,
     corpus_path,
     finish_interrupted,
-    temporary_path,
     token_dtype,
 )
 from megatron_prune.data.sidecar import check_corpus
@@ -153,6 +152,21 @@ def test_a_second_writer_is_refused_while_the_first_lives(tmp_path: Path) -> Non
     assert parse(tmp_path / "c") == [[[1]]]
 
 
+def test_no_link_is_followed_and_nobody_foresees_a_name(tmp_path: Path) -> None:
+    mine = tmp_path / "mine"
+    mine.write_text("a file of the user's")
+    folder = tmp_path / "shared"
+    folder.mkdir()
+    for name in (".c.bin.tmp", ".c.idx.tmp", ".c.json.tmp", ".c.tmp.0", "c.bin"):
+        (folder / name).symlink_to(mine)
+    (folder / ".c.tmp.1").symlink_to(tmp_path)
+    write(folder / "c", DOCUMENTS, overwrite=True)
+    assert parse(folder / "c") == DOCUMENTS and mine.read_text() == "a file of the user's"
+    kind = np.dtype(np.uint16)
+    with CorpusWriter(tmp_path / "d", kind) as one, CorpusWriter(tmp_path / "e", kind) as two:
+        assert one.folder.name[-8:] != two.folder.name[-8:]
+
+
 def test_a_failure_leaves_the_old_corpus_and_nothing_else(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -232,7 +246,7 @@ def test_after_a_writer_was_killed_at_the_end_the_same_command_just_works(
     writer.add(np.array([8, 8, 9], np.uint16), np.array([2, 1], np.int32), np.array([1, 1]))
     writer.prepare(FACTS)
     for suffix in SUFFIXES[:steps]:
-        os.replace(temporary_path(writer.prefix, suffix), corpus_path(writer.prefix, suffix))
+        os.replace(writer.folder / suffix[1:], corpus_path(writer.prefix, suffix))
     writer._publishing = True  # as if it had been killed: its exit removes nothing
     writer.__exit__(None, None, None)
     if steps == 3:  # whole, and nothing tells that the run did not report it
@@ -241,6 +255,7 @@ def test_after_a_writer_was_killed_at_the_end_the_same_command_just_works(
     else:
         write(tmp_path / "c", OTHERS)
     assert parse(tmp_path / "c") == OTHERS
+    write(tmp_path / "c", OTHERS, overwrite=True)  # sweeps a directory that is empty by now
     assert len(list(tmp_path.iterdir())) == 3
 
 
@@ -252,7 +267,7 @@ def test_leftovers_of_a_writer_killed_earlier_are_not_published(
     writer = CorpusWriter(prefix, np.dtype(np.uint16))
     writer.add(np.array([8], np.uint16), np.array([1], np.int32), np.array([1]))
     writer.prepare(FACTS)
-    sidecar, index = temporary_path(prefix, ".json"), temporary_path(prefix, ".idx")
+    sidecar, index = writer.folder / "json", writer.folder / "idx"
     if damage == "no sidecar":
         sidecar.unlink()
     elif damage == "half a sidecar":

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tokenizers import Tokenizer
 from torch import Tensor
 
 from emb_pruner.prune import vocabulary_axis
@@ -31,6 +32,7 @@ from tests.emb_pruner.models import (
 )
 from tests.pico import (
     TEXT,
+    VOCAB,
     assert_same,
     directory_bytes,
     make_model,
@@ -396,8 +398,10 @@ def test_a_model_with_fewer_rows_than_tokens_is_refused(
     models: Callable[[str], Path], tmp_path: Path
 ) -> None:
     write_vocab_plan(models("four"), 300, tmp_path / "p.json")
-    says = "has rows for 128 tokens, the plan's tokenizer has 379"
+    says = "has rows for 128 tokens, the tokenizer of"
     refuse(tmp_path, models("four"), tmp_path / "p.json", says=says)
+    tokenizer = ("--tokenizer", models("four"), "--save", tmp_path / "out")
+    refused("vocab", "plan", *tokenizer, "--vocab-size-remain", 120, "--any-size", says=says)
 
 
 def test_a_special_token_that_is_dropped_is_refused(
@@ -473,3 +477,33 @@ def test_files_that_are_no_plan_are_refused(
 def test_a_tokenizer_that_nothing_would_use_is_refused(chat: Chat, tmp_path: Path) -> None:
     args = ("--load", chat("gqa"), "--save", tmp_path / "x", "--to", "hf", *NARROWER)
     refused("prune", *args, "--vocab-tokenizer", chat("gqa"), says="no plan drops tokens")
+
+
+def test_an_added_token_without_a_row_stays_one(tmp_path: Path) -> None:
+    model = make_model(tmp_path / "m", "gqa")
+    add_tokens(model, "[PAD]", "[MORE]")
+    (tmp_path / "t.txt").write_text(TEXT * 20)
+    source = ("--tokenizer", model)
+    says = f"has rows for {VOCAB} tokens and none for '[PAD]' ({VOCAB}), '[MORE]' ({VOCAB + 1})"
+    counted = ok("vocab", "count", *source, "--input", tmp_path / "t.txt", "--save", tmp_path / "c")
+    size = ("--counts", tmp_path / "c", "--vocab-size-remain", 300, "--any-size")
+    planned = ok("vocab", "plan", *source, *size, "--save", tmp_path / "v.json")
+    assert says in counted.err and says in planned.err
+    load = ("--load", model, "--to", "hf")
+    ok("vocab", "prune", *load, "--plan", tmp_path / "v.json", "--save", tmp_path / "o")
+    tokenizer = Tokenizer.from_file(str(tmp_path / "o/tokenizer.json"))
+    assert [tokenizer.token_to_id(t) for t in ("[PAD]", "[MORE]")] == [300, 301]
+    assert tensors(tmp_path / "o")["lm_head.weight"].shape[0] == 300
+    verified = ("verify", "--load", tmp_path / "o", "--source", model)
+    ok(*verified, "--plan", tmp_path / "o/plan.json")
+    ok("prune", *load, "--plan", tmp_path / "o/plan.json", "--save", tmp_path / "p")
+    assert_same(tensors(tmp_path / "p"), tensors(tmp_path / "o"))
+    assert (tmp_path / "p/tokenizer.json").read_bytes() == (
+        tmp_path / "o/tokenizer.json"
+    ).read_bytes()
+
+
+def add_tokens(folder: Path, *names: str) -> None:
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.add_special_tokens(list(names))
+    tokenizer.save(str(folder / "tokenizer.json"))

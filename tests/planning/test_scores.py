@@ -127,9 +127,11 @@ def test_what_is_no_scores_file_is_damaged(tmp_path: Path) -> None:
     save_file({"x": torch.zeros(2)}, tmp_path / "deep", metadata=deep)
     header = json.dumps({"version": "1", "shape": [], "source_digest": "", "provenance": {}})
     save_file({"x": torch.zeros(2)}, tmp_path / "shape", metadata={KEY: header})
-    for name in ("text", "other", "json", "list", "empty", "deep", "shape"):
+    for name in ("text", "other", "json", "list", "empty", "deep"):
         with pytest.raises(DamagedError, match=f"{name}: not a scores file"):
             load_scores(tmp_path / name)
+    with pytest.raises(DamagedError, match="shape: shape: missing"):
+        load_scores(tmp_path / "shape")
 
 
 def test_a_cut_file_is_damaged(file: Path) -> None:
@@ -173,7 +175,7 @@ def test_scores_of_another_shape_are_refused(
 
 
 def test_a_shape_that_is_none_is_refused_with_the_files_name(file: Path) -> None:
-    with pytest.raises(DamagedError, match=f"{file}: not a scores file: num_layers is 0"):
+    with pytest.raises(DamagedError, match=f"{file}: num_layers is 0"):
         load_scores(_rewritten(file, shape={**SHAPE.as_dict(), "num_layers": 0}))
 
 

@@ -263,6 +263,35 @@ def test_a_user_s_text_is_text(report: Report) -> None:
     ) == ("td", "<script>alert(1)</script>")  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    "hostile",
+    [
+        *("</title><script>x()</script>", '"><img src=x onerror=x()>'),
+        *("' onload='x()", "]]></svg><svg/>"),
+    ],
+)
+def test_hostile_names_are_text_wherever_they_stand(hostile: str, tmp_path: Path) -> None:
+    """Of files, runs, domains, criteria and what is given as NAME=PATH."""
+    named = hostile.replace("/", "\u2215")  # no name of a file has it
+    plan = replace(plan_of(make_scores()), criterion=hostile)
+    write_plan(tmp_path / f"{named}.json", plan)
+    write_search(tmp_path / "s", proxy=hostile, target=hostile)
+    run = tmp_path / f"{named}.run"
+    run.mkdir()
+    keys = {"lm loss": 2.0, f"domain loss/{hostile}": 1.0, f"domain weight/{hostile}": 0.5}
+    rows = [{"iteration": n, "consumed-tokens": 10 * n, **keys} for n in (1, 2, 3)]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    line = {"iteration": 0, "processes": 1, "argv": [hostile], "version": hostile}
+    (run / "commands.jsonl").write_text(json.dumps(line) + "\n")
+    inputs = (tmp_path / f"{named}.json", f"{hostile.replace('=', ' ')}={tmp_path / 's'}", run)
+    ok("report", *inputs, "--save", tmp_path / "page.html")
+    found = Reader((tmp_path / "page.html").read_text())  # tags nest: nothing was closed early
+    names = {name for _, name, _ in found.attributes}
+    tags = {tag for tag, _, _ in found.attributes}
+    assert not any(name.startswith("on") for name in names) and not tags & {"script", "img"}
+    assert any(hostile in text for text in found.texts.values())
+
+
 def test_the_same_inputs_give_the_same_page_and_overwrite_is_asked_for(tmp_path: Path) -> None:
     plan = write_plan(tmp_path / "plan.json", plan_of(make_scores()))
     for name in ("a.html", "b.html"):
@@ -359,7 +388,7 @@ def test_files_that_do_not_belong_together_are_refused(tmp_path: Path) -> None:
     ("content", "says"),
     [
         (None, "is not there; wanted scores (safetensors), a plan (JSON)"),
-        (b"\x89PNG", "neither safetensors nor JSON; wanted scores"),
+        (b"\x89PNG", "neither safetensors nor JSON: 'utf-8' codec"),
         (b"", "neither safetensors nor JSON"),
         (b'{"loss": 3, "b": 1}', "JSON that holds a table of b, loss; wanted scores"),
         (b"[1, 2]", "JSON that holds list; wanted scores"),

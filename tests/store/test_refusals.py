@@ -142,8 +142,14 @@ def test_hf_whose_config_describes_another_model(
         ({"num_attention_heads": None}, "config.json: "),
         ({"hidden_size": "48"}, "hidden_size is '48'; wanted a positive integer"),
         ({"rope_parameters": 7}, "config.json: "),
-        ({"rope_parameters": {"rope_theta": "x"}}, "config.json: ValueError"),
-        ({"max_position_embeddings": 1e999}, "config.json: OverflowError"),
+        (
+            {"rope_parameters": {"rope_theta": "x"}},
+            "not a model configuration: could not",
+        ),
+        (
+            {"max_position_embeddings": 1e999},
+            "not a model configuration: OverflowError",
+        ),
     ],
 )
 def test_a_config_that_describes_no_model_we_know(

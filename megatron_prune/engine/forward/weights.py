@@ -45,16 +45,17 @@ def _local_parameter(
     name: str, rows: int, config: ModelConfig, groups: Groups, read: Read
 ) -> Tensor:
     """The value of a parameter, by its `canonical_name`."""
+    parts = canonical_parts(name, config)
+    read_parts = [_local_slice(part, config, groups, rows, read) for part in parts]
+    return join(read_parts, axes.split_layer(parts[0])[1], config.shape)
+
+
+def canonical_parts(name: str, config: ModelConfig) -> list[str]:
+    """The canonical tensors that a parameter is made of, by its `canonical_name`."""
     layer, rest = axes.split_layer(name)
-
-    def part(rest: str) -> Tensor:
-        whole = rest if layer is None else axes.layer_name(layer, rest)
-        return _local_slice(whole, config, groups, rows, read)
-
     if rest == OUTPUT.name and config.tied:
         rest = EMBEDDING.name  # the last pipeline stage's own copy
-    names = parts_of(rest, config)
-    return join([part(name) for name in names], names[0], config.shape)
+    return [axes.in_layer(layer, part) for part in parts_of(rest, config)]
 
 
 def canonical_name(name: str, config: ModelConfig, groups: Groups) -> str:

@@ -22,7 +22,11 @@ from megatron_prune.criteria.observed import Gradients, weight_squares
 from megatron_prune.data.windows import data_digest
 from megatron_prune.engine.failures import on_first_rank, together
 from megatron_prune.engine.forward.model import LanguageModel, ModelOptions, build_model
-from megatron_prune.engine.forward.weights import canonical_name, load_weights
+from megatron_prune.engine.forward.weights import (
+    canonical_name,
+    canonical_parts,
+    load_weights,
+)
 from megatron_prune.engine.groups import Groups
 from megatron_prune.engine.observe.gradients import unit_gradients
 from megatron_prune.engine.observe.hooks import observe
@@ -31,7 +35,8 @@ from megatron_prune.engine.running import ScoreRuns
 from megatron_prune.errors import ConfigError, DamagedError
 from megatron_prune.model.axes import count_parameters
 from megatron_prune.planning.scores import Scores
-from megatron_prune.sources.source import Source
+from megatron_prune.sources.finite import is_finite, nonfinite_text
+from megatron_prune.sources.source import CastSource, Source
 
 SaveScores = Callable[[Scores], object]
 
@@ -113,12 +118,12 @@ class _Run:
 
     def _check_weights(self) -> None:
         assert self._model is not None
+        config, read = self.source.config, CastSource(self.source, self.options.model.dtype)
         for name, parameter in self._model.named_parameters():
-            if not bool(parameter.isfinite().all()):
-                raise DamagedError(
-                    f"{self.source.path}: {canonical_name(name, self.source.config, self.groups)} "
-                    f"holds values that are not finite (in {self.options.model.dtype})"
-                )
+            if not is_finite(parameter):
+                parts = canonical_parts(canonical_name(name, config, self.groups), config)
+                wrong = next(part for part in parts if not is_finite(read.read(part)))
+                raise DamagedError(f"{nonfinite_text(read, wrong)}; nothing can be scored")
 
     def bar(self, total: int, what: str, unit: str = "sample") -> tqdm[Any]:
         quiet = not self.groups.ranks.is_first

@@ -19,7 +19,8 @@ from tqdm import tqdm
 
 from megatron_prune import __version__
 from megatron_prune.engine.objectives.objective import LM_LOSS
-from megatron_prune.files import flush_file, replace_file
+from megatron_prune.files import flush_file, open_to_append, replace_file
+from megatron_prune.parsing import parse_json
 from megatron_prune.sources.source import COMMANDS
 
 METRICS = "metrics.jsonl"
@@ -29,7 +30,7 @@ def record_command(save: Path, argv: Sequence[str], *, iteration: int, processes
     """Add a line to ``commands.jsonl``: what was started, from which iteration on, by how many."""
     save.mkdir(parents=True, exist_ok=True)
     row = {"iteration": iteration, "processes": processes, "argv": list(argv)}
-    with open(save / COMMANDS, "a", encoding="utf-8") as file:
+    with open_to_append(save / COMMANDS) as file:
         file.write(json.dumps({**row, "version": __version__}) + "\n")
 
 
@@ -38,7 +39,7 @@ def _rows_until(path: Path, iteration: int) -> list[str]:
     kept = []
     for line in path.read_text(errors="replace").splitlines():
         try:
-            row = json.loads(line)
+            row = parse_json(line)
             if row["iteration"] <= iteration:
                 kept.append(line)
         except (ValueError, KeyError, TypeError):
@@ -68,7 +69,7 @@ class MetricsLog:
         if path.exists():
             rows = _rows_until(path, start)
             replace_file(path, "".join(row + "\n" for row in rows).encode())
-        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (until `close`)
+        self._file = open_to_append(path)
         from torch.utils.tensorboard import SummaryWriter
 
         self._board = SummaryWriter(str(tensorboard), purge_step=start + 1)
