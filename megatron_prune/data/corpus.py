@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 CHUNK_BYTES = 1 << 19
-LINE_BYTES_MAX = 1 << 30  # a binary file has no line ends either
+LINE_BYTES_MAX = 1 << 26  # tokenizers take 30 bytes for each; a binary file has no line ends
 _PACKED = {".bz2", ".xz", ".zip", ".lz4", ".parquet", ".arrow", ".tar", ".7z"}
 
 Item = TypeVar("Item")

@@ -59,7 +59,7 @@ SCORED_AXES = "".join(letter for letter, axis in AXES.items() if axis.is_scored)
 LAYER_AXES = "".join(letter for letter, axis in AXES.items() if axis.is_per_layer)
 
 
-MOST_LAYERS, _MOST = 10_000, 1 << 27
+_MOST_LAYERS, _MOST = 10_000, 1 << 27
 """Of layers, and of every other size: what is larger is no model, and whoever loops over it or asks
 for the memory would not come back."""
 
@@ -92,7 +92,7 @@ class ModelShape:
         for name, size in (*sizes.items(), *(("ffn_per_layer", width) for width in widths or ())):
             if isinstance(size, bool) or not isinstance(size, int) or size < 1:
                 raise ShapeError(f"{name} is {size!r:.60}; wanted a positive integer")
-            if size > (most := MOST_LAYERS if name == "num_layers" else _MOST):
+            if size > (most := _MOST_LAYERS if name == "num_layers" else _MOST):
                 raise ShapeError(f"{name} is more than {most}, than any model has")
         if self.num_attention_heads % self.num_query_groups:
             raise ShapeError(

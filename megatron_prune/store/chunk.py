@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_prune.model.lazy import torch
+from megatron_prune.store.untrusted import BoundedUnpickler
 
 _STORAGES = {
     "DoubleStorage": "float64",
@@ -39,7 +40,7 @@ class ChunkHeader:
     stop: int
 
 
-class _Description(pickle.Unpickler):
+class _Description(BoundedUnpickler):
     """Gives the arguments a tensor would be rebuilt from; calls nothing of the file's choosing."""
 
     def find_class(self, module: str, name: str) -> Any:

@@ -15,6 +15,7 @@ from typing import Any
 from megatron_prune.errors import DamagedError
 from megatron_prune.model.lazy import torch
 from megatron_prune.store.dist_records import RECORDS, Metadata, TensorStorageMetadata, Word
+from megatron_prune.store.untrusted import BoundedUnpickler
 
 INDEX = ".metadata"
 _MOST_BYTES = 1 << 26  # 400,000 chunks, and 20 s to look at each
@@ -35,7 +36,7 @@ def _enum_member(kind: Any, name: str) -> Any:
     raise pickle.UnpicklingError(f"asks for {name!r} of {kind!r}, which no checkpoint index needs")
 
 
-class _IndexUnpickler(pickle.Unpickler):
+class _IndexUnpickler(BoundedUnpickler):
     """Builds the records of a checkpoint index and nothing else."""
 
     def find_class(self, module: str, name: str) -> Any:

@@ -28,7 +28,7 @@ from megatron_prune.model.axes import axes_of, names, split_dim, split_layer, te
 from megatron_prune.model.blocks import EMBEDDING, OUTPUT
 from megatron_prune.model.family import Family
 from megatron_prune.model.lazy import Tensor, torch
-from megatron_prune.model.shape import MOST_LAYERS, ModelConfig
+from megatron_prune.model.shape import ModelConfig
 from megatron_prune.parsing import check_header, checked_as, read_table
 from megatron_prune.sources.source import Source
 from megatron_prune.store.companions import belongs_to
@@ -40,6 +40,7 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 BIN_SINGLE, BIN_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 _SETS = ((SINGLE, INDEX), (BIN_SINGLE, BIN_INDEX))
 _IGNORED_SUFFIXES = (".rotary_emb.inv_freq",)  # older exports carry it and no model needs it
+_MOST_FILES = 10_000
 _NAMED_BYTES = 1 << 10  # of a header for one tensor; a long name takes 200
 DEFAULT_SHARD_BYTES = 5 * 10**9  # transformers' default, so a repository looks as people expect
 _DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
@@ -84,10 +85,11 @@ def _read_weight_map(directory: Path, path: Path) -> dict[str, Path]:
     values = read_table(path, DamagedError, "not an index of weights")
     with checked_as(DamagedError, path, "not an index of weights"):
         items = [(str(name), str(file)) for name, file in values["weight_map"].items()]
-    if len(items) > most_tensors(MOST_LAYERS):
-        raise DamagedError(f"{path}: names {len(items)} tensors, more than any model has")
     files: dict[str, Path] = {}
-    for file in sorted({file for _, file in items}):
+    named = sorted({file for _, file in items})
+    if len(named) > _MOST_FILES:
+        raise DamagedError(f"{path}: names {len(named)} files, more than any model has")
+    for file in named:
         plain = file and Path(file).name == file and not any(c in file for c in "\\\0")
         if not plain or not belongs_to(directory, directory / file):
             raise DamagedError(f"{path}: names {file!r}, outside its directory; not opened")

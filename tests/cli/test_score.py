@@ -52,7 +52,7 @@ def scores(models: Models, text: Path, tmp_path_factory: pytest.TempPathFactory)
         (("--criterion", ","), "--criterion ,: nothing is no criterion to score", 2),
         (("--seq-length", 200), "--seq-length 200 is more than the model's max_position", 2),
         (("--seq-length", 1), "--seq-length is 1; wanted 2 or more", 2),
-        (("--data", "{short}"), "/short has 8 tokens, one window takes 24; give more text", 2),
+        (("--data", "{short}"), " tokens, one window takes 24; give more text", 2),
         (("--data", "/nowhere"), "/nowhere", 2),
         (("--load", "/nowhere"), "/nowhere", 2),
         (

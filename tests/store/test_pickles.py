@@ -8,13 +8,16 @@ from __future__ import annotations
 import builtins
 import functools
 import importlib
+import io
 import os
 import pathlib
 import pickle
+import resource
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +26,7 @@ import torch
 from torch.distributed.checkpoint.metadata import Metadata
 
 from megatron_prune.errors import DamagedError
-from megatron_prune.store.untrusted import load_untrusted
+from megatron_prune.store.untrusted import BoundedUnpickler, load_untrusted
 from tests.pico import assert_same, ok, refused, run, stock_copy, tensors
 
 Models, Shards = Callable[[str], Path], Callable[..., Path]
@@ -312,3 +315,14 @@ def test_a_torch_file_with_numbers_for_names_is_refused(models: Models, tmp_path
     shutil.copy(models("gqa") / "config.json", tmp_path)
     torch.save({**tensors(models("gqa")), 5: torch.zeros(2)}, tmp_path / "pytorch_model.bin")
     refused("inspect", tmp_path, says="something other than named tensors", code=3)
+
+
+@pytest.mark.parametrize(
+    "data", [b"\x80\x04K\x01r\xff\xff\xff\x3f.", b"\x80\x05\x96" + (1 << 34).to_bytes(8, "little")]
+)
+def test_a_few_bytes_do_not_ask_for_gigabytes(data: bytes) -> None:
+    """C's unpickler takes 16 GB for a place that far back, or an array of such length."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with suppress(Exception):
+        BoundedUnpickler(io.BytesIO(data)).load()
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < before + (100 << 10)
