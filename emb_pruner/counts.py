@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from megatron_prune.errors import ConfigError, DamagedError
 from megatron_prune.files import replace_file
+from megatron_prune.files.contents import no_archive
 from megatron_prune.files.parsing import checked_as
 from megatron_prune.model.lazy import np
 
@@ -69,17 +70,22 @@ def load_counts(path: Path, tokenizer_digest: str | None = None) -> Counts:
         tokenizer_digest: of the tokenizer that it has to be of; None: of any.
 
     Raises:
-        ConfigError: missing, of another version, or of another tokenizer.
-        DamagedError: not a counts file, or one that contradicts itself.
+        ConfigError: missing, another kind of file, of another version, or of another tokenizer.
+        DamagedError: it cannot be read, or contradicts itself.
     """
     if not path.is_file():
         raise ConfigError(f"{path}: is not there; wanted a file of `vocab count`")
+    if what := no_archive(path):
+        raise ConfigError(f"{path}: {what}; wanted a file of `vocab count`")
     with checked_as(DamagedError, path, "not a file of `vocab count`", "; count again"):
         with zipfile.ZipFile(path) as packed:
             if sum(record.file_size for record in packed.infolist()) > _MOST_BYTES:
                 raise ValueError(f"holds more than {_MOST_BYTES >> 20} MiB")
         with np.load(path, allow_pickle=False) as archive:
             values = {name: archive[name] for name in archive.files}
+    if not {"version", "counts", *_TOTALS} & values.keys():
+        raise ConfigError(f"{path}: arrays of another kind; wanted a file of `vocab count`")
+    with checked_as(DamagedError, path, "not a file of `vocab count`", "; count again"):
         version = int(values["version"])
     if version != VERSION:
         raise ConfigError(f"{path}: counts of version {version}; this reads {VERSION}")

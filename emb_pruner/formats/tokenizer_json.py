@@ -35,7 +35,12 @@ from emb_pruner.formats.spelling import (
     letter_bytes,
 )
 from emb_pruner.vocab_plan import VocabPlan, check_fits
-from megatron_prune.data.tokenizers import check_ids, load_tokenizer, unreadable
+from megatron_prune.data.tokenizers import (
+    check_ids,
+    load_tokenizer,
+    no_tokenizer,
+    unreadable,
+)
 from megatron_prune.errors import ConfigError, DamagedError
 from megatron_prune.files.parsing import checked_as, read_table
 
@@ -47,9 +52,11 @@ def read_document(path: Path) -> dict[str, Any]:
     """A tokenizer.json as it stands.
 
     Raises:
-        ConfigError: a model that cannot be pruned.
-        DamagedError: not JSON, or not of a tokenizer.
+        ConfigError: a model that cannot be pruned, or another kind of file.
+        DamagedError: it cannot be read.
     """
+    if other := no_tokenizer(path):
+        raise ConfigError(f"tokenizer {path}: {other}")
     what, advice = "not a tokenizer.json", "; copy it again from its source"
     document = read_table(path, DamagedError, what, flag="tokenizer", advice=advice)
     with checked_as(DamagedError, f"tokenizer {path}", what, advice):

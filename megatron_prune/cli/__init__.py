@@ -109,9 +109,10 @@ def _run(argv: Sequence[str]) -> None:
     terminal = Terminal()
     given: Any = options_from(args, options, command=tuple(argv))
     with (
+        terminal.warnings(),
         nullcontext()
         if not _on_ranks(given)
-        else alike(started_with(stage, given), getattr(given, "distributed_timeout_minutes", 10))
+        else alike(started_with(stage, given), getattr(given, "distributed_timeout_minutes", 10)),
     ):
         found = function(given, terminal)
     if found is not None:

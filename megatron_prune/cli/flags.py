@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import MISSING, Field, fields
+from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -70,10 +71,18 @@ def _argument(one: Field[Any], told: Flag, kind: Any) -> dict[str, Any]:
     if get_origin(kind) is tuple:
         kind, *more = get_args(kind)
         keywords["nargs"] = "+" if more == [Ellipsis] else 1 + len(more)
-    keywords["type"] = told.parse or kind
+    keywords["type"] = told.parse or (_path if kind is Path else kind)
     if not told.positional:
         keywords["required"] = is_required
     return keywords
+
+
+def _path(text: str) -> Path:
+    """A path; `Path` takes an empty word, such as a variable that is not set, for the directory
+    that the command runs in."""
+    if not text or "\0" in text:
+        raise argparse.ArgumentTypeError(f"{text!r}: wanted a path")
+    return Path(text)
 
 
 def _words(default: Any) -> str:

@@ -7,9 +7,14 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
 
+import megatron_prune
 from megatron_prune.ranks import is_first_rank
 from megatron_prune.stages.console import Console, Progress
+
+_PACKAGE = Path(megatron_prune.__file__).parent
 
 
 class Terminal(Console):
@@ -53,9 +58,17 @@ class Terminal(Console):
 
     @contextmanager
     def warnings(self) -> Iterator[None]:
-        """Warnings of the block as one line each, when it is over."""
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always", UserWarning)
+        """Has warnings of ours in the block said in one line, as `say` does, at once; others are
+        shown as they would be."""
+        with warnings.catch_warnings():
+            others = warnings.showwarning
+
+            def show(message: Warning | str, kind: Any, filename: str, *more: Any) -> None:
+                if kind is UserWarning and Path(filename).is_relative_to(_PACKAGE):
+                    self.say(f"warning: {message}")
+                else:
+                    others(message, kind, filename, *more)
+
+            warnings.showwarning = show  # type: ignore[assignment]
+            warnings.filterwarnings("always", category=UserWarning, module="megatron_prune")
             yield
-        for warning in caught:
-            self.say(f"warning: {warning.message}")

@@ -76,28 +76,30 @@ class Documents:
 def check_inputs(paths: Sequence[str | Path], flag: str = "--input") -> int:
     """Refuse inputs that cannot be read; returns their size on the disk in bytes.
 
+    Args:
+        flag: that named them, for messages; empty where several could have.
+
     Raises:
         ConfigError: missing, a directory, unreadable, or packed in a way we do not unpack.
     """
     total = 0
     for path in map(Path, paths):
+        where = f"{flag} {path}".strip()
         if path.suffix in _PACKED:
             raise ConfigError(
-                f"{flag} {path}: {path.suffix} is not read; unpack it to .jsonl, or pack it as "
-                ".jsonl.gz"
+                f"{where}: {path.suffix} is not read; unpack it to .jsonl, or pack it as .jsonl.gz"
             )
         if path.suffix == ".zst":
             import_zstd(path)
         if path.is_dir():
             raise ConfigError(
-                f"{flag} {path} is a directory; wanted .jsonl files (the shell expands "
-                f"{path}/*.jsonl)"
+                f"{where} is a directory; wanted .jsonl files (the shell expands {path}/*.jsonl)"
             )
         try:
             with open(path, "rb") as file:
                 total += os.fstat(file.fileno()).st_size
         except OSError as error:
-            raise ConfigError(f"{flag} {path}: {error.strerror}") from None
+            raise ConfigError(f"{where}: {error.strerror}") from None
     return total
 
 
@@ -132,8 +134,13 @@ def _chunks_of(path: Path, file: Any, raw: BinaryIO) -> Iterator[LineChunk]:
         )
 
 
-def parse_lines(chunk: LineChunk, keys: Sequence[str]) -> Iterator[list[str]]:
+def parse_lines(
+    chunk: LineChunk, keys: Sequence[str], advice: str = "name one with --json-key"
+) -> Iterator[list[str]]:
     """The values of ``keys`` in each line that is not blank.
+
+    Args:
+        advice: what to do about a key that is not there.
 
     Raises:
         ConfigError: a line is not what the module says, with the file and the line.
@@ -157,15 +164,13 @@ def parse_lines(chunk: LineChunk, keys: Sequence[str]) -> Iterator[list[str]]:
                 f"{where}: a JSON {type(record).__name__}, wanted an object with the key "
                 f"{keys[0]!r}"
             )
-        yield [_text_of(record, key, where) for key in keys]
+        yield [_text_of(record, key, where, advice) for key in keys]
 
 
-def _text_of(record: dict[str, Any], key: str, where: str) -> str:
+def _text_of(record: dict[str, Any], key: str, where: str, advice: str) -> str:
     if key not in record:
         there = ", ".join(map(repr, list(record)[:8])) or "none"
-        raise ConfigError(
-            f"{where}: no key {key!r}, the keys there: {there}; name one with --json-key"
-        )
+        raise ConfigError(f"{where}: no key {key!r}, the keys there: {there}; {advice}")
     text = record[key]
     if not isinstance(text, str):
         raise ConfigError(f"{where}: {key!r} is {json.dumps(text)[:40]}, wanted a string")

@@ -146,6 +146,8 @@ def _refuse_missing(prefix: str) -> None:
             "finishes what was interrupted"
         )
     hint = ""
+    if Path(prefix).is_file():
+        hint = ", it is a file; `megatron-prune preprocess` makes a corpus of .jsonl"
     for suffix in (".bin", ".idx"):
         if prefix.endswith(suffix):
             hint = f"; leave out {suffix}"

@@ -23,7 +23,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from megatron_prune.errors import ConfigError, DamagedError, PruneError
 from megatron_prune.families import FAMILIES, on_disk
-from megatron_prune.files.parsing import read_table
+from megatron_prune.files.contents import foreign_text
+from megatron_prune.files.parsing import read_json, read_table
 
 if TYPE_CHECKING:
     from sentencepiece import SentencePieceProcessor
@@ -398,6 +399,23 @@ def unreadable(path: Path, error: BaseException) -> BaseException:
     if isinstance(error, PruneError) or not (is_panic or isinstance(error, Exception)):
         return error
     said = " ".join(str(error).split())[:200]
+    if path.is_file() and (what := no_tokenizer(path)):
+        return ConfigError(f"tokenizer {path}: {what}")
     if "trust_remote_code" in said:
         return ConfigError(f"tokenizer {path}: it needs code of its author, which is never run")
     return DamagedError(f"tokenizer {path}: cannot be read ({said}); copy it again from its source")
+
+
+def no_tokenizer(path: Path) -> str | None:
+    """What a file is that was given for a tokenizer's; None where it looks like one."""
+    if what := foreign_text(path):
+        return what
+    if path.suffix != ".json":
+        return None
+    try:
+        values = read_json(path, ConfigError)
+    except ConfigError:  # it may be a damaged one
+        return None
+    if isinstance(values, dict) and "model" in values:
+        return None
+    return "is JSON, but no tokenizer.json; give that, or the directory that it lies in"

@@ -17,6 +17,7 @@ from torch import Tensor
 from megatron_prune.data.corpus import check_inputs, parse_lines, read_chunks
 from megatron_prune.data.tokenizers import TextTokenizer, load_tokenizer
 from megatron_prune.errors import ConfigError
+from megatron_prune.files.contents import foreign_text
 
 
 def data_digest(windows_WS: Tensor) -> str:
@@ -24,7 +25,7 @@ def data_digest(windows_WS: Tensor) -> str:
     return hashlib.sha256(windows_WS.numpy().tobytes()).hexdigest()
 
 
-def read_text(path: str | Path, json_key: str = "text") -> str:
+def read_text(path: str | Path) -> str:
     """The text of a file: the texts of JSON lines joined by line ends, any other file as it is.
 
     JSON lines are known by their name: ``.jsonl``, ``.json``, ``.jsonl.gz``.
@@ -33,17 +34,18 @@ def read_text(path: str | Path, json_key: str = "text") -> str:
         ConfigError: missing, not UTF-8, or a line that ``preprocess`` would refuse too.
     """
     path = Path(path)
-    check_inputs([path])
+    check_inputs([path], flag="")
     if {".jsonl", ".json"} & set(path.suffixes):
         return "\n".join(
-            row[0] for chunk in read_chunks([path]) for row in parse_lines(chunk, [json_key])
+            row[0]
+            for chunk in read_chunks([path])
+            for row in parse_lines(chunk, ["text"], "wanted 'text'; rename one of them")
         )
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise ConfigError(
-            f"{path}: not UTF-8 text ({error.reason} at byte {error.start})"
-        ) from None
+        what = foreign_text(path) or f"not UTF-8 text ({error.reason} at byte {error.start})"
+        raise ConfigError(f"{path}: {what}") from None
 
 
 def token_windows(

@@ -41,7 +41,7 @@ def interpret(family: Family, values: Mapping[str, Any]) -> ModelConfig:
         return family.defaults.get(key, default) if value is None else value
 
     check_keys(values)
-    if values.get("hidden_act", "silu") != "silu":
+    if values.get("hidden_act", "silu") not in ("silu", "swish"):  # the same, in transformers
         raise CheckpointError(f"hidden_act {values['hidden_act']!r}; wanted silu (SwiGLU models)")
     heads = values["num_attention_heads"]
     base, scaling = _rope(family, values)

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_prune.errors import PruneError
+from megatron_prune.files.contents import foreign_text
 
 JSON_BYTES = 1 << 27  # the largest tokenizer.json and plans of the largest models take a third
 YAML_BYTES = 1 << 20  # its parser takes a second for as much
@@ -125,7 +126,9 @@ def read_json(
         kind: it cannot be read, or is none.
     """
     with checked_as(kind, f"{flag} {path}".strip(), what, advice):
-        return parse_json(_read_bytes(path, JSON_BYTES), unique=unique)
+        data = _read_bytes(path, JSON_BYTES)
+        with _named_for_what_it_is(path):
+            return parse_json(data, unique=unique)
 
 
 def read_table(
@@ -150,7 +153,20 @@ def read_yaml(path: Path, kind: type[PruneError], what: str = "not YAML", *, fla
         kind: it cannot be read, or is none.
     """
     with checked_as(kind, f"{flag} {path}".strip(), what):
-        return parse_yaml(_read_bytes(path, YAML_BYTES))
+        data = _read_bytes(path, YAML_BYTES)
+        with _named_for_what_it_is(path):
+            return parse_yaml(data)
+
+
+@contextmanager
+def _named_for_what_it_is(path: Path) -> Iterator[None]:
+    """A block that parses a file: where it cannot, ValueError tells what the file is instead."""
+    try:
+        yield
+    except ValueError:
+        if what := foreign_text(path):
+            raise ValueError(what) from None
+        raise
 
 
 def check_header(path: Path, most: int) -> None:

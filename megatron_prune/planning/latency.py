@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_prune.errors import DamagedError, PlanError
+from megatron_prune.files.contents import foreign_text
 from megatron_prune.files.parsing import checked_as, read_json
 from megatron_prune.model.costs import Sizes
 from megatron_prune.model.lazy import np
@@ -78,14 +79,18 @@ def load_latency_table(path: Path) -> LatencyTable:
     """Read what ``profile`` saved.
 
     Raises:
-        PlanError: missing.
-        DamagedError: not a latency table, or one without measurements.
+        PlanError: missing, or another kind of file.
+        DamagedError: a latency table that cannot be read, or without measurements.
     """
     if not path.is_file():
         raise PlanError(
             f"--latency-table {path}: is not there; make it with `megatron-prune profile`"
         )
+    if what := foreign_text(path):
+        raise PlanError(f"--latency-table {path}: {what}; wanted a table of `profile`")
     values = read_json(path, DamagedError, flag="--latency-table")
+    if not isinstance(values, dict) or not {"layers", "outputs"} & values.keys():
+        raise PlanError(f"--latency-table {path}: other JSON; wanted a table of `profile`")
     names = ", ".join(field.name for field in fields(LatencyTable))
     advice = f"; wanted version, {names}; measure again with `megatron-prune profile`"
     with checked_as(DamagedError, f"--latency-table {path}", "not a latency table", advice):

@@ -17,6 +17,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from megatron_prune.errors import DamagedError, PlanError
+from megatron_prune.files.contents import no_safetensors
 from megatron_prune.files.parsing import check_header, checked_as, parse_json
 from megatron_prune.model.lazy import Tensor, torch
 from megatron_prune.model.shape import AXES, SCORED_AXES, ModelShape
@@ -247,19 +248,30 @@ def load_scores(path: Path) -> Scores:
     """Read a scores file.
 
     Raises:
-        PlanError: missing.
-        DamagedError: not a scores file, or its parts contradict each other.
+        PlanError: missing, or another kind of file.
+        DamagedError: its parts cannot be read, or contradict each other.
     """
+    made = "make it with `megatron-prune score`"
     if not path.is_file():
-        raise PlanError(f"--scores {path}: is not there; make it with `megatron-prune score`")
+        found = "is a directory" if path.is_dir() else "is not there"
+        raise PlanError(f"--scores {path}: {found}; {made}")
+    if what := no_safetensors(path):
+        raise PlanError(f"{path}: not a scores file: {what}; {made}")
     with checked_as(DamagedError, path, "not a scores file"):
         check_header(path, _MOST_HEADER)
         try:
             with safe_open(path, framework="pt") as file:
-                header = parse_json((file.metadata() or {})[_KEY])
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                told = (file.metadata() or {}).get(_KEY)
+                names = [] if told is None else file.keys()
+                tensors = {name: file.get_tensor(name) for name in names}
         except SafetensorError as error:
             raise ValueError(error) from None
+    if told is None:
+        raise PlanError(
+            f"{path}: not a scores file: it holds other tensors, such as weights; {made}"
+        )
+    with checked_as(DamagedError, path, "not a scores file"):
+        header = parse_json(told)
         if header["version"] != _VERSION:
             raise DamagedError(f"version {header['version']!r}; this reads {_VERSION}")
         criteria: dict[str, dict[str, Tensor]] = {}

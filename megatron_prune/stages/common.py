@@ -14,7 +14,6 @@ from megatron_prune.flags import flag, flag_name, given
 from megatron_prune.model.shape import ModelShape
 from megatron_prune.ranks import Ranks
 from megatron_prune.sources.source import Source
-from megatron_prune.stages.console import Console
 from megatron_prune.store import open_source
 from megatron_prune.store.commit import check_target
 
@@ -78,10 +77,9 @@ def give_one(options: object, *names: str) -> str:
 
 
 @contextmanager
-def opened(path: Path, family: str | None, console: Console) -> Iterator[Source]:
+def opened(path: Path, family: str | None) -> Iterator[Source]:
     """The source at ``path``, closed at the end."""
-    with console.warnings():
-        source = open_source(path, family=family)
+    source = open_source(path, family=family)
     try:
         yield source
     finally:

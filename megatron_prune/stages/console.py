@@ -7,7 +7,7 @@ the command line replaces by one that prints.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Protocol
 
 
@@ -37,10 +37,6 @@ class Console:
             stays: on the screen when all is done.
         """
         yield lambda total: lambda done, note="": None
-
-    def warnings(self) -> AbstractContextManager[None]:
-        """Takes the warnings of a block, which are left alone here."""
-        return nullcontext()
 
 
 SILENT = Console()

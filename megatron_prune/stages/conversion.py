@@ -36,7 +36,7 @@ def convert(options: ConvertOptions, console: Console = SILENT) -> Written:
     check_save(options.save, options.load, overwrite=options.overwrite)
     options.check_rotation()
     options.check_publishing(options.to)
-    with opened(options.load, options.family, console) as source:
+    with opened(options.load, options.family) as source:
         tell_dropped(source, console)
         written = _convert(options, source, target, console)
     return options.publish(written, console)

@@ -56,7 +56,7 @@ def inspect(options: InspectOptions, console: Console = SILENT) -> Inspected:
     Raises:
         CheckpointError, DamagedError: see `open_source`.
     """
-    with opened(options.path, options.family, console) as source:
+    with opened(options.path, options.family) as source:
         return Inspected(shape=source.config.shape, facts=_facts(source), as_json=options.json)
 
 

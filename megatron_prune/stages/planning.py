@@ -72,7 +72,7 @@ def plan(options: PlanOptions, console: Console = SILENT) -> Planned:
         options.save, overwrite=options.overwrite, inputs=(*options.inputs, options.data)
     )
     search = partial(search_targets, options, console) if searches else None
-    with opened(options.load, options.family, console) as source:
+    with opened(options.load, options.family) as source:
         if options.rounds is None:
             found = decide(options, source, console, search)
         else:

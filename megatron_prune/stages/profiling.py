@@ -60,7 +60,7 @@ def profile(options: ProfileOptions, console: Console = SILENT) -> Profiled:
     grid = options.grid
     data_parallel_size(grid, world_size())
     model = ModelOptions.of(options, options.seq_length)
-    with opened(options.load, options.family, console) as source:
+    with opened(options.load, options.family) as source:
         config = source.config
     config.shape.check_uniform("profile", "profile its source")
     grid.check(config.shape)

@@ -57,7 +57,7 @@ def prune(options: PruneOptions, console: Console = SILENT) -> Written:
     repair = options if options.asks_for_repair() else None
     options.check_publishing(options.to)
     plan = None if options.plan is None else load_plan(options.plan)
-    with opened(options.load, options.family, console) as source:
+    with opened(options.load, options.family) as source:
         if decides:
             plan = decide(options, source, console)
         with cut_vocabulary(options.vocab_plan, options.vocab_tokenizer, source, plan) as cut:

@@ -115,7 +115,7 @@ def _model(options: ReportOptions, inputs: Inputs, console: Console) -> ModelCon
     """The configuration of ``--load``, which has to be the model that the inputs are about."""
     if options.load is None:
         return None
-    with opened(options.load, options.family, console) as source:
+    with opened(options.load, options.family) as source:
         found, wanted = source.digest, inputs.source_digest
         if wanted is not None and found != wanted:
             raise PlanError(

@@ -47,7 +47,7 @@ def reshard(options: ReshardOptions, console: Console = SILENT) -> Written:
         ConfigError: the source is a Hugging Face directory, or the output holds the input.
     """
     check_save(options.save, options.load, overwrite=options.overwrite)
-    with opened(options.load, options.family, console) as source:
+    with opened(options.load, options.family) as source:
         if source.format == "hf":
             raise ConfigError(
                 f"--load {options.load}: is a Hugging Face directory; use convert --to megatron"

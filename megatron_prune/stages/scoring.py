@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_prune.criteria import SCORED
-from megatron_prune.errors import ConfigError, DamagedError
+from megatron_prune.errors import ConfigError, DamagedError, PlanError
 from megatron_prune.flags import flag
 from megatron_prune.model.lazy import Tensor
 from megatron_prune.planning.scores import Scores, criteria_in, load_scores, scores_bytes
@@ -69,7 +69,7 @@ def score(options: ScoreOptions, console: Console = SILENT) -> Scored:
     check_output_file(options.save, overwrite=True, inputs=inputs)  # scores are added to
     from megatron_prune.engine.forward.model import check_model
 
-    with opened(options.load, options.family, console) as source:
+    with opened(options.load, options.family) as source:
         source.config.shape.check_uniform("score", "score its source")
         how = options.score_options(criteria, source.config, console)
         grid.check(source.config.shape)
@@ -109,8 +109,8 @@ def _prepare(
         return windows, None
     try:
         known = load_scores(options.save)
-    except DamagedError as error:  # whatever it is, it may be all there is of it
-        raise DamagedError(f"--save {error}; remove it, or choose another file") from None
+    except (PlanError, DamagedError) as error:  # whatever it is, it may be all there is of it
+        raise type(error)(f"--save {error}; remove it, or choose another file") from None
     other = _difference(known, source.digest, windows, how)
     if other is None:
         return windows, known

@@ -51,8 +51,8 @@ def verify(options: VerifyOptions, console: Console = SILENT) -> Verified:
     """
     plan = load_plan(options.plan)
     with (
-        opened(options.load, options.family, console) as pruned,
-        opened(options.source, options.family, console) as source,
+        opened(options.load, options.family) as pruned,
+        opened(options.source, options.family) as source,
         console.bar("verify", unit="it") as bar,
     ):
         check_plan_fits(source, plan)

@@ -45,7 +45,7 @@ def vocab_prune(options: VocabPruneOptions, console: Console = SILENT) -> Writte
     check_save(options.save, options.load, overwrite=options.overwrite)
     options.check_publishing(options.to)
     with (
-        opened(options.load, options.family, console) as source,
+        opened(options.load, options.family) as source,
         cut_vocabulary(options.plan, options.tokenizer, source, None) as cut,
     ):
         written = write_pruned(options, target, source, cut, console)

@@ -23,6 +23,7 @@ from megatron_prune.errors import CheckpointError, DamagedError
 from megatron_prune.families.config import hf_name, hf_place
 from megatron_prune.families.unread import DEQUANTISE
 from megatron_prune.files import HashedFile, write_file
+from megatron_prune.files.contents import foreign_content
 from megatron_prune.files.parsing import check_header, checked_as, read_table
 from megatron_prune.model.axes import axes_of, names, split_dim, split_layer, tensor_shape
 from megatron_prune.model.blocks import EMBEDDING, OUTPUT
@@ -31,8 +32,8 @@ from megatron_prune.model.lazy import Tensor, torch
 from megatron_prune.model.shape import ModelConfig
 from megatron_prune.sources.source import Source
 from megatron_prune.store.companions import belongs_to
-from megatron_prune.store.recognise import foreign_content, foreign_names
-from megatron_prune.store.untrusted import load_untrusted
+from megatron_prune.store.recognise import foreign_names
+from megatron_prune.store.untrusted import load_untrusted, plain_values
 from megatron_prune.store.writer import Progress, Writer, Written, ahead, row_blocks
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -171,16 +172,17 @@ class HuggingFaceSource(Source):
             for name in weights
             if name not in wanted and name not in ignored and not name.endswith(_IGNORED_SUFFIXES)
         ]
-        if what := foreign_names(unexpected):
+        if what := foreign_names(unexpected, missing):
             raise CheckpointError(
                 f"{self.path}: {what}; wanted the plain tensors of {self._stored_as.architecture}. "
                 "Load it with what wrote it and save the plain model"
             )
         if missing or unexpected:
+            or_less = ", or the copy is not complete" if missing else ""
             raise DamagedError(
                 f"{self.path}: {len(missing)} tensors missing {missing[:3]}, "
                 f"{len(unexpected)} unexpected {unexpected[:3]}; its config.json describes another "
-                "model, or the copy is not complete"
+                f"model{or_less}"
             )
         for name, shape in wanted.items():
             held = self._opened(weights[name])
@@ -250,9 +252,10 @@ def _open_file(path: Path, most: int) -> dict[str, _Held]:
     if path.suffix == ".bin":
         tensors = load_untrusted(path, mmap=True)
         if not isinstance(tensors, dict) or not all(
-            isinstance(x, torch.Tensor) for x in tensors.values()
+            isinstance(name, str) and isinstance(x, torch.Tensor) for name, x in tensors.items()
         ):
             raise DamagedError(f"{path}: holds something other than named tensors; not loaded")
+        tensors = plain_values(tensors, path)
         return {n: _Held(tensors, n, tuple(x.shape), x.dtype) for n, x in tensors.items()}
     try:
         check_header(path, most * _NAMED_BYTES)

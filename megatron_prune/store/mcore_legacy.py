@@ -54,7 +54,7 @@ from megatron_prune.store.megatron import (
     refuse_own_head,
     stored_layer,
 )
-from megatron_prune.store.untrusted import load_untrusted
+from megatron_prune.store.untrusted import load_untrusted, plain_values
 from megatron_prune.store.writer import Progress, Writer, Written, ahead
 
 FILE = "model_optim_rng.pt"
@@ -146,7 +146,8 @@ class LegacySource(Source):
         if not isinstance(model, dict) or not all(isinstance(key, str) for key in model):
             raise DamagedError(f"{path}: holds no model; wanted one of Megatron under 'model'")
         self.has_optimizer_state = "optimizer" in state
-        return model
+        tensors = {key: x for key, x in model.items() if isinstance(x, torch.Tensor)}
+        return {**model, **plain_values(tensors, path)}
 
     def _stage_layers(self, pp_rank: int) -> int:
         return 1 + max((stored_layer(key) for key in self._file(0, pp_rank)), default=-1)

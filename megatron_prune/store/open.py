@@ -34,7 +34,7 @@ from megatron_prune.store.companions import find_companions, find_plan
 from megatron_prune.store.lora import LoraSource, read_lora
 from megatron_prune.store.megatron_args import config_from_args, warn_unverified
 from megatron_prune.store.passenger import COMPANIONS
-from megatron_prune.store.recognise import ADAPTER, foreign_directory, foreign_file
+from megatron_prune.store.recognise import ADAPTER, foreign_directory, no_directory
 from megatron_prune.store.untrusted import load_untrusted
 
 
@@ -77,9 +77,7 @@ def read_facts(path: Path) -> CheckpointFacts:
         CheckpointError: nothing is there, or nothing we know.
     """
     if not path.is_dir():
-        raise CheckpointError(
-            f"{path}: {foreign_file(path) if path.exists() else 'does not exist'}"
-        )
+        raise CheckpointError(f"{path}: {no_directory(path)}")
     directory = iteration_directory(path)
     match = re.fullmatch(r"iter_(\d+)", directory.name)
     iteration = int(match[1]) if match else 0

@@ -10,14 +10,14 @@ from __future__ import annotations
 import pickle
 import threading
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
 
 from megatron_prune.errors import CheckpointError, DamagedError
-from megatron_prune.model.lazy import torch
-from megatron_prune.store.recognise import foreign_content
+from megatron_prune.files.contents import foreign_content
+from megatron_prune.model.lazy import Tensor, torch
 
 _STAND_IN_PREFIXES = ("megatron.", "numpy.", "transformer_engine.", "signal.", "enum.", "pathlib.")
 _STAND_IN_NAMES = {"_codecs.encode", "_io.BytesIO", "types.SimpleNamespace"}
@@ -75,6 +75,25 @@ def load_untrusted(path: Path, *, mmap: bool) -> Any:
             raise CheckpointError(f"{path}: {what}") from None
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise DamagedError(f"{path}: cannot be read: {reason}; copy it again") from None
+
+
+def plain_values(tensors: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """Named tensors as their values alone, views where they can be: without the gradient that a
+    parameter asks for, and with the signs that a lazy negation has not yet turned.
+
+    Raises:
+        CheckpointError: one has no values in rows and columns: sparse, nested or on device meta.
+    """
+    found = {}
+    for name, x in tensors.items():
+        if x.layout != torch.strided or x.is_meta or x.is_nested:
+            kind = "on device meta" if x.is_meta else "nested" if x.is_nested else x.layout
+            raise CheckpointError(
+                f"{path}: {name} is {kind}; wanted plain values: load it with what wrote it and "
+                "save dense tensors"
+            )
+        found[name] = x.detach().resolve_conj().resolve_neg()
+    return found
 
 
 @contextmanager

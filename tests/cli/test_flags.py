@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -69,6 +70,17 @@ def test_dashes_and_underscores_are_the_same(models: Models, tmp_path: Path) -> 
     for name, flags in (("a", dashes), ("b", underscores)):
         ok("plan", "--load", models("gqa"), "--save", tmp_path / name, *flags)
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+@pytest.mark.parametrize("path", ["", "a\0b"])
+def test_an_empty_word_is_no_path(
+    path: str, models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`--load "$UNSET"` is not the directory that the command runs in."""
+    monkeypatch.chdir(models("gqa"))
+    for argv in (("inspect", path), ("plan", "--load", path, "--save", tmp_path / "plan.json")):
+        done = run(*argv)
+        assert done.code == 2 and "wanted a path" in done.err
 
 
 def test_underscores_in_values_stay(models: Models, tmp_path: Path) -> None:
@@ -217,3 +229,27 @@ def test_the_entry_points_work_from_any_directory(models: Models, tmp_path: Path
         assert done.returncode == 0, done.stderr
         assert json.loads(done.stdout)["format"] == "hf"
     assert list(tmp_path.iterdir()) == [] and directory_bytes(models("gqa")) == before
+
+
+@pytest.mark.parametrize("stage", ["evaluate", "generate", "score", "train", "inspect"])
+def test_every_stage_says_what_it_leaves_in_one_line(
+    stage: str, models: Models, tmp_path: Path
+) -> None:
+    """Also where it is then refused, as here for want of a text."""
+    path = Path(shutil.copytree(models("gqa"), tmp_path / "m"))
+    (path / "optimizer.pt").write_bytes(b"x")
+    (path / "tokenizer.json").unlink()
+    more = {
+        "evaluate": ("--data", tmp_path / "none"),
+        "generate": ("--prompt", "a", "--max-new-tokens", 1),
+        "score": ("--save", tmp_path / "s", "--criterion", "magnitude"),
+        "train": (
+            *("--save", tmp_path / "t", "--data-path", tmp_path / "none", "--lr", 1, "--dry-run"),
+            *("--micro-batch-size", 1, "--seq-length", 16, "--train-iters", 1),
+        ),
+        "inspect": (),
+    }[stage]
+    done = run(stage, *(() if stage == "inspect" else ("--load",)), path, *more)
+    told = [line for line in done.err.splitlines() if "left out" in line]
+    assert [line.startswith("megatron-prune: warning: ") for line in told] == [True], done.err
+    assert "UserWarning" not in done.err

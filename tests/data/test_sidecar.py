@@ -182,6 +182,10 @@ def test_files_of_two_corpora_are_refused(prefix: Path, tmp_path: Path) -> None:
 def test_half_a_pair_and_no_pair_are_told_apart(prefix: Path) -> None:
     with pytest.raises(ConfigError, match=r"no corpus at .*leave out \.bin"):
         check_corpus(f"{prefix}.bin", None, VOCAB)
+    text = prefix.with_name("a.jsonl")
+    text.write_text("{}")
+    with pytest.raises(ConfigError, match=r"a\.jsonl.*preprocess` makes a corpus of \.jsonl"):
+        check_corpus(text, None, VOCAB)
     prefix.with_suffix(".idx").unlink()
     with pytest.raises(DamagedError, match=r"there is a \.bin but no \.idx"):
         check_corpus(prefix, None, VOCAB)

@@ -193,6 +193,25 @@ def test_what_is_not_a_tokenizer_is_refused(tmp_path: Path, bpe: Path, spm: Path
         assert name in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("name", "data", "says"),
+    [
+        ("plan.json", b'{"version": 1, "kept": {}}', "no tokenizer.json"),
+        ("vocab.json", b'{"a": 0}', "no tokenizer.json"),
+        ("a.json", b"[1]", "no tokenizer.json"),
+        ("tokenizer.json", b"version https://git-lfs.github.com/spec/v1\n", "Git LFS"),
+        ("tokenizer.model", b"<!DOCTYPE html>", "web page"),
+    ],
+)
+def test_what_is_no_tokenizer_is_no_damaged_one(
+    name: str, data: bytes, says: str, tmp_path: Path
+) -> None:
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(ConfigError, match=says) as caught:
+        load_tokenizer(tmp_path / name)
+    assert "copy it again" not in str(caught.value)
+
+
 def test_code_of_a_model_s_author_is_never_run(bpe: Path, tmp_path: Path) -> None:
     shutil.copytree(bpe, tmp_path / "evil")
     canary = tmp_path / "canary"

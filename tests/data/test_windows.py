@@ -57,17 +57,23 @@ def test_text_is_read_as_it_is_and_json_lines_are_joined(tmp_path: Path) -> None
     lines = "".join(json.dumps({"text": t, "b": t * 2}) + "\n" for t in ("x", "é", ""))
     (tmp_path / "a.jsonl").write_text(lines)
     assert read_text(tmp_path / "a.jsonl") == "x\né\n"
-    assert read_text(tmp_path / "a.jsonl", "b") == "xx\néé\n"
 
 
 def test_text_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
     (tmp_path / "latin.txt").write_bytes("café".encode("latin-1"))
     (tmp_path / "a.jsonl").write_text('{"text": "x"}\nwords\n')
+    (tmp_path / "other.jsonl").write_text('{"content": "x"}\n')
+    (tmp_path / "a.txt.gz").write_bytes(b"\x1f\x8b\x08\x00")
+    (tmp_path / "model").write_bytes(b'\x88\x13\0\0\0\0\0\0{"__metadata__":{}}\xff')
     for name, needle in (
         ("latin.txt", "not UTF-8"),
+        ("other.jsonl", "keys there: 'content'; wanted 'text'; rename one of them"),
+        ("a.txt.gz", "is packed with gzip; unpack it"),
+        ("model", "is a safetensors file"),
         ("a.jsonl", "line 2: not JSON"),
         ("nowhere.txt", "No such file"),
     ):
         with pytest.raises(ConfigError, match=needle) as caught:
             read_text(tmp_path / name)
         assert name in str(caught.value)
+        assert "--input" not in str(caught.value) and "--json-key" not in str(caught.value)

@@ -65,11 +65,16 @@ def test_bytes_that_are_no_counts_are_damage_and_run_nothing(saved: Path, tmp_pa
 
     np.savez(tmp_path / "object.npz", counts=np.array([Harm()], dtype=object))
     np.save(tmp_path / "one.npy", np.arange(3))
+    np.savez(tmp_path / "other.npz", a=np.arange(3))
+    (tmp_path / "plan.json").write_text("{}")
     (tmp_path / "pickle.npz").write_bytes(pickle.dumps(Harm()))
     (tmp_path / "empty.npz").touch()
     (tmp_path / "cut.npz").write_bytes(saved.read_bytes()[:-40])
-    for name in ("object.npz", "one.npy", "pickle.npz", "empty.npz", "cut.npz"):
+    for name in ("object.npz", "cut.npz"):
         with pytest.raises(DamagedError, match=f"{name}: not a file of `vocab count`"):
+            load_counts(tmp_path / name)
+    for name in ("one.npy", "pickle.npz", "empty.npz", "other.npz", "plan.json"):
+        with pytest.raises(ConfigError, match=f"{name}: .*; wanted a file of `vocab count`"):
             load_counts(tmp_path / name)
     assert not (tmp_path / "canary").exists()
 

@@ -27,6 +27,11 @@ def config(tmp_path: Path, model_type: str = "llama", **values: Any) -> ModelCon
     return read_config(path)
 
 
+def test_swish_is_silu(tmp_path: Path) -> None:
+    found = config(tmp_path, hidden_act="swish")
+    assert hf_config(found)["hidden_act"] == "swish"
+
+
 @pytest.mark.parametrize("kind", sorted(KINDS))
 def test_what_transformers_wrote_comes_back_and_head_dim_is_always_there(
     kind: str, models: Callable[[str], Path]

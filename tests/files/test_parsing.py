@@ -116,6 +116,21 @@ def test_our_own_mistakes_are_not_hidden() -> None:
         raise AssertionError
 
 
+@pytest.mark.parametrize(
+    ("data", "says"),
+    [
+        (b"\xff\xd8\xff\xe0", "is a picture"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
+        (b"\x40\0\0\0\0\0\0\0{}", "is a safetensors file"),
+        (b"PK\x03\x04", "is an archive"),
+    ],
+)
+def test_what_is_no_text_is_named(data: bytes, says: str, tmp_path: Path) -> None:
+    (tmp_path / "x").write_bytes(data)
+    with pytest.raises(PlanError, match=says):
+        read_json(tmp_path / "x", PlanError)
+
+
 def test_pipes_directories_and_large_files_are_not_read(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(ConfigError, match="pipe: not JSON: is no file"):

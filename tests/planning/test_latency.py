@@ -88,7 +88,7 @@ def _changed(**changes: object) -> str:
     [
         (None, PlanError, "make it with `megatron-prune profile`"),
         ("{", DamagedError, "not JSON"),
-        ("[]", DamagedError, "not a latency table"),
+        ("[]", PlanError, "other JSON; wanted a table of `profile`"),
         (_changed(version=2), DamagedError, "another version than 1"),
         (_changed(layers=[]), DamagedError, "wanted layers and outputs"),
         (_changed(tensor_parallel="1"), DamagedError, "tensor_parallel is '1'; wanted a whole"),
@@ -97,6 +97,8 @@ def _changed(**changes: object) -> str:
         (_changed(kv_channels=10**400), DamagedError, "wanted a whole number above 0"),
         (_changed(device=[1]), DamagedError, "device is [1]; wanted text"),
         ("[" * 100_000, DamagedError, "not JSON"),
+        ('{"version": 1, "kept": {}}', PlanError, "other JSON; wanted a table of `profile`"),
+        ("PAR1", PlanError, "is a Parquet file; wanted a table of `profile`"),
         (
             _changed(outputs=[{"hidden": 1.5, "vocab": 1, "seconds": 1.0}]),
             DamagedError,

@@ -27,7 +27,7 @@ from torch.distributed.checkpoint.metadata import Metadata
 
 from megatron_prune.errors import DamagedError
 from megatron_prune.store.untrusted import BoundedUnpickler, load_untrusted
-from tests.pico import ok, run, stock_copy
+from tests.pico import assert_same, ok, refused, run, stock_copy, tensors
 
 Models, Shards = Callable[[str], Path], Callable[..., Path]
 
@@ -262,6 +262,59 @@ def test_an_index_has_the_bytes_of_torchs_own_records(models, tmp_path: Path) ->
     index = pickle.loads(data)
     assert type(index) is Metadata and len(index.storage_data) > 40
     assert pickle.dumps(index, protocol=4) == data
+
+
+@pytest.mark.parametrize("format", ["bin", "torch"])
+def test_tensors_of_torch_are_read_as_their_values(
+    format: str, models: Models, shards: Shards, tmp_path: Path
+) -> None:
+    """A parameter asks for a gradient, and a lazy negation has turned no sign: numpy takes none."""
+
+    def like_a_program(x: torch.Tensor) -> torch.Tensor:
+        return torch._neg_view(-x) if x.dim() == 1 else torch.nn.Parameter(x)
+
+    wanted, path = tensors(models("gqa")), tmp_path / "c"
+    if format == "bin":
+        shutil.copytree(models("gqa"), path, ignore=shutil.ignore_patterns("*.safetensors"))
+        stored = {name: like_a_program(x) for name, x in wanted.items()}
+        torch.save(stored, path / "pytorch_model.bin")
+    else:
+        shutil.copytree(shards("gqa", "torch", 1, 1), path)
+        (file,) = path.glob("iter_*/mp_rank_00/*.pt")
+        state = torch.load(file, weights_only=False)
+        state["model"] = {
+            name: x if x is None else like_a_program(x) for name, x in state["model"].items()
+        }
+        torch.save(state, file)
+        next(path.glob("iter_*/manifest.json")).unlink()
+    ok("plan", "--load", path, "--save", tmp_path / "plan.json", "--ffn-hidden-size-remain", 64)
+    ok("convert", "--load", path, "--save", tmp_path / "out", "--to", "hf")
+    assert_same(tensors(tmp_path / "out"), wanted)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda x: x.to_sparse(), "is torch.sparse_coo; wanted plain values"),
+        (lambda x: x.to_sparse_csr(), "is torch.sparse_csr; wanted plain values"),
+        (lambda x: x.to("meta"), "is on device meta; wanted plain values"),
+        (lambda x: torch.nested.nested_tensor([x[0], x[1]]), "is nested; wanted plain values"),
+    ],
+)
+def test_tensors_of_torch_without_plain_values_are_named(
+    change: Callable[[torch.Tensor], torch.Tensor], says: str, models: Models, tmp_path: Path
+) -> None:
+    stored = tensors(models("gqa"))
+    stored["model.norm.weight"] = change(stored["lm_head.weight"])
+    shutil.copy(models("gqa") / "config.json", tmp_path)
+    torch.save(stored, tmp_path / "pytorch_model.bin")
+    refused("inspect", tmp_path, says=f"model.norm.weight {says}")
+
+
+def test_a_torch_file_with_numbers_for_names_is_refused(models: Models, tmp_path: Path) -> None:
+    shutil.copy(models("gqa") / "config.json", tmp_path)
+    torch.save({**tensors(models("gqa")), 5: torch.zeros(2)}, tmp_path / "pytorch_model.bin")
+    refused("inspect", tmp_path, says="something other than named tensors", code=3)
 
 
 @pytest.mark.parametrize(

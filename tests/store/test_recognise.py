@@ -52,6 +52,28 @@ def refusal(path: Path) -> str:
         ("snapshots/a/config.json refs/main blobs/x", "hub's cache"),
         ("checkpoint-500/config.json", "checkpoint-*"),
         ("iter_0000001/common.pt", "latest_checkpointed_iteration.txt"),
+        ("config.json model-00001-of-00002.safetensors", "without their model.safetensors.index"),
+        ("config.json pytorch_model-00001-of-00002.bin", "without their pytorch_model.bin.index"),
+        ("config.json model.fp16.safetensors", "variant"),
+        ("config.json output.safetensors", "ExLlama"),
+        ("config.json weights.npz", "MLX"),
+        ("config.json qmodel.pt", "HQQ"),
+        ("config.json hf_model_0001_0.pt", "torchtune"),
+        ("config.json rank0.safetensors", "TensorRT-LLM"),
+        ("config.json model.bin vocabulary.json", "CTranslate2"),
+        ("ggml-model-q4_0.bin", "GGML"),
+        ("adapter_model.bin README.md", "without its adapter_config.json"),
+        ("checkpoint model.ckpt.index model.ckpt.data-00000-of-00001", "TensorFlow"),
+        ("manifest.ocdbt d/x", "Orbax"),
+        ("models--a--b/refs/main version.txt", "hub's cache"),
+        ("model_world_size_8_rank_0.pt huggingface/config.json", "verl"),
+        ("pytorch_model_fsdp_0/.metadata optimizer_0/.metadata", "accelerate"),
+        ("step-500/.metadata", "torchtitan"),
+        ("mp_rank_00/model_rng.pt", "older Megatron-LM"),
+        ("dataset_info.json data-00000-of-00001.arrow", "data set"),
+        ("epoch=1.ckpt", "Lightning"),
+        ("ckpt.pt", "program of its own"),
+        ("a/config.json b/config.json", "directory of models"),
         ("tokenizer.json tokenizer_config.json", "tokenizer without a model"),
         ("model.safetensors", "without their config.json"),
         ("config.json tokenizer.json", "no weights"),
@@ -115,6 +137,41 @@ def test_quantised_names_without_a_word_in_the_config(
     assert says in refusal(tmp_path)
     edit_config(tmp_path / "config.json", quantization_config={"quant_method": "awq"})
     assert "quantization_config 'awq'" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("rename", "says"),
+    [
+        (lambda name: name.removeprefix("model."), "without its head"),
+        (lambda name: f"base_model.model.{name}", "wrapped by another module"),
+        (lambda name: f"language_model.{name}", "wrapped by another module"),
+        (lambda name: name.replace("_proj.", "_proj.parametrizations."), "reparametrised"),
+    ],
+)
+def test_weights_under_the_names_of_another_module(
+    rename: Callable[[str], str], says: str, models: Models, tmp_path: Path
+) -> None:
+    found = load_file(models("gqa") / "model.safetensors")
+    shutil.copy(models("gqa") / "config.json", tmp_path)
+    save_file({rename(name): x for name, x in found.items()}, tmp_path / "model.safetensors")
+    assert says in refusal(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("path", "says"),
+    [
+        ("meta-llama/Llama-2-7b-hf", "hf download"),
+        ("https://huggingface.co/a/b", "hf download"),
+        ("nowhere", "does not exist"),
+    ],
+)
+def test_what_is_not_there(path: str, says: str) -> None:
+    assert says in refusal(Path(path))
+
+
+def test_a_link_to_nothing_is_called_one(tmp_path: Path) -> None:
+    (tmp_path / "x").symlink_to("gone")
+    assert "is a link to gone, which does not exist" in refusal(tmp_path / "x")
 
 
 def test_an_adapter_beside_the_model(models: Models, tmp_path: Path) -> None:

@@ -65,6 +65,7 @@ BYTES = [bytes([value]) for value in range(256)]
         ("tokenizer.model", b"", DamagedError, "no SentencePiece model"),
         ("tokenizer.json", b'{"model": [', DamagedError, "not a tokenizer.json"),
         ("tokenizer.json", b'{"model": {"type": "BPE"}}', DamagedError, "cannot be read"),
+        ("tokenizer.json", b'{"kept": {}}', ConfigError, "no tokenizer.json"),
         ("vocab.txt", b"[UNK]\n", ConfigError, "wanted a tokenizer.json, a SentencePiece"),
     ],
 )
