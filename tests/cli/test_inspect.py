@@ -90,7 +90,7 @@ def test_without_json_it_prints_one_fact_a_line(models: Models) -> None:
         (lambda p: None, "does not exist"),
         (lambda p: p.write_text("x"), "is a file; wanted a checkpoint directory"),
         (lambda p: p.mkdir(), "no config.json, no .metadata and no mp_rank_"),
-        (lambda p: (p.mkdir(), (p / "config.json").write_text("{}")), "model_type None; wanted"),
+        (lambda p: (p.mkdir(), (p / "config.json").write_text("{}")), "no weights to read"),
     ],
 )
 def test_what_is_no_checkpoint_is_refused(

@@ -214,7 +214,7 @@ def test_a_projection_is_learned_saved_and_not_exported(
 ) -> None:
     from torch.distributed.checkpoint import FileSystemReader
 
-    save = train("run", "--teacher", teacher, *HIDDEN)
+    save = train("run", "--teacher", teacher, *HIDDEN, "--lr", "1e-2")
     found = _told_losses(save, "hidden loss")
     assert found[-1] < found[0] - 0.01
     stored = FileSystemReader(save / "iter_0000006").read_metadata().state_dict_metadata
