@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from megatron_prune.errors import ConfigError
 from megatron_prune.flags import Group, flag
 from megatron_prune.model.axes import count_parameters
-from megatron_prune.model.lazy import Tensor
+from megatron_prune.model.lazy import Tensor, torch
 from megatron_prune.ranks import Ranks
 from megatron_prune.sources.rotated import RotatedSource, principal_components
 from megatron_prune.sources.source import Source
@@ -88,7 +88,7 @@ def rotated(options: Rotation, source: Source, console: Console) -> Iterator[Rot
         with console.bar("rotate", unit="layer") as bar:
             progress = bar(source.config.shape.num_layers)
             moment = norm_moment(source, windows, groups, model, progress)
-        basis = moment.to(groups.device)
+        basis = torch.empty_like(moment, device=groups.device)
         together(
             groups.ranks,
             lambda: basis.copy_(principal_components(moment)) if groups.ranks.is_first else basis,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -78,7 +79,9 @@ def test_a_rotated_model_computes_the_same(
 ) -> None:
     source = with_norm_weights(models(kind), tmp_path / "source")
     out = tmp_path / "out"
-    ok("convert", "--load", source, "--save", out, "--to", "hf", *CALIBRATION, "--data", text)
+    told = ok(
+        "convert", "--load", source, "--save", out, "--to", "hf", *CALIBRATION, "--data", text
+    )
     before, after = hf(source), hf(out)
     wanted, found = before(IDS).logits, after(IDS).logits
     assert (found - wanted).abs().max() < 1e-5 * wanted.abs().max()
@@ -87,6 +90,8 @@ def test_a_rotated_model_computes_the_same(
     scale, energy = turned.diagonal().max(), turned.diagonal()
     assert (turned - energy.diag()).abs().max() < 1e-4 * scale
     assert (energy[:-1] >= energy[1:] - 1e-4 * scale).all()
+    half = float(energy[:24].sum() / energy.sum())
+    assert abs(float(re.search(r" 24 hold (\S+)%", told.out)[1]) - 100 * half) < 0.1
     plain = moment(before, source, text)
     assert (plain - plain.diagonal().diag()).abs().max() > 1e-2 * scale  # it was not so before
     assert not after.config.tie_word_embeddings
