@@ -11,7 +11,7 @@ import hashlib
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -84,6 +84,18 @@ class Ranks:
                 "what rank 0 has; start every rank with the same command and the same files"
             )
 
+    def agree_on(self, what: str, make: Callable[[], str]) -> None:
+        """`agree` on what each rank makes of its files; an error on one of them raises on all."""
+        if self.world_size == 1:
+            return
+        value, error = "", None
+        try:
+            value = make()
+        except Exception as caught:
+            error = caught
+        self.fail_together(error)
+        self.agree(what, value)
+
     def fail_together(self, error: Exception | None) -> None:
         """Raise ``error`` here, or the first error another rank met, on every rank.
 
@@ -129,4 +141,4 @@ def end_with_launcher() -> None:
 
 def is_first_rank() -> bool:
     """Whether this process is the one that talks to the user (before any group exists)."""
-    return int(os.environ.get("RANK", "0")) == 0
+    return os.environ.get("RANK", "0") == "0"

@@ -112,11 +112,12 @@ def write_checkpoint(
         progress: given the bytes this rank will write, returns what is told of each part written.
 
     Raises:
-        PruneError: ranks have different plans; nothing was written.
+        PruneError: ranks have different plans or models; nothing was written.
     """
     base_model = target.base_model or base_model_of(source)
     passenger = _passenger(source, base_model, plan, repair)
     ranks.agree("the plan", str(passenger.plan_digest))
+    ranks.agree_on(f"the model in {source.path}", lambda: source.digest)
     writer = make_writer(source, target, passenger.plan_digest)
     with (
         atomic_directory(target.directory, ranks=ranks, overwrite=overwrite) as temporary,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -10,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.launch import launch
-from tests.pico import directory_bytes, ok
+from tests.pico import TEXT, directory_bytes, ok
 
 Models, Shards, Plans = Callable[[str], Path], Callable[..., Path], Callable[[str], Path]
 TP, PP = "--tensor-model-parallel-size", "--pipeline-model-parallel-size"
@@ -87,6 +89,40 @@ def test_ranks_with_different_plan_files_all_refuse(
     assert [rank.codes for rank in done] == [[2], [2]], done
     assert "the plan differs between ranks" in done[0].err
     assert not (tmp_path / "p").exists()
+
+
+def test_ranks_with_different_models_all_refuse(models: Models, tmp_path: Path) -> None:
+    """One path again; of one shape and of another, which ended in a crash of gloo's."""
+    for rank, kinds in enumerate((("gqa", "gqa"), ("twin", "mha"))):
+        for name, kind in zip("ab", kinds):
+            shutil.copytree(models(kind), tmp_path / str(rank) / name)
+    text = tmp_path / "t.txt"
+    text.write_text(TEXT * 9)
+    size, corpus = ("--seq-length", 16), tmp_path / "c"
+    (tmp_path / "t.jsonl").write_text(json.dumps({"text": TEXT * 9}) + "\n")
+    ok("preprocess", "--input", tmp_path / "t.jsonl", "--output-prefix", corpus,
+       "--tokenizer-model", models("gqa"))  # fmt: skip
+    out = tmp_path / "out"
+    stages = [
+        stage
+        for name in "ab"
+        for stage in (
+            ("evaluate", "--load", name, "--data", text, *size),
+            ("score", "--load", name, "--data", text, "--save", out, "--criterion", "wanda", *size,
+             "--num-samples", 2),
+            ("generate", "--load", name, "--prompt", "a", "--max-new-tokens", 1,
+             "--tensor-model-parallel-size", 1),
+            ("convert", "--load", name, "--save", out, "--to", "megatron"),
+            ("profile", "--load", name, "--save", out, *size),
+            ("train", "--load", name, "--save", out, "--data-path", f"{corpus}_text_document",
+             "--train-iters", 1, "--micro-batch-size", 1, "--lr", 1, "--split", "1,0,0", *size),
+        )
+    ]  # fmt: skip
+    prelude = f"os.chdir({str(tmp_path)!r} + '/' + os.environ['RANK'])"
+    done = launch(2, *stages, prelude=prelude)
+    assert [rank.codes for rank in done] == [[2] * len(stages)] * 2, done
+    assert done[0].err.count("differs between ranks: rank 1 of 2") == len(stages), done[0].err
+    assert not out.exists() or list(out.glob("iter_*")) == []
 
 
 FAIL = """

@@ -18,7 +18,7 @@ from typing import Any
 from megatron_prune import __version__, stages
 from megatron_prune.cli.flags import add_flags, options_from
 from megatron_prune.cli.recipe import expand_recipe, with_dashes
-from megatron_prune.cli.start import alike, started_with
+from megatron_prune.cli.start import alike, check_launcher, refusal_told, started_with
 from megatron_prune.cli.terminal import Terminal
 from megatron_prune.errors import PruneError, exit_code
 from megatron_prune.model.grid import Layout
@@ -103,11 +103,13 @@ def stage_parser(stage: str) -> tuple[argparse.ArgumentParser, Callable[..., Any
 
 def _run(argv: Sequence[str]) -> None:
     """Parse, do, and print what came of it."""
+    check_launcher()
     stage, rest = _stage(argv)
     parser, function, options = stage_parser(stage)
-    args = parser.parse_args(expand_recipe(stage, with_dashes(rest)))
+    with refusal_told(issubclass(options, Layout)):
+        args = parser.parse_args(expand_recipe(stage, with_dashes(rest)))
+        given: Any = options_from(args, options, command=tuple(argv))
     terminal = Terminal()
-    given: Any = options_from(args, options, command=tuple(argv))
     with (
         terminal.warnings(),
         nullcontext()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import fields
@@ -16,10 +17,11 @@ from datetime import timedelta
 from typing import Any
 
 from megatron_prune import __version__
-from megatron_prune.errors import ConfigError, DistributedError
+from megatron_prune.errors import ConfigError, DistributedError, PruneError
 from megatron_prune.flags import FLAG, flag_name
 
 _LAST_LOOK = timedelta(seconds=30)  # for the others to see what differs, before the store is gone
+_REFUSED = {"the command line": "refused"}  # what a rank leaves that does not understand its own
 
 
 def started_with(stage: str, options: Any) -> dict[str, str]:
@@ -35,6 +37,35 @@ def started_with(stage: str, options: Any) -> dict[str, str]:
             names = map(flag_name, switches or (one.name,))
             found["/".join(names)] = str(getattr(options, one.name))
     return found
+
+
+def check_launcher() -> None:
+    """Refuse what a launcher cannot have set.
+
+    Raises:
+        DistributedError: no number, or a rank that is not among so many.
+    """
+    told = {name: os.environ.get(name) for name in ("WORLD_SIZE", "RANK", "MASTER_PORT")}
+    for name, value in told.items():
+        if value is not None and not re.fullmatch("[0-9]{1,9}", value):
+            raise DistributedError(f"{name} is {value!r}; wanted a number, as torchrun sets it")
+    world, rank = int(told["WORLD_SIZE"] or 1), int(told["RANK"] or 0)
+    if told["WORLD_SIZE"] is not None and not rank < world:
+        raise DistributedError(f"RANK is {rank} of WORLD_SIZE {world}; start ranks with torchrun")
+
+
+@contextmanager
+def refusal_told(on_ranks: bool) -> Iterator[None]:
+    """Around the reading of a command line that ranks may share: where this rank refuses its own,
+    the others end too. They would wait for it until their time-out."""
+    try:
+        yield
+    except (SystemExit, PruneError) as refusal:
+        is_help = isinstance(refusal, SystemExit) and refusal.code == 0
+        if on_ranks and not is_help:
+            with suppress(PruneError), alike(_REFUSED, _LAST_LOOK / timedelta(minutes=1)):
+                pass
+        raise
 
 
 @contextmanager
@@ -76,7 +107,7 @@ def alike(started: Mapping[str, str], timeout_minutes: float) -> Iterator[None]:
         different = _difference(found[0], found[-1], len(found) - 1)
         store.set(f"start/{meeting}/{rank}/seen", "")
         if is_host:
-            world = min(int(one["WORLD_SIZE"]) for one in found)
+            world = min(int(one.get("WORLD_SIZE", world)) for one in found)
             seen = [f"start/{meeting}/{other}/seen" for other in range(1, world)]
             with suppress(RuntimeError):
                 store.wait(seen, timeout if different is None else _LAST_LOOK)
@@ -102,6 +133,8 @@ def _starts(store: Any, meeting: int, world: int) -> list[dict[str, str]]:
 
 
 def _difference(first: Mapping[str, str], other: Mapping[str, str], rank: int) -> str | None:
+    if first != other and _REFUSED in (first, other):
+        return f"rank {0 if first == _REFUSED else rank} refused its command line; see what it said"
     for name in {**first, **other}:
         if first.get(name) != other.get(name):
             return (

@@ -129,10 +129,13 @@ def check_not_input(flag: str, path: Path, inputs: Iterable[Path | None]) -> Non
             )
 
 
-def agree_on_options(ranks: Ranks, options: object) -> None:
-    """Refuse ranks that were started with different arguments, or from different versions."""
+def agree_on_start(ranks: Ranks, options: object, source: Source | None) -> None:
+    """Refuse ranks that were started with different arguments, from different versions, or that
+    opened different models; without ``source`` the writing looks at that."""
     ranks.agree("the version of megatron_prune", __version__)
     ranks.agree("the command line", repr(options))
+    if source is not None:
+        ranks.agree_on(f"the model in {source.path}", lambda: source.digest)
 
 
 def shape_table(source: ModelShape, target: ModelShape | None = None) -> str:

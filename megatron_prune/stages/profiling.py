@@ -20,7 +20,7 @@ from megatron_prune.engine.running import Engine
 from megatron_prune.files import replace_file
 from megatron_prune.flags import flag, positive
 from megatron_prune.planning.latency import LatencyTable, fit_latency
-from megatron_prune.stages.common import Loads, agree_on_options, check_output_file, opened
+from megatron_prune.stages.common import Loads, agree_on_start, check_output_file, opened
 from megatron_prune.stages.console import SILENT, Console
 
 
@@ -62,21 +62,23 @@ def profile(options: ProfileOptions, console: Console = SILENT) -> Profiled:
     model = ModelOptions.of(options, options.seq_length)
     with opened(options.load, options.family) as source:
         config = source.config
-    config.shape.check_uniform("profile", "profile its source")
-    grid.check(config.shape)
-    check_model(config, model, grid.tensor_parallel)
-    timeout = options.distributed_timeout_minutes
-    with model_parallel(grid, timeout_minutes=timeout) as groups:
-        agree_on_options(groups.ranks, options)
-        table = measure_table(
-            config,
-            groups,
-            model,
-            batch_size=options.batch_size,
-            repeats=options.repeats,
-            progress=console.say,
-        )
-        on_first_rank(groups.ranks, lambda: replace_file(options.save, table.to_json().encode()))
+        config.shape.check_uniform("profile", "profile its source")
+        grid.check(config.shape)
+        check_model(config, model, grid.tensor_parallel)
+        timeout = options.distributed_timeout_minutes
+        with model_parallel(grid, timeout_minutes=timeout) as groups:
+            agree_on_start(groups.ranks, options, source)
+            table = measure_table(
+                config,
+                groups,
+                model,
+                batch_size=options.batch_size,
+                repeats=options.repeats,
+                progress=console.say,
+            )
+            on_first_rank(
+                groups.ranks, lambda: replace_file(options.save, table.to_json().encode())
+            )
     return Profiled(table=table)
 
 

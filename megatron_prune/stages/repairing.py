@@ -21,7 +21,7 @@ from megatron_prune.sources.repair_record import Repair, Replaced
 from megatron_prune.sources.replaced import RepairedSource, Tensors
 from megatron_prune.sources.source import Source
 from megatron_prune.stages.calibration import CALIBRATION, LayerwiseCalibration
-from megatron_prune.stages.common import agree_on_options
+from megatron_prune.stages.common import agree_on_start
 from megatron_prune.stages.console import Console
 from megatron_prune.stages.deciding import PlanFlags
 from megatron_prune.store.commit import scratch_directory
@@ -150,7 +150,7 @@ def repaired(
     model, grid = options.calibration_run(source, options.repair_tensor_parallel_size)
     timeout = options.distributed_timeout_minutes
     with model_parallel(grid, timeout_minutes=timeout) as groups:
-        agree_on_options(groups.ranks, options)
+        agree_on_start(groups.ranks, options, source)
         console.say(
             f"repairs at TP={grid.tensor_parallel} DP={groups.data_parallel}, {model.dtype}"
             + ("" if fit is None else f", {fit}")

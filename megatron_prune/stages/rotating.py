@@ -15,7 +15,7 @@ from megatron_prune.ranks import Ranks
 from megatron_prune.sources.rotated import RotatedSource, principal_components
 from megatron_prune.sources.source import Source
 from megatron_prune.stages.calibration import LayerwiseCalibration
-from megatron_prune.stages.common import agree_on_options
+from megatron_prune.stages.common import agree_on_start
 from megatron_prune.stages.console import Console
 
 ROTATION = Group("rotation (alone, or under torchrun)")
@@ -81,7 +81,7 @@ def rotated(options: Rotation, source: Source, console: Console) -> Iterator[Rot
     model, grid = options.calibration_run(source)
     timeout = options.distributed_timeout_minutes
     with model_parallel(grid, timeout_minutes=timeout) as groups:
-        agree_on_options(groups.ranks, options)
+        agree_on_start(groups.ranks, options, source)
         windows = on_first_rank(
             groups.ranks, lambda: options.windows(source, model.seq_length, console)
         )

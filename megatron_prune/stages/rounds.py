@@ -32,7 +32,7 @@ from megatron_prune.planning.scores import (
 from megatron_prune.planning.search import shape_words
 from megatron_prune.sources.pruned import PrunedSource
 from megatron_prune.sources.source import Source
-from megatron_prune.stages.common import agree_on_options
+from megatron_prune.stages.common import agree_on_start
 from megatron_prune.stages.console import Console
 from megatron_prune.stages.deciding import PlanFlags
 from megatron_prune.stages.sampling import Scoring
@@ -150,7 +150,7 @@ def plan_in_rounds(
     )
     timeout = options.distributed_timeout_minutes
     with model_parallel(grid, timeout_minutes=timeout) as groups:
-        agree_on_options(groups.ranks, options)
+        agree_on_start(groups.ranks, options, source)
         windows = on_first_rank(
             groups.ranks, lambda: options.samples(source, how.model.seq_length, console)
         )

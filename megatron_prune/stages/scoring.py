@@ -20,7 +20,7 @@ from megatron_prune.errors import ConfigError, DamagedError, PlanError
 from megatron_prune.flags import flag
 from megatron_prune.model.lazy import Tensor
 from megatron_prune.planning.scores import Scores, criteria_in, load_scores, scores_bytes
-from megatron_prune.stages.common import agree_on_options, check_output_file, opened
+from megatron_prune.stages.common import agree_on_start, check_output_file, opened
 from megatron_prune.stages.console import SILENT, Console
 from megatron_prune.stages.sampling import Scoring
 
@@ -77,7 +77,7 @@ def score(options: ScoreOptions, console: Console = SILENT) -> Scored:
         how.removed_layers(source.config.shape.num_layers)
         timeout = options.distributed_timeout_minutes
         with model_parallel(grid, timeout_minutes=timeout) as groups:
-            agree_on_options(groups.ranks, options)
+            agree_on_start(groups.ranks, options, source)
             scores = _score(options, source, how, groups, console)
     tokens = scores.provenance.get("tokens", 0)
     console.say(f"{options.save}: {tokens} calibration tokens")

@@ -14,7 +14,7 @@ from megatron_prune.ranks import Ranks, joined_ranks
 from megatron_prune.sources.finite import FiniteSource
 from megatron_prune.sources.repair_record import Repair
 from megatron_prune.sources.source import CARD, Source
-from megatron_prune.stages.common import Saves, agree_on_options
+from megatron_prune.stages.common import Saves, agree_on_start
 from megatron_prune.stages.console import Console
 from megatron_prune.stages.reading import tell_nonfinite
 from megatron_prune.store.megatron_args import beyond_stock, stock_flags
@@ -91,7 +91,7 @@ def write(
             console.bar(stage, unit="B") as progress,
         ):
             if ranks is None:
-                agree_on_options(joined, options)
+                agree_on_start(joined, options, None)
             write_checkpoint(
                 checked,
                 target,

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.launch import COMMAND, fork, free_port, launch
+from tests.pico import run
 
 LOAD, TEXT = ("--load", "/nowhere/model"), "/nowhere/text"
 FFN = ("--ffn-hidden-size-remain", 48)
@@ -54,6 +55,47 @@ def test_another_command_ends_all() -> None:
     done = launch(2, COMMANDS["score"], instead={1: COMMANDS["convert"]})
     assert [rank.codes for rank in done] == [[2], [2]], done
     assert "the command differs between ranks: rank 0 has score, rank 1 has conv" in done[0].err
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("more", [("--tensor-paralel-size", 2), ("--config", "/nowhere.yaml")])
+def test_a_rank_that_refuses_its_command_line_ends_the_others(
+    rank: int, more: tuple[object, ...], tmp_path: Path
+) -> None:
+    """They would wait for it for ten minutes."""
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
+    words, files = COMMANDS["score"], [(tmp_path / f"{i}.o", tmp_path / f"{i}.e") for i in (0, 1)]
+    ranks = [
+        fork(COMMAND, (*words, *more) if i == rank else words, files[i], RANK=f"{i}", **place)
+        for i in (0, 1)
+    ]
+    assert [one.wait() for one in ranks] == [2, 2], files[0][1].read_text()
+    if rank == 1:  # rank 0 speaks for all
+        assert "rank 1 refused its command line; see what it said" in files[0][1].read_text()
+    else:
+        assert "--tensor-paralel-size" in files[0][1].read_text() or "/nowhere" in (
+            files[0][1].read_text()
+        )
+
+
+@pytest.mark.parametrize(
+    ("variables", "says"),
+    [
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE is 'two'; wanted a number"),
+        ({"WORLD_SIZE": "-1"}, "WORLD_SIZE is '-1'; wanted a number"),
+        ({"WORLD_SIZE": "0"}, "RANK is 0 of WORLD_SIZE 0"),
+        ({"WORLD_SIZE": "2", "RANK": "2"}, "RANK is 2 of WORLD_SIZE 2"),
+        ({"WORLD_SIZE": "2", "RANK": "x"}, "RANK is 'x'; wanted a number"),
+        ({"WORLD_SIZE": "2", "RANK": "0", "MASTER_PORT": "x"}, "MASTER_PORT is 'x'; wanted a num"),
+    ],
+)
+def test_what_no_launcher_sets_is_refused(
+    variables: dict[str, str], says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    done = run(*COMMANDS["evaluate"])
+    assert done.code == 5 and says in done.err, done
 
 
 @pytest.mark.parametrize("worlds", [(2, 3), (3, 2)])

@@ -84,7 +84,9 @@ def load_weights(model: Module, source: Source, groups: Groups) -> None:
     Raises:
         DamagedError: a tensor is not what the source promised.
         DistributedError: another rank met an error; every rank raises.
+        PruneError: ranks opened different models.
     """
+    groups.ranks.agree_on(f"the model in {source.path}", lambda: source.digest)
     together(groups.ranks, lambda: _fill(model, source.config, groups, source.read))
 
 

@@ -121,6 +121,7 @@ def open_inputs(options: TrainOptions, groups: Groups) -> RunInputs:
     ranks.agree("the command line", repr(options))
     start = on_first_rank(ranks, lambda: find_start(options))
     source = together(ranks, lambda: open_model(options, start, grid))
+    ranks.agree_on(f"the model in {source.path}", lambda: source.digest)
     facts = on_first_rank(ranks, lambda: open_corpora(options, start, source))
     teachers = together(ranks, lambda: open_run_teachers(options, start, source, grid))
     return RunInputs(start, source, facts, teachers)
