@@ -146,7 +146,7 @@ def config_from_args(args: Any, where: Path, family: str | None) -> ModelConfig:
     grouped = values.get("group_query_attention") and values.get("num_query_groups")
     all_bias = bool(values.get("add_bias_linear"))
     qkv_bias = bool(values.get("add_qkv_bias")) or all_bias
-    window = _sliding_window(values)
+    window = _sliding_window(values, where)
     like = family_of_arguments(
         qkv_bias=qkv_bias,
         all_bias=all_bias,
@@ -197,7 +197,7 @@ def _family(values: dict[str, Any], where: Path, family: str | None, like: Famil
     if family is not None and family not in FAMILIES:
         raise CheckpointError(f"{where}: family {family!r}; wanted one of {', '.join(FAMILIES)}")
     found = like if family is None else FAMILIES[family]
-    if _sliding_window(values) and not found.has_windows:
+    if _sliding_window(values, where) and not found.has_windows:
         known = ", ".join(one.name for one in FAMILIES.values() if one.has_windows)
         raise CheckpointError(
             f"{where}: args.window_size is {values['window_size']}; this reads windows of family "
@@ -225,12 +225,22 @@ def _vocab_size(values: dict[str, Any]) -> int:
     return padded
 
 
-def _sliding_window(values: dict[str, Any]) -> int | None:
-    """Tokens that attention reaches, itself among them; Megatron counts those to the left."""
+def _sliding_window(values: dict[str, Any], where: Path) -> int | None:
+    """Tokens that attention reaches, itself among them; Megatron counts those to the left.
+
+    Raises:
+        CheckpointError: not two integers, or a window that reaches what comes after.
+    """
     window = values.get("window_size")
-    if not isinstance(window, (tuple, list)) or not window or type(window[0]) is not int:
+    if window is None:
         return None
-    return None if window[0] < 0 else window[0] + 1  # -1: no limit
+    pair = list(window) if isinstance(window, (tuple, list)) else []
+    if [type(side) for side in pair] != [int, int] or (pair[0] >= 0 and pair[1] != 0):
+        raise CheckpointError(
+            f"{where}: args.window_size is {window!r:.40}; wanted two integers, the tokens to the "
+            "left and 0 to the right"
+        )
+    return None if pair[0] < 0 else pair[0] + 1  # -1: no limit
 
 
 def _rope_scaling(values: dict[str, Any]) -> dict[str, Any] | None:
