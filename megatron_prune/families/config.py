@@ -17,10 +17,9 @@ from megatron_prune.families.windows import keep_layers
 from megatron_prune.model.axes import split_layer
 from megatron_prune.model.family import Family, Weight
 from megatron_prune.model.shape import ModelConfig, ModelShape
-from megatron_prune.model.tensors import DTYPES
+from megatron_prune.model.tensors import DTYPE_WORDS, DTYPES
 
 CONFIG = "config.json"
-_SHORT = {long: short for short, long in DTYPES.items()}
 _OLD_LENGTH = ("llama3", "yarn", "longrope")  # their parameters name the length before scaling
 
 
@@ -65,12 +64,12 @@ def interpret(family: Family, values: Mapping[str, Any]) -> ModelConfig:
         max_position_embeddings=int(get("max_position_embeddings")),
         sliding_window=family.window(values),
         init_method_std=float(get("initializer_range", 0.02)),
-        dtype=_SHORT.get(dtype_word(values) or "float32", "fp32"),
+        dtype=DTYPE_WORDS.get(told_dtype(values) or "float32", "fp32"),
         hf_config=dict(values),
     )
 
 
-def dtype_word(values: Mapping[str, Any]) -> str | None:
+def told_dtype(values: Mapping[str, Any]) -> str | None:
     """What config.json calls its weights' dtype, None where it is silent; ``dtype`` counts before
     the older ``torch_dtype``."""
     word = values.get("dtype") or values.get("torch_dtype")
@@ -146,8 +145,8 @@ def hf_config(config: ModelConfig, kept_layers: list[int] | None = None) -> dict
         vocab_size=shape.vocab_size,
         tie_word_embeddings=config.tied,
     )
-    word = dtype_word(values)
-    if word is None or _SHORT.get(word, "fp32") != config.dtype:
+    word = told_dtype(values)
+    if word is None or DTYPE_WORDS.get(word, "fp32") != config.dtype:
         for key in [key for key in ("dtype", "torch_dtype") if values.get(key)] or ["dtype"]:
             values[key] = DTYPES[config.dtype]
     values.pop("block_configs", None)

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from megatron_prune.model.lazy import Tensor, torch
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}  # our words and torch's
+DTYPE_WORDS = {name: word for word, name in DTYPES.items()}
 
 
 def torch_dtype(word: str) -> torch.dtype:
@@ -17,7 +18,7 @@ def torch_dtype(word: str) -> torch.dtype:
 
 def dtype_word(dtype: torch.dtype) -> str:
     """Our word for a dtype; torch's own for one that is not among ``DTYPES``."""
-    return next((word for word in DTYPES if torch_dtype(word) == dtype), str(dtype))
+    return DTYPE_WORDS.get(str(dtype).removeprefix("torch."), str(dtype))
 
 
 def expand_rows(index: Tensor, rows: int) -> Tensor:

@@ -19,13 +19,13 @@ from typing import Any
 from megatron_prune.data.tokenizers import TRACKER
 from megatron_prune.errors import CheckpointError, DamagedError
 from megatron_prune.families import read_config, read_config_as
-from megatron_prune.families.config import CONFIG, dtype_word
+from megatron_prune.families.config import CONFIG, told_dtype
 from megatron_prune.files import Hold, hold
 from megatron_prune.files.parsing import read_table
 from megatron_prune.model.axes import names
 from megatron_prune.model.grid import ParallelGrid
 from megatron_prune.model.shape import ModelConfig
-from megatron_prune.model.tensors import DTYPES
+from megatron_prune.model.tensors import DTYPE_WORDS
 from megatron_prune.sources.source import Source
 from megatron_prune.store import hf, mcore_dist, mcore_legacy
 from megatron_prune.store.bridge import RUN_CONFIG, TOKENIZER, read_arguments
@@ -126,7 +126,7 @@ def open_source(path: Path, *, family: str | None = None) -> Source:
     else:
         source = _open_legacy(facts, family)
     source.held = held
-    if dtype_word(source.config.hf_config) is None:
+    if told_dtype(source.config.hf_config) is None:
         _tell_dtype(source)
     _check_described(facts.directory, source.config)
     return source
@@ -144,8 +144,8 @@ def _tell_dtype(source: Source) -> None:
             stacklevel=2,
         )
     values = source.config.hf_config
-    dtype = next((short for short, long in DTYPES.items() if long == first), "fp32")
     said = {**values, "dtype": first} if values else values
+    dtype = DTYPE_WORDS.get(first, "fp32")
     source.config = replace(source.config, dtype=dtype, hf_config=said)
 
 
