@@ -1,0 +1,1 @@
+"""One-shot weight sparsity: methods on matrices, without a model."""
