@@ -9,6 +9,7 @@ of memory a token, and the text as a string.
 from __future__ import annotations
 
 import hashlib
+import random
 from pathlib import Path
 
 import torch
@@ -25,8 +26,8 @@ def data_digest(windows_WS: Tensor) -> str:
     return hashlib.sha256(windows_WS.numpy().tobytes()).hexdigest()
 
 
-def read_text(path: str | Path) -> str:
-    """The text of a file: the texts of JSON lines joined by line ends, any other file as it is.
+def read_documents(path: str | Path) -> list[str]:
+    """The texts of JSON lines, one each; any other file is one text.
 
     JSON lines are known by their name: ``.jsonl``, ``.json``, ``.jsonl.gz``.
 
@@ -36,16 +37,21 @@ def read_text(path: str | Path) -> str:
     path = Path(path)
     check_inputs([path], flag="")
     if {".jsonl", ".json"} & set(path.suffixes):
-        return "\n".join(
+        return [
             row[0]
             for chunk in read_chunks([path])
             for row in parse_lines(chunk, ["text"], "wanted 'text'; rename one of them")
-        )
+        ]
     try:
-        return path.read_text(encoding="utf-8")
+        return [path.read_text(encoding="utf-8")]
     except UnicodeDecodeError as error:
         what = foreign_text(path) or f"not UTF-8 text ({error.reason} at byte {error.start})"
         raise ConfigError(f"{path}: {what}") from None
+
+
+def read_text(path: str | Path) -> str:
+    """`read_documents` joined by line ends."""
+    return "\n".join(read_documents(path))
 
 
 def token_windows(
@@ -94,13 +100,52 @@ def model_windows(
     """
     tokenizer = load_tokenizer(tokenizer_model)
     windows = token_windows(tokenizer, read_text(data), seq_length, max_windows, str(data))
+    _check_ids(windows, tokenizer, vocab_size)
+    return windows, tokenizer
+
+
+def document_windows(
+    data: Path, tokenizer_model: Path, *, seq_length: int, count: int, seed: int, vocab_size: int
+) -> Tensor:
+    """Windows drawn from documents as the official codes of SparseGPT and Wanda draw them.
+
+    Python's generator is seeded; a document is drawn until one has more tokens than a window,
+    special tokens of the tokenizer's among them; then the place where the window begins.
+
+    Returns:
+        [count, seq_length] int64.
+
+    Raises:
+        ConfigError: see `model_windows`; or no document is longer than a window.
+    """
+    documents, tokenizer = read_documents(data), load_tokenizer(tokenizer_model)
+    draws, short, rows = random.Random(seed), set[int](), list[list[int]]()
+    while len(rows) < count:
+        if len(short) == len(documents):
+            raise ConfigError(
+                f"{data}: none of {len(documents)} documents has more than {seq_length} tokens, "
+                "which --calibration-sampling documents needs for one window; give longer ones or "
+                "a smaller --seq-length"
+            )
+        number = draws.randint(0, len(documents) - 1)
+        ids = [] if number in short else tokenizer.encode(documents[number], True)
+        if len(ids) <= seq_length:
+            short.add(number)
+            continue
+        start = draws.randint(0, len(ids) - seq_length - 1)
+        rows.append(ids[start : start + seq_length])
+    windows = torch.tensor(rows, dtype=torch.int64)
+    _check_ids(windows, tokenizer, vocab_size)
+    return windows
+
+
+def _check_ids(windows: Tensor, tokenizer: TextTokenizer, vocab_size: int) -> None:
     largest = int(windows.max())
     if largest >= vocab_size:
         raise ConfigError(
             f"the tokenizer of {tokenizer.name} gives token id {largest}, the model has a "
             f"vocabulary of {vocab_size}; name its own with --tokenizer-model"
         )
-    return windows, tokenizer
 
 
 def scored_bytes(tokenizer: TextTokenizer, windows: Tensor) -> int:

@@ -34,7 +34,7 @@ class Targets:
     drop_layers: tuple[int, ...] = ()
 
 
-def parse_layers(text: str) -> tuple[int, ...]:
+def parse_layers(text: str, flag: str = "--drop-layers") -> tuple[int, ...]:
     """``7,13,18-20`` -> (7, 13, 18, 19, 20).
 
     Raises:
@@ -46,7 +46,7 @@ def parse_layers(text: str) -> tuple[int, ...]:
         first, last = (0, -1) if match is None else (int(match[1]), int(match[2] or match[1]))
         if last < first:
             raise PlanError(
-                f"--drop-layers {text}: {word!r} is not a layer; wanted numbers and ranges such "
+                f"{flag} {text}: {word!r} is not a layer; wanted numbers and ranges such "
                 "as 7,13,18-20"
             )
         layers += range(first, last + 1)

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_prune.engine.failures import together
@@ -29,6 +30,7 @@ from megatron_prune.errors import DamagedError
 from megatron_prune.model.axes import norm_names
 from megatron_prune.model.blocks import ATTENTION, EMBEDDING
 from megatron_prune.model.family import Half
+from megatron_prune.model.fusion import stored_reader
 from megatron_prune.model.shape import ModelConfig
 from megatron_prune.model.tensors import torch_dtype
 from megatron_prune.sources.source import Source
@@ -45,6 +47,7 @@ class Layer:
         self._model = build_model(alone, groups, options).to(groups.device).eval()
         decoder: Any = self._model.decoder
         self._layer: Any = decoder.layers[0]
+        self._epsilon = config.norm_epsilon
         self._groups = groups
         rotary: Any = self._model.rotary_pos_emb
         self._rotary = rotary(options.seq_length)
@@ -52,6 +55,16 @@ class Layer:
     def load(self, source: Source, layer: int) -> None:
         """Take over a layer's weights."""
         load_layer(self._layer, source, layer, self._groups)
+
+    @torch.no_grad()
+    def normed(self, half: Half, x_sbD: Tensor) -> Tensor:
+        """What the readers of a half's norm read, [s, b, D]."""
+        reader = self._layer.get_submodule(stored_reader(half))
+        if hasattr(reader, "layer_norm_weight"):  # Transformer Engine's has the norm in it
+            weight = reader.layer_norm_weight
+            return F.rms_norm(x_sbD, weight.shape, weight, self._epsilon)
+        normed: Tensor = getattr(self._layer, half.norm)(x_sbD)
+        return normed
 
     @torch.no_grad()
     def run(
