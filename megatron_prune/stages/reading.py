@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from math import prod
+from threading import Lock
 
 from megatron_prune.model.axes import axes_of, names, split_layer, tensor_shape
 from megatron_prune.model.lazy import Tensor
@@ -26,7 +28,7 @@ def check_weights(source: Source, console: Console, *, allow: bool) -> None:
         DamagedError: some are not finite, and that is not allowed; names tensor and number.
     """
     checked = FiniteSource(source, allow=allow)
-    _read_through(checked, names(source.config), console)
+    read_through(checked, names(source.config), console)
     tell_nonfinite(checked.texts, console)
 
 
@@ -40,15 +42,32 @@ def check_what_goes(checked: FiniteSource, plan: PrunePlan, console: Console) ->
         for name in names(checked.config)
         if split_layer(name)[0] not in stay or (cuts_rows and "V" in axes_of(name))
     ]
-    _read_through(checked, going, console)
+    read_through(checked, going, console)
 
 
-def _read_through(source: Source, tensors: Iterable[str], console: Console) -> None:
-    shape, total = source.config.shape, 0
-    reads: list[Callable[[], Tensor]] = []
+def read_through(
+    source: Source,
+    tensors: Iterable[str],
+    console: Console,
+    see: Callable[[str, Tensor], object] = lambda name, x: None,
+) -> None:
+    """Read some tensors once, block by block.
+
+    Args:
+        see: is shown each block of a tensor, by several threads, one at a time.
+    """
+    shape, total, one_at_a_time = source.config.shape, 0, Lock()
+
+    def look(name: str, read: Callable[[], Tensor]) -> int:
+        x = read()
+        with one_at_a_time:
+            see(name, x)
+        return x.nbytes
+
+    reads: list[Callable[[], int]] = []
     for name in tensors:
         total += prod(tensor_shape(name, shape)) * source.dtype(name).itemsize
-        reads += row_blocks(source, name, shape)
+        reads += (partial(look, name, read) for read in row_blocks(source, name, shape))
     if not reads:
         return
     with (
@@ -56,7 +75,7 @@ def _read_through(source: Source, tensors: Iterable[str], console: Console) -> N
         console.bar("weights", unit="B", stays=False) as start,
     ):
         tell = start(total)
-        for done in pool.map(lambda read: read().nbytes, reads):
+        for done in pool.map(lambda read: read(), reads):
             tell(done)
 
 
