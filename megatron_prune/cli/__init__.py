@@ -31,6 +31,7 @@ STAGES = {
     "profile": "how long a layer takes on this machine",
     "plan": "decide what is kept, and write it down",
     "prune": "cut the checkpoint as the plan says",
+    "sparsify": "set weights to zero in one shot: Wanda, SparseGPT and after",
     "reshard": "change TP, PP or the format of a Megatron checkpoint",
     "verify": "check every tensor of a pruned checkpoint against source and plan",
     "vocab": "a smaller tokenizer with its rows: count, plan, prune",

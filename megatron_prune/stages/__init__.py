@@ -21,6 +21,7 @@ _MODULES = {
     "profiling": ("profile", "ProfileOptions"),
     "planning": ("plan", "PlanOptions"),
     "pruning": ("prune", "PruneOptions"),
+    "sparsifying": ("sparsify", "SparsifyOptions"),
     "resharding": ("reshard", "ReshardOptions"),
     "verification": ("verify", "VerifyOptions"),
     "vocab_counting": ("vocab_count", "VocabCountOptions"),
