@@ -23,7 +23,7 @@ LAYERS = (
     ("families",),
     ("planning",),
     ("sources", "data"),
-    ("criteria",),
+    ("criteria", "sparsity"),
     ("store",),
     ("surgery", "verify", "emb_pruner"),
     ("engine.cpu", "engine.failures", "engine.running"),
