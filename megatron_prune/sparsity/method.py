@@ -160,7 +160,7 @@ def method_for(name: str, how: How) -> Method:
     Raises:
         ConfigError: no such method, or options of another method.
     """
-    _check(name, how)
+    check_method(name, how)
     if how.weight_update != "none":
         from megatron_prune.sparsity.ablations import ablation
 
@@ -174,7 +174,7 @@ def method_for(name: str, how: How) -> Method:
     return method
 
 
-def _check(name: str, how: How) -> None:
+def check_method(name: str, how: How) -> None:
     if name not in METHODS:
         raise ConfigError(f"--method {name}: there is no such method; choose {', '.join(METHODS)}")
     if how.weight_update not in WEIGHT_UPDATES:

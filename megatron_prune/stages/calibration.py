@@ -30,7 +30,12 @@ class Calibration(Layout, Loads):
         "text, or JSON lines with 'text'", default=None, metavar="CALIB", group=CALIBRATION
     )
     num_samples: int = flag(
-        "windows of CALIB at most", default=128, parse=positive, metavar="N", group=CALIBRATION
+        "windows of CALIB at most",
+        default=128,
+        parse=positive,
+        metavar="N",
+        group=CALIBRATION,
+        also=("--nsamples",),
     )
     seq_length: int | None = flag(
         f"tokens of a window (default: {_LONGEST}, or what the model takes)",

@@ -18,7 +18,15 @@ from megatron_prune.model.fusion import stored_name
 from megatron_prune.model.shape import ModelConfig
 from megatron_prune.planning.choose import parse_layers
 from megatron_prune.sparsity.allocation import arithmetic
-from megatron_prune.sparsity.method import METHODS, Asked, How, Pattern, method_for
+from megatron_prune.sparsity.method import (
+    METHODS,
+    WEIGHT_UPDATES,
+    Asked,
+    How,
+    Pattern,
+    check_method,
+    method_for,
+)
 from megatron_prune.stages.calibration import LayerwiseCalibration
 
 if TYPE_CHECKING:
@@ -26,11 +34,10 @@ if TYPE_CHECKING:
 
 SPARSITY = Group("how sparse")
 METHOD = Group("method")
-UPDATES = ("none", "seq", "iter")
 _ABLATIONS = {  # the official command line's names
     f"ablate_{short}_{order}": (name, order)
     for short, name in (("mag", "magnitude"), ("wanda", "wanda"))
-    for order in UPDATES[1:]
+    for order in WEIGHT_UPDATES[1:]
 }
 BY_LAYER = ("uniform", "owl", "arithmetic")
 
@@ -120,7 +127,7 @@ class SparsityFlags(LayerwiseCalibration):
         "of magnitude and wanda: kept weights make good for those that go, the whole mask first "
         "or 128 columns at a time (default: none)",
         default=None,
-        choices=UPDATES,
+        choices=WEIGHT_UPDATES,
         group=METHOD,
     )
     refit: bool = flag(
@@ -194,14 +201,13 @@ class SparsityFlags(LayerwiseCalibration):
         name, how = self.how
         if self.method in _ABLATIONS and self.weight_update is not None:
             raise ConfigError(f"--method {self.method} says the --weight-update already")
-        method = method_for(name, how)
+        check_method(name, how)
         if self.upstream_statistics and (name != "wanda" or how.weight_update == "none"):
             raise ConfigError(
                 "--upstream-statistics: only wanda with a --weight-update weighs windows so upstream"
             )
-        if not (math.isfinite(self.damping) and self.damping >= 0):
-            raise ConfigError(f"--damping {self.damping}: wanted 0 or more")
-        if pattern is not None and method.needs == "gram" and self.block_size % pattern.group:
+        in_blocks = name == "sparsegpt" or how.weight_update != "none"
+        if pattern is not None and in_blocks and self.block_size % pattern.group:
             raise ConfigError(
                 f"--block-size {self.block_size}: is no multiple of {pattern.group}, the group of "
                 f"--pattern {pattern}; blocks must not cut a group"
@@ -246,7 +252,9 @@ class SparsityFlags(LayerwiseCalibration):
     @property
     def needs_text(self) -> bool:
         """Whether the method or the allocation reads text."""
-        return method_for(*self.how).needs != "weights" or self.sparsity_by_layer == "owl"
+        name, how = self.how
+        alone = name == "magnitude" and how.weight_update == "none" and not how.refit
+        return not alone or self.sparsity_by_layer == "owl"
 
 
 @dataclass(frozen=True, kw_only=True)
