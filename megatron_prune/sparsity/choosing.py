@@ -8,6 +8,8 @@ Shape suffixes: R rows, I inputs, M members of a group, G groups.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -71,31 +73,33 @@ def lowest_in_groups(keys_RI: Tensor, pattern: Pattern) -> tuple[Tensor, int]:
         mask, close = lowest_in_rows(flat, pattern.group - pattern.keep)
         return mask.view_as(keys_RI), close
     planes_MG = keys_RI.reshape(-1, pattern.group).t().contiguous()
-    mask_MG, close = lowest_of_members(planes_MG, pattern)
-    return mask_MG.t().reshape(keys_RI.shape), close
+    mask_MG, close_G = lowest_of_members(planes_MG, pattern)
+    return mask_MG.t().reshape(keys_RI.shape), 0 if close_G is None else int(close_G.sum())
 
 
-def lowest_of_members(keys_MG: Tensor, pattern: Pattern) -> tuple[Tensor, int]:
+def lowest_of_members(keys_MG: Tensor, pattern: Pattern) -> tuple[Tensor, Tensor | None]:
     """The same with the members of a group one below the other.
 
-    Costs ``M^2 / 2`` comparisons a group, of whole rows of groups at once.
+    Costs ``M^2 / 2`` comparisons a group, of whole rows of groups at once; a sort where M is large.
+
+    Returns:
+        The mask [M, G], and how many kept ones of each group were close [G], None for no one.
     """
     drop = pattern.group - pattern.keep
     if pattern.group > _FEW:
-        mask_GM, close = lowest_in_rows(keys_MG.t().contiguous(), drop)
-        return mask_GM.t().contiguous(), close
-    place_MG = torch.zeros(keys_MG.shape, dtype=torch.uint8, device=keys_MG.device)
-    for member in range(pattern.group - 1):
-        is_lower = keys_MG[member + 1 :] < keys_MG[member]  # equal: the earlier goes first
-        place_MG[member] += is_lower.sum(0, dtype=torch.uint8)
-        place_MG[member + 1 :] += ~is_lower
-    mask_MG = place_MG < drop
+        mask_MG = lowest_in_rows(keys_MG.t().contiguous(), drop)[0].t().contiguous()
+    else:
+        place_MG = torch.zeros(keys_MG.shape, dtype=torch.uint8, device=keys_MG.device)
+        for member in range(pattern.group - 1):
+            is_lower = keys_MG[member + 1 :] < keys_MG[member]  # equal: the earlier goes first
+            place_MG[member] += is_lower.sum(0, dtype=torch.uint8)
+            place_MG[member + 1 :] += ~is_lower
+        mask_MG = place_MG < drop
     highest_G = (keys_MG * mask_MG).amax(0)
-    close = (keys_MG <= highest_G * (1 + CLOSE)).count_nonzero() - drop * keys_MG.shape[1]
-    if close:  # rare, and not worth an exception for groups of zeros before it is seen
-        is_near = (keys_MG <= highest_G * (1 + CLOSE)) & ~mask_MG & (highest_G > 0)
-        close = is_near.count_nonzero()
-    return mask_MG, int(close)
+    near_MG = keys_MG <= highest_G * (1 + CLOSE)
+    if int(near_MG.count_nonzero()) == drop * keys_MG.shape[1]:
+        return mask_MG, None
+    return mask_MG, (near_MG & ~mask_MG & (highest_G > 0)).sum(0)
 
 
 def by_variant(keys_RI: Tensor, threshold_R1: Tensor, counts_R: Tensor) -> tuple[Tensor, int]:
@@ -103,6 +107,9 @@ def by_variant(keys_RI: Tensor, threshold_R1: Tensor, counts_R: Tensor) -> tuple
     return keys_RI <= threshold_R1, _close_in_rows(keys_RI, threshold_R1, counts_R)
 
 
-def masked(weight: Tensor, found: tuple[Tensor, int]) -> Sparse:
-    """The weights that a mask leaves, as an answer."""
-    return Sparse(weight_RI=without(weight, found[0]), close=found[1])
+def masked(weights: Sequence[Tensor], found: Sequence[tuple[Tensor, int]]) -> list[Sparse]:
+    """The weights that masks leave, and how many decisions were close, as answers."""
+    return [
+        Sparse(weight_RI=without(weight, mask), close=close)
+        for weight, (mask, close) in zip(weights, found)
+    ]

@@ -38,16 +38,21 @@ def lowest_of_matrices(
     return found
 
 
+def find(
+    weights: Sequence[Tensor], prepared: Prepared, asked: Asked, how: How, dealt: Dealt
+) -> list[tuple[Tensor, int]]:
+    """Of each matrix the mask of what goes of this rank's rows, and how many were close."""
+    keys = [weight.abs() for weight in weights]
+    if asked.pattern is not None:
+        return [lowest_in_groups(x, asked.pattern) for x in keys]
+    return lowest_of_matrices(keys, asked.share, dealt)
+
+
 def prune(
     weights: Sequence[Tensor], prepared: Prepared, asked: Asked, how: How, dealt: Dealt
 ) -> list[Sparse]:
     """See `Method`. Costs some 10 ns a weight."""
-    keys = [weight.abs() for weight in weights]
-    if asked.pattern is not None:
-        found = [lowest_in_groups(x, asked.pattern) for x in keys]
-    else:
-        found = lowest_of_matrices(keys, asked.share, dealt)
-    return [masked(weight, each) for weight, each in zip(weights, found)]
+    return masked(weights, find(weights, prepared, asked, how, dealt))
 
 
 def prepare(inputs: Inputs, how: How) -> Prepared:
