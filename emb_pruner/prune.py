@@ -22,7 +22,7 @@ from megatron_prune.errors import ConfigError, PlanError
 from megatron_prune.families.config import CONFIG
 from megatron_prune.files.parsing import read_table
 from megatron_prune.planning.plan import Kept, PrunePlan
-from megatron_prune.sources.source import VOCAB_PLAN, DerivedSource, Source
+from megatron_prune.sources.source import SPARSITY, VOCAB_PLAN, DerivedSource, Source
 
 GENERATION_CONFIG = "generation_config.json"
 _TOKENIZER_FILES = (
@@ -155,7 +155,9 @@ def write_companions(
         (directory / GENERATION_CONFIG).write_text(json.dumps(values, indent=2) + "\n")
         written = [*written, GENERATION_CONFIG]
     kept = {
-        name: path for name, path in source.companion_files.items() if not is_tokenizer_file(name)
+        name: path
+        for name, path in source.companion_files.items()
+        if not is_tokenizer_file(name) and name != SPARSITY  # of the whole model
     }
     return kept | {name: directory / name for name in (*written, VOCAB_PLAN)}
 

@@ -17,13 +17,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from megatron_prune.data.tokenizers import TRACKER
-from megatron_prune.errors import PlanError, StorageError
+from megatron_prune.errors import DamagedError, PlanError, StorageError
 from megatron_prune.files import write_file
 from megatron_prune.model.grid import ParallelGrid
 from megatron_prune.planning.plan import PrunePlan, load_plan
 from megatron_prune.ranks import Ranks
 from megatron_prune.sources.repair_record import Repair
 from megatron_prune.sources.source import CARD, COMMANDS, Source
+from megatron_prune.sources.sparsity_record import Sparsity, load_sparsity
 from megatron_prune.store.commit import atomic_directory, write_manifest
 from megatron_prune.store.hf import DEFAULT_SHARD_BYTES, HuggingFaceWriter
 from megatron_prune.store.mcore_dist import DistWriter
@@ -164,6 +165,7 @@ def _passenger(
             plan=described,
             plan_digest=passenger.plan_digest,
             is_repaired=described is not None and passenger.repair is not None,
+            sparsity=_carried_sparsity(source),
             commands=commands,
             source_card=files.get(CARD),
             base_model=base_model,
@@ -179,6 +181,14 @@ def _carried_plan(source: Source) -> PrunePlan | None:
     except PlanError:  # carried along as it is; `verify` reads it
         return None
     return plan if plan is not None and plan.target == source.config.shape else None
+
+
+def _carried_sparsity(source: Source) -> Sparsity | None:
+    """The record beside a source, where it is one; of a damaged one `inspect` and `verify` tell."""
+    try:
+        return None if source.sparsity_path is None else load_sparsity(source.sparsity_path)
+    except DamagedError:
+        return None
 
 
 def _check_space(directory: Path, wanted: int) -> None:

@@ -64,13 +64,21 @@ def verify(
             compared += found.numel()
         tensors, values = tensors + 1, values + compared
         progress(compared)
-    if not (pruned.path / MANIFEST).is_file():
-        return Verdict(tensors=tensors, values=values, repaired=len(repaired), files=None)
-    differences = check_manifest(pruned.path)
-    if differences:
-        raise DamagedError("; ".join(differences))
-    files = sum(1 for path in pruned.path.rglob("*") if path.is_file()) - 1
+    files = check_files(pruned)
     return Verdict(tensors=tensors, values=values, repaired=len(repaired), files=files)
+
+
+def check_files(pruned: Source) -> int | None:
+    """Hold every file of a checkpoint to its manifest; how many there are, None without one.
+
+    Raises:
+        DamagedError: with all differences.
+    """
+    if not (pruned.path / MANIFEST).is_file():
+        return None
+    if differences := check_manifest(pruned.path):
+        raise DamagedError("; ".join(differences))
+    return sum(1 for path in pruned.path.rglob("*") if path.is_file()) - 1
 
 
 def _rows(plan: PrunePlan, axis: str, layer: int | None) -> list[int]:
@@ -103,7 +111,7 @@ def _check_repaired(pruned: Source, name: str, replaced: Replaced, plan: PrunePl
         raise DamagedError(
             f"{pruned.path}: {stored}: is {tuple(found.shape)}, the plan makes {wanted}"
         )
-    _check_finite(pruned, name, found)
+    check_finite(pruned, name, found)
     if digest(found) != replaced.sha256.get(dtype_word(found.dtype)):
         raise DamagedError(
             f"{pruned.path}: {stored}: its SHA-256 is not the one {pruned.repair_path} has for "
@@ -112,7 +120,8 @@ def _check_repaired(pruned: Source, name: str, replaced: Replaced, plan: PrunePl
     return found.numel()
 
 
-def _check_finite(pruned: Source, name: str, found: Tensor) -> None:
+def check_finite(pruned: Source, name: str, found: Tensor) -> None:
+    """Raises DamagedError when a value is not finite; names the tensor."""
     if not is_finite(found):
         raise DamagedError(nonfinite_text(pruned, name))
 
@@ -124,7 +133,7 @@ def _compare(pruned: Source, name: str, at: int, found: Tensor, wanted: Tensor) 
             f"{pruned.path}: {stored}: is {tuple(found.shape)}, the plan makes "
             f"{tuple(wanted.shape)}"
         )
-    _check_finite(pruned, name, found)
+    check_finite(pruned, name, found)
     wanted = wanted.to(found.dtype)  # a checkpoint written with --dtype is compared in it
     if not torch.equal(found, wanted):
         place = (found != wanted).nonzero()[0].tolist()

@@ -26,6 +26,7 @@ LAYERS = (
     ("criteria", "sparsity"),
     ("store",),
     ("surgery", "verify", "emb_pruner"),
+    ("verify_sparse",),
     ("engine.cpu", "engine.failures", "engine.running"),
     ("engine.groups",),
     ("engine.forward",),

@@ -1,4 +1,4 @@
-"""A pruned model with some of its tensors replaced, and where the new ones wait meanwhile."""
+"""A model with some of its tensors replaced, and where the new ones wait meanwhile."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class Tensors(Mapping[str, Tensor]):
 
 
 class RepairedSource(DerivedSource):
-    """A pruned model with some of its tensors replaced; everything else is read through."""
+    """A model with some of its tensors replaced; everything else is read through."""
 
     def __init__(self, source: Source, replaced: Tensors) -> None:
         super().__init__(source)

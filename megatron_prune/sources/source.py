@@ -29,6 +29,7 @@ from megatron_prune.model.tensors import torch_dtype
 REPAIR = "repair.json"  # beside the plan
 CARD = "README.md"  # the model card
 VOCAB_PLAN = "vocab_plan.json"  # of a model whose tokenizer was pruned: travels with its files
+SPARSITY = "sparsity.json"  # of a model with zeros set in it: travels with its files
 COMMANDS = "commands.jsonl"  # of a training run: beside its checkpoints; then it travels with them
 _SAMPLE = 64  # values that the digest takes at each of two places of a split tensor
 
@@ -71,6 +72,11 @@ class Source(ABC):
         """The record of the model's repair, which lies beside its plan; None when there is none."""
         path = None if self.plan_path is None else self.plan_path.with_name(REPAIR)
         return path if path is not None and path.is_file() else None
+
+    @property
+    def sparsity_path(self) -> Path | None:
+        """The record of the zeros that were set in it; None when there is none."""
+        return self.companion_files.get(SPARSITY)
 
     @abstractmethod
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
@@ -167,8 +173,9 @@ class DerivedSource(Source):
         self._source.close()
 
     def _forget_history(self) -> None:
-        """For other weights than those that were planned, repaired, adapted or trained."""
+        """For other weights than those that were planned, repaired, adapted, trained or counted."""
         self.plan_path, self.lora, self.has_optimizer_state = None, None, False
+        self.companion_files = {k: v for k, v in self.companion_files.items() if k != SPARSITY}
 
 
 class CastSource(DerivedSource):

@@ -9,6 +9,8 @@ tokenizer, a few kB a layer.
 from __future__ import annotations
 
 import json
+import math
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,6 +20,7 @@ from megatron_prune.errors import DamagedError
 from megatron_prune.files.parsing import checked_as, read_json
 
 VERSION = 1
+_LONGEST = 80  # of a method's name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +30,8 @@ class SparseMatrix:
     Attributes:
         asked: the share of zeros that was asked for.
         pattern: such as 2:4; None for zeros anywhere.
-        reached: the share of zeros it has.
+        reached: the share of zeros it has in the source's dtype, unrounded, so that the number of
+            zeros follows from it.
         energy: what is kept of the sum of Wanda's squared scores, ``|W_ij|^2 ||X_j||^2``; None
             where no text was read.
         error: ``||X W^T - X W'^T|| / ||X W^T||`` over the calibration text; None where the second
@@ -66,6 +70,18 @@ class Sparsity:
     source_digest: str
     tensors: Mapping[str, SparseMatrix]
 
+    @property
+    def words(self) -> str:
+        """Method and pattern for a reader: ``magnitude (weight update iter), 2:4``."""
+        known = self.settings.get
+        done = ["variant"] if known("variant") is True else []
+        update = known("weight_update")
+        if isinstance(update, str) and update.isalnum() and update != "none":
+            done.append(f"weight update {update}")
+        done += ["refit"] if known("refit") is True else []
+        method = f"{self.method} ({', '.join(done)})" if done else self.method
+        return method if self.pattern is None else f"{method}, {self.pattern}"
+
     def to_json(self) -> str:
         """The file's text: one line per tensor."""
         top = {"version": VERSION, **{k: v for k, v in asdict(self).items() if k != "tensors"}}
@@ -89,8 +105,63 @@ def load_sparsity(path: Path) -> Sparsity:
     with checked_as(DamagedError, path, what):
         if values.pop("version") != VERSION:
             raise DamagedError(f"of another version; this reads {VERSION}")
-        tensors = {
-            name: SparseMatrix(**{"pattern": None, **fields})
-            for name, fields in values.pop("tensors").items()
-        }
-        return Sparsity(tensors=tensors, **values)
+        tensors = {name: _matrix(name, x) for name, x in values.pop("tensors").items()}
+        record = Sparsity(tensors=tensors, **values)
+        for name in ("method", "source_digest"):
+            word = getattr(record, name)
+            if not isinstance(word, str) or not word.isprintable() or len(word) > _LONGEST:
+                raise ValueError(f"{name} is {word!r:.60}; wanted a word")
+        if not isinstance(record.settings, dict):
+            raise ValueError(f"settings is {record.settings!r:.60}; wanted a table")
+        _check_shares("", record, "sparsity", "reached")
+        _check_pattern("", record.pattern)
+        return record
+
+
+def parse_pattern(text: str) -> tuple[int, int]:
+    """``2:4`` as the numbers of weights that are kept, and of those that a group has.
+
+    Raises:
+        ValueError: not N:M with 0 < N < M.
+    """
+    found = re.fullmatch("([0-9]{1,4}):([0-9]{1,4})", text)
+    if found is None or not 0 < int(found[1]) < int(found[2]):
+        raise ValueError(f"pattern is {text!r:.60}; wanted N:M with 0 < N < M, or null")
+    return int(found[1]), int(found[2])
+
+
+def _matrix(name: str, values: Mapping[str, Any]) -> SparseMatrix:
+    """A matrix' line of the record; raises ValueError or TypeError."""
+    found, where = SparseMatrix(**{"pattern": None, **values}), f"{name!r:.60}: "
+    _check_shares(where, found, "asked", "reached")
+    _check_pattern(where, found.pattern)
+    for word in ("energy", "error"):
+        x = getattr(found, word)
+        if x is not None and not (_is_number(x) and x >= 0):
+            raise ValueError(f"{where}{word} is {x!r:.60}; wanted a number, at least 0")
+    hashes = found.sha256
+    if hashes is not None and not (
+        isinstance(hashes, dict) and all(isinstance(x, str) for x in hashes.values())
+    ):
+        raise ValueError(
+            f"{where}sha256 is {hashes!r:.60}; wanted a table of dtypes and digests, or null"
+        )
+    return found
+
+
+def _check_shares(where: str, of: object, *names: str) -> None:
+    for name in names:
+        if not (_is_number(x := getattr(of, name)) and 0 <= x <= 1):
+            raise ValueError(f"{where}{name} is {x!r:.60}; wanted a share, 0 to 1")
+
+
+def _check_pattern(where: str, pattern: object) -> None:
+    try:
+        if pattern is not None:
+            parse_pattern(str(pattern))
+    except ValueError as error:
+        raise ValueError(f"{where}{error}") from None
+
+
+def _is_number(x: object) -> bool:
+    return isinstance(x, int | float) and not isinstance(x, bool) and math.isfinite(x)

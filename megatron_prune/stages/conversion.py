@@ -16,6 +16,7 @@ from megatron_prune.sources.source import Source
 from megatron_prune.stages.common import check_save, opened
 from megatron_prune.stages.console import SILENT, Console
 from megatron_prune.stages.rotating import Rotation, rotated, unrotated
+from megatron_prune.stages.sparse_input import tell_zeros_gone
 from megatron_prune.stages.targeting import Targeted
 from megatron_prune.stages.writing import Written, tell_dropped, write
 from megatron_prune.surgery import Target, make_writer
@@ -45,6 +46,7 @@ def convert(options: ConvertOptions, console: Console = SILENT) -> Written:
 def _convert(options: ConvertOptions, source: Source, target: Target, console: Console) -> Written:
     if not options.rotate:
         return write("convert", options, options.cast(source), target, console)
+    tell_zeros_gone(source, console)
     same = options.cast(unrotated(source))
     make_writer(same, target)  # refuses what cannot be written, before the calibration
     if options.dry_run:

@@ -18,6 +18,7 @@ from megatron_prune.model.lora import Lora
 from megatron_prune.model.shape import ModelShape
 from megatron_prune.model.tensors import dtype_word
 from megatron_prune.sources.source import Source
+from megatron_prune.sources.sparsity_record import load_sparsity
 from megatron_prune.stages.common import opened, shape_table
 from megatron_prune.stages.console import SILENT, Console
 
@@ -69,6 +70,18 @@ def _factors(lora: Lora) -> dict[str, Any]:
     }
 
 
+def _sparsity(path: Path) -> dict[str, Any]:
+    """As it is recorded: no weight is read, and training may have changed them since."""
+    record = load_sparsity(path)
+    return {
+        "sparsity_method": record.words,
+        "sparsity_pattern": record.pattern,
+        "sparsity_asked": record.sparsity,
+        "sparsity_reached": record.reached,
+        "sparse_matrices": len(record.tensors),
+    }
+
+
 def _facts(source: Source) -> dict[str, Any]:
     """The object ``--json`` prints."""
     config, grid = source.config, source.grid
@@ -88,5 +101,6 @@ def _facts(source: Source) -> dict[str, Any]:
         "tied": config.tied,
         "iteration": source.iteration,
         "pruned": source.plan_path is not None,
+        **({} if source.sparsity_path is None else _sparsity(source.sparsity_path)),
         **({} if source.lora is None else _factors(source.lora)),
     }

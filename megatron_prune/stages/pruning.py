@@ -30,6 +30,7 @@ from megatron_prune.stages.console import SILENT, Console
 from megatron_prune.stages.deciding import decide, plan_table, warn_not_loadable
 from megatron_prune.stages.reading import check_weights, check_what_goes
 from megatron_prune.stages.repairing import RepairFlags, repair_lines, repaired
+from megatron_prune.stages.sparse_input import tell_zeros_left
 from megatron_prune.stages.targeting import Targeted
 from megatron_prune.stages.vocabulary import Cut, VocabularyFlags, cut_vocabulary, tell_padding
 from megatron_prune.stages.writing import Written, tell_dropped, write
@@ -91,6 +92,8 @@ def write_pruned(
     tell_dropped(source, console)
     plan = cut.plan
     below = source if isinstance(source, FiniteSource) else None
+    is_refitted = repair is not None and repair.repair
+    tell_zeros_left(source, plan, console, is_refitted=is_refitted)
     pruned = options.cast(cut.companions(PrunedSource(source, plan)))
     make_writer(pruned, target)  # refuses what cannot be written, before hours of work
     if repair is None or options.dry_run:

@@ -15,7 +15,7 @@ from pathlib import Path
 from megatron_prune.errors import CheckpointError
 from megatron_prune.families.config import CONFIG
 from megatron_prune.files.parsing import read_table
-from megatron_prune.sources.source import REPAIR
+from megatron_prune.sources.source import REPAIR, SPARSITY
 from megatron_prune.store.commit import MANIFEST, WRITER
 from megatron_prune.store.passenger import PLAN
 
@@ -35,6 +35,7 @@ _OURS = {  # how a file of ours is told from another program's of the same name
     PLAN: ("version", "kept", "source_digest"),
     REPAIR: ("version", "plan_digest", "tensors"),
     MANIFEST: ("writer", "files"),
+    SPARSITY: ("version", "method", "source_digest", "tensors"),
 }
 
 
@@ -80,7 +81,10 @@ def find_companions(directory: Path, root: Path, weights: Collection[str] = ()) 
         if name in DIRECTORIES and path.is_dir():
             files.update({below.relative_to(directory).as_posix(): below for below in _below(path)})
         elif name in _OURS:
-            left += [] if _is_ours(path) else [name]
+            if not _is_ours(path):
+                left.append(name)
+            elif name == SPARSITY:  # of the others each format has a place of its own
+                files[name] = path
         elif path.is_dir():
             left.append(f"{name}/")
         elif name.endswith(_WEIGHTS):

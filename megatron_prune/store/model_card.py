@@ -1,10 +1,11 @@
 """The model card: README.md of a Hugging Face directory, from what the checkpoint itself says.
 
-It names what the model was made from, its shapes, the plan, repair and training that made it, with
-their digests and commands, and how to load it. A card that the source has is one of another model:
-it is replaced, and gives its licence, language and kind of task to the new one. A card of ours
-gives the base model too. What nothing says is left out; nothing is asked of a hub. In a Megatron
-checkpoint it lies in ``hf/`` with all that travels, and every stage that writes one renews it.
+It names what the model was made from, its shapes, the plan, repair, zeros and training that made
+it, with their digests and commands, and how to load it. A card that the source has is one of
+another model: it is replaced, and gives its licence, language and kind of task to the new one. A
+card of ours gives the base model too. What nothing says is left out; nothing is asked of a hub. In
+a Megatron checkpoint it lies in ``hf/`` with all that travels, and every stage that writes one
+renews it.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from megatron_prune.errors import ConfigError
 from megatron_prune.model.axes import count_parameters
 from megatron_prune.model.shape import ModelConfig
 from megatron_prune.planning.plan import PrunePlan
-from megatron_prune.sources.source import Source
+from megatron_prune.sources.source import SPARSITY, Source
+from megatron_prune.sources.sparsity_record import Sparsity, parse_pattern
 
 if TYPE_CHECKING:
     from huggingface_hub import ModelCardData
@@ -38,6 +40,7 @@ class CardFacts:
         config: of the model as it is written.
         plan, plan_digest: of its pruning, None when it was not pruned.
         is_repaired: other tensors than the planned slices stand in it.
+        sparsity: the record of the zeros that were set in it, None where none were.
         commands: lines of the training runs' ``commands.jsonl``, oldest first.
         source_card: the source's README.md, None when it has none.
         base_model: hub name of the model it all began with, None when nobody says.
@@ -47,6 +50,7 @@ class CardFacts:
     plan: PrunePlan | None = None
     plan_digest: str | None = None
     is_repaired: bool = False
+    sparsity: Sparsity | None = None
     commands: Sequence[str] = ()
     source_card: bytes | None = None
     base_model: str | None = None
@@ -106,7 +110,7 @@ def model_card(facts: CardFacts) -> bytes:
     if base is None and _has_our_tag(header) and isinstance(header.get("base_model"), str):
         base = header["base_model"]
     data = _header(facts, header, base)
-    parts = [_title(facts, base), _origin(facts, header, base), _sizes(facts)]
+    parts = [_title(facts, base), _origin(facts, header, base), _sizes(facts), _zeros(facts)]
     parts += [_digests(facts), _trained(facts.commands), _loading(facts.config)]
     body = "\n".join(part for part in parts if part)
     return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}")).encode()
@@ -116,10 +120,11 @@ def _header(facts: CardFacts, header: Mapping[str, Any], base: str | None) -> Mo
     from huggingface_hub import ModelCardData
 
     carried = {name: header[name] for name in _CARRIED if header.get(name)}
+    made = (("pruned", facts.plan), ("sparse", facts.sparsity))
     return ModelCardData(
         base_model=base,
         library_name="transformers",
-        tags=[TAG] if facts.plan is None else [TAG, "pruned"],
+        tags=[TAG, *(tag for tag, how in made if how is not None)],
         **{"pipeline_tag": "text-generation", **carried},
     )
 
@@ -130,6 +135,7 @@ def _title(facts: CardFacts, base: str | None) -> str:
         for word, is_so in (
             ("pruned", facts.plan is not None),
             ("repaired", facts.is_repaired),
+            ("sparse", facts.sparsity is not None),
             ("trained further", bool(facts.commands)),
         )
         if is_so
@@ -182,17 +188,50 @@ def _sizes(facts: CardFacts) -> str:
     return "\n".join([*rows, "", f"The output layer is {tied} the embeddings.", ""])
 
 
-def _digests(facts: CardFacts) -> str:
-    if facts.plan is None:
+def _zeros(facts: CardFacts) -> str:
+    """What the zeros are, and what they do not change."""
+    record = facts.sparsity
+    if record is None:
         return ""
-    rows = [
-        "## Digests (SHA-256)",
+    lines = [
+        "## Sparsity",
         "",
-        f"- the source's tensors, as `plan.json` names them: `{facts.plan.source_digest}`",
-        f"- `plan.json`: `{facts.plan_digest}`",
-        "- every file of weights: in `manifest.json`",
+        f"{record.reached:.2%} of the weights of {len(record.tensors)} linears in its layers were "
+        f"set to zero, by the method {record.words}.",
     ]
-    return "\n".join([*rows, ""])
+    if record.pattern is not None:
+        keep, group = parse_pattern(record.pattern)
+        lines.append(
+            f"{record.pattern}: of every {group} consecutive inputs of a row at most {keep} have a "
+            "weight that is not zero."
+        )
+    lines.append(
+        "Zeros are stored like any other weight. So the files are as large as those of the dense "
+        "model, and it runs no faster, unless what runs it packs the weights and has kernels for "
+        f"that. `{SPARSITY}` says for each matrix how many zeros it has, how they were chosen, and "
+        "what is left of the energy of its outputs."
+    )
+    if facts.commands:
+        lines.append("Training has kept the zeros only where it ran with `--keep-zeros`.")
+    return "\n".join([*lines, ""])
+
+
+def _digests(facts: CardFacts) -> str:
+    rows = []
+    if facts.plan is not None:
+        rows = [
+            f"- the source's tensors, as `plan.json` names them: `{facts.plan.source_digest}`",
+            f"- `plan.json`: `{facts.plan_digest}`",
+        ]
+    if facts.sparsity is not None:
+        rows.append(
+            f"- the tensors that were made sparse, as `{SPARSITY}` names them: "
+            f"`{facts.sparsity.source_digest}`"
+        )
+    if not rows:
+        return ""
+    rows.append("- every file of weights: in `manifest.json`")
+    return "\n".join(["## Digests (SHA-256)", "", *rows, ""])
 
 
 def _trained(commands: Sequence[str]) -> str:
