@@ -73,9 +73,11 @@ class Table:
             return
         out, args = self._args.work / re.sub(r"[^\w]+", "-", key), self._args
         shutil.rmtree(out, ignore_errors=True)
-        text = [] if "--method magnitude" in " ".join(flags) and "--weight" not in " ".join(
-            flags
-        ) else ["--data", args.calibration, "--num-samples", args.samples]
+        text = (
+            []
+            if "--method magnitude" in " ".join(flags) and "--weight" not in " ".join(flags)
+            else ["--data", args.calibration, "--num-samples", args.samples]
+        )
         if text:
             text += ["--seq-length", args.seq_length]
         began = time.monotonic()
@@ -123,8 +125,10 @@ class Table:
         print(f"dense: perplexity {math.exp(dense):.2f}\n")
         print("| zeros | method | perplexity | excess loss | of SparseGPT's | seconds |")
         print("|---|---|---|---|---|---|")
-        for key, row in sorted(self.rows.items(), key=lambda item: [*PATTERNS].index(
-            item[0].split(" ")[0]) if " " in item[0] else -1):
+        for key, row in sorted(
+            self.rows.items(),
+            key=lambda item: [*PATTERNS].index(item[0].split(" ")[0]) if " " in item[0] else -1,
+        ):
             if key == "dense":
                 continue
             pattern, name = key.split(" ", 1)

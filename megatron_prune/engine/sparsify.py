@@ -195,9 +195,7 @@ class _Walk:
         where they are."""
         shape = self._config.shape
         sums = {
-            group: InputSums(
-                tensor_shape(group.names(0)[0], shape)[1], self._groups, gram=gram
-            )
+            group: InputSums(tensor_shape(group.names(0)[0], shape)[1], self._groups, gram=gram)
             for group in wanted
         }
         for at, x in enumerate(self._stream):

@@ -214,7 +214,9 @@ class SparsityFlags(LayerwiseCalibration):
             )
         self._check_by_layer()
         if self.needs_text and self.data is None:
-            raise ConfigError(f"--method {self.method} without --data: it needs text to calibrate on")
+            raise ConfigError(
+                f"--method {self.method} without --data: it needs text to calibrate on"
+            )
         if not self.needs_text and self.data is not None:
             raise ConfigError(f"--data with --method {self.method}: nothing would use it")
 

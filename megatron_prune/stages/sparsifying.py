@@ -105,9 +105,7 @@ def sparsify(options: SparsifyOptions, console: Console = SILENT) -> Written:
                 write("sparsify", options, options.cast(source), target, console), console
             )
         with _sparse(options, source, decided, console) as (sparse, ranks):
-            written = write(
-                "sparsify", options, options.cast(sparse), target, console, ranks=ranks
-            )
+            written = write("sparsify", options, options.cast(sparse), target, console, ranks=ranks)
     return options.publish(written, console)
 
 
@@ -158,7 +156,11 @@ def _look(source: Source, decided: Decided, groups: Groups, console: Console) ->
         layer = split_layer(name)[0]
         height, width = tensor_shape(name, source.config.shape)
         share = found[name] / (height * width)
-        if decided.asked is None or layer is None or share <= decided.asked[layer].share + _TOLERANCE:
+        if (
+            decided.asked is None
+            or layer is None
+            or share <= decided.asked[layer].share + _TOLERANCE
+        ):
             continue
         raise ConfigError(
             f"{source.path}: {source.stored_name(name)} has {share:.2%} zeros already, more than "
@@ -277,6 +279,8 @@ def _tell(found: Sparsified, record: Sparsity, console: Console) -> None:
             "take them the other way"
         )
     for name, count in [*found.dead.items()][:_TOLD]:
-        console.say(f"warning: {count} inputs of {name} never fire on this text; their weights are 0")
+        console.say(
+            f"warning: {count} inputs of {name} never fire on this text; their weights are 0"
+        )
     if len(found.dead) > _TOLD:
         console.say(f"warning: and of {len(found.dead) - _TOLD} more matrices")
