@@ -1,0 +1,137 @@
+"""Refit: the best weights for a mask that stands, by projected conjugate gradients.
+
+Meng et al. 2024 (ALPS), arXiv:2406.07831, section 3.3 and algorithm 2: minimise the layer's error
+``tr((B - B0)^T H (B - B0))`` over weights B with the zeros of the mask, ten steps. With inputs
+scaled so that H has a unit diagonal, the paper's preconditioner is the identity. Every output has
+steps of its own length, so rows know nothing of each other. The error falls at every step, which
+is asserted.
+
+Shape suffixes: R rows of all matrices together, I inputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import accumulate, pairwise
+
+import torch
+from torch import Tensor
+
+from megatron_prune.solve.kselect import Dealt
+from megatron_prune.sparsity.method import Asked, How, Inputs, Method, Prepared, Sparse
+from megatron_prune.sparsity.obs import moments_of
+
+STEPS = 10
+_ROUNDING = 1e-5  # relative; by so much may an error that is as low as it gets rise
+
+
+def normalise(inputs: Inputs, damping: float) -> Prepared:
+    """Second moments with a unit diagonal, and by what weights are scaled to meet them.
+
+    ``H = X^T X + damping * mean(diag)``, ``e = sqrt(diag H)``, ``H / (e e^T)``; ALPS' code, which
+    does this before all else. Where the diagonal is 0, e is 1.
+
+    Returns:
+        moments_II float32 with diagonal 1 (0 of dead inputs without damping), scale_I float32,
+        dead_I bool: inputs that never fire.
+
+    Raises:
+        DamagedError: second moments that are no finite numbers.
+    """
+    gram = moments_of(inputs).double()
+    dead = gram.diagonal() == 0
+    gram.diagonal().add_(damping * gram.diagonal().mean())
+    scale = gram.diagonal().sqrt()
+    scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+    gram.div_(scale).div_(scale[:, None])
+    return {"moments_II": gram.float(), "scale_I": scale.float(), "dead_I": dead}
+
+
+def refitted(method: Method) -> Method:
+    """A method whose masks are refitted, starting from its weights.
+
+    Costs ten products [I, I] x [I, R] beyond the method itself.
+    """
+
+    def prepare(inputs: Inputs, how: How) -> Prepared:
+        own = method.prepare(inputs, how)
+        extra = normalise(inputs, how.damping)
+        return {**own, "dead_I": extra["dead_I"], **{f"refit_{k}": extra[k] for k in _REFIT}}
+
+    def prune(
+        weights: Sequence[Tensor], prepared: Prepared, asked: Asked, how: How, dealt: Dealt
+    ) -> list[Sparse]:
+        found = method.prune(weights, prepared, asked, how, dealt)
+        extra = {k: prepared[f"refit_{k}"] for k in _REFIT}
+        kept = refit_weights(weights, [each.weight_RI for each in found], extra, prepared["dead_I"])
+        return [Sparse(weight_RI=w, close=each.close) for w, each in zip(kept, found)]
+
+    return replace(method, needs="gram", updates=True, prepare=prepare, prune=prune)
+
+
+_REFIT = ("moments_II", "scale_I")
+
+
+def refit_weights(
+    dense: Sequence[Tensor], sparse: Sequence[Tensor], prepared: Prepared, dead_I: Tensor
+) -> list[Tensor]:
+    """Sparse matrices [R, I], refitted to the dense ones, which share an input, at once."""
+    scale_I1 = prepared["scale_I"][:, None]
+    wanted_IR = side_by_side(dense).mul_(scale_I1)
+    start_IR = side_by_side(sparse).mul_(scale_I1)
+    wanted_IR[dead_I] = 0
+    start_IR[dead_I] = 0
+    found_IR = refit(start_IR, wanted_IR, prepared["moments_II"]).div_(scale_I1)
+    ends = [0, *accumulate(len(weight) for weight in sparse)]
+    return [
+        found_IR[:, start:end].t().contiguous().add_(0.0)  # no -0.0
+        for start, end in pairwise(ends)
+    ]
+
+
+def side_by_side(weights: Sequence[Tensor]) -> Tensor:
+    """Matrices [R, I] as one new [I, R of all], contiguous."""
+    out = weights[0].new_empty(weights[0].shape[1], sum(len(weight) for weight in weights))
+    torch.cat([weight.t() for weight in weights], 1, out=out)
+    return out
+
+
+def refit(start_IR: Tensor, wanted_IR: Tensor, moments_II: Tensor, steps: int = STEPS) -> Tensor:
+    """Weights with the start's zeros whose outputs are nearer to those of the wanted ones.
+
+    Algorithm 2 of the paper in float32. The paper stops when the residual is small, its code in
+    effect never; so neither do we. An output with no weights left stays as it is.
+
+    Args:
+        start_IR, wanted_IR: weights as columns, inputs scaled as the moments are.
+        moments_II: with a unit diagonal.
+    """
+    found = start_IR.clone()
+    support = (start_IR != 0).float()
+    left = moments_II @ (wanted_IR - found)  # the gradient's negative, of all weights
+    gradient = left * support
+    direction = gradient.clone()
+    square_R = gradient.square().sum(0)
+    error = _error(wanted_IR, found, left)
+    for _ in range(steps):
+        product = moments_II @ direction
+        length_R = _ratio(square_R, (direction * product).sum(0))
+        found.addcmul_(direction, length_R)
+        left.addcmul_(product, length_R, value=-1)
+        before, error = error, _error(wanted_IR, found, left)
+        assert error <= before * (1 + _ROUNDING), f"the layer's error rose, {before} to {error}"
+        torch.mul(left, support, out=gradient)
+        last_R, square_R = square_R, gradient.square().sum(0)
+        direction.mul_(_ratio(square_R, last_R)).add_(gradient)
+    return found
+
+
+def _error(wanted_IR: Tensor, found_IR: Tensor, left_IR: Tensor) -> float:
+    """``tr((B - B0)^T H (B - B0))``, with ``left = H (B0 - B)``."""
+    return float(((wanted_IR - found_IR) * left_IR).sum(dtype=torch.float64))
+
+
+def _ratio(above: Tensor, below: Tensor) -> Tensor:
+    """0 where there is nothing to divide by."""
+    return torch.where(below > 0, above / below, torch.zeros_like(above))
