@@ -69,7 +69,9 @@ class Projection:
 
     def _in_groups(self, keys_IR: Tensor) -> tuple[Tensor, int]:
         assert self.pattern is not None
-        groups = keys_IR.view(-1, self.pattern.group, keys_IR.shape[1])
-        mask_MG, close_G = lowest_of_members(groups.transpose(0, 1).flatten(1), self.pattern)
-        mask_IR = mask_MG.view(self.pattern.group, -1, keys_IR.shape[1]).transpose(0, 1)
-        return mask_IR.flatten(0, 1), 0 if close_G is None else int(close_G.sum())
+        inputs, rows = keys_IR.shape
+        members, groups = self.pattern.group, inputs // self.pattern.group
+        keys_MG = keys_IR.view(groups, members, rows).transpose(0, 1).flatten(1)
+        mask_MG, close_G = lowest_of_members(keys_MG, self.pattern)
+        mask_IR = mask_MG.view(members, groups, rows).transpose(0, 1).flatten(0, 1)
+        return mask_IR, 0 if close_G is None else int(close_G.sum())

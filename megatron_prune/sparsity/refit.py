@@ -120,7 +120,8 @@ def refit(start_IR: Tensor, wanted_IR: Tensor, moments_II: Tensor, steps: int = 
         found.addcmul_(direction, length_R)
         left.addcmul_(product, length_R, value=-1)
         before, error = error, _error(wanted_IR, found, left)
-        assert error <= before * (1 + _ROUNDING), f"the layer's error rose, {before} to {error}"
+        rounding = _ROUNDING * abs(before)
+        assert error <= before + rounding, f"the layer's error rose from {before} to {error}"
         torch.mul(left, support, out=gradient)
         last_R, square_R = square_R, gradient.square().sum(0)
         direction.mul_(_ratio(square_R, last_R)).add_(gradient)
