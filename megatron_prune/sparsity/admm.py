@@ -3,7 +3,7 @@
 Boža 2024, arXiv:2401.02938, algorithms 1 and 2, as in the author's code (fmfi-compbio/admm-pruning,
 ``lib/admm.py``): inputs scaled to norm 1, a tenth added to the diagonal, penalty 1,
 
-    Z = (W + U) M;  U = U + W - Z;  W = (H + .1 + 1)^-1 ((H + .1) W0 + Z - U)
+    Z = (W + U) M;  U = U + W - Z;  W = (W0 (H + .1) + Z - U) (H + .1 + 1)^-1
 
 with a new mask M in the first fifteen steps. For zeros anywhere M has all its zeros from the first
 step on; for N:M the N largest of a group always stay and of the rest more go at every step, by one
@@ -51,22 +51,21 @@ def prepare(inputs: Inputs, how: How) -> Prepared:
 def prune(
     weights: Sequence[Tensor], prepared: Prepared, asked: Asked, how: How, dealt: Dealt
 ) -> list[Sparse]:
-    """See `Method`. Costs 21 products [I, I] x [I, R]; over ranks five sums in 15 steps."""
-    scale_I1 = prepared["scale_I"][:, None]
+    """See `Method`. Costs 21 products [R, I] x [I, I]; over ranks five sums in 15 steps."""
+    scale_I = prepared["scale_I"]
     done = []
     for weight in weights:
-        dense_IR = weight.t() * scale_I1
-        dense_IR[prepared["dead_I"]] = 0
-        found_IR, close = _solve(dense_IR, prepared, Projection.of(dense_IR, asked, dealt))
-        found = found_IR.div_(scale_I1).t().contiguous().add_(0.0)  # no -0.0
-        done.append(Sparse(weight_RI=found, close=close))
+        dense = weight * scale_I
+        dense[:, prepared["dead_I"]] = 0
+        found, close = _solve(dense, prepared, Projection.of(dense, asked, dealt))
+        done.append(Sparse(weight_RI=found.div_(scale_I).add_(0.0), close=close))  # no -0.0
     return done
 
 
-def _solve(dense_IR: Tensor, prepared: Prepared, projection: Projection) -> tuple[Tensor, int]:
-    target, inverse = prepared["moments_II"] @ dense_IR, prepared["inverse_II"]
-    free, dual, close = dense_IR, torch.zeros_like(dense_IR), 0
-    goes = projection.zero_IR
+def _solve(dense: Tensor, prepared: Prepared, projection: Projection) -> tuple[Tensor, int]:
+    target, inverse = dense @ prepared["moments_II"], prepared["inverse_II"]
+    free, dual, close = dense, torch.zeros_like(dense), 0
+    goes = projection.zero_RI
     for step in range(_STEPS):
         mixed = free + dual
         if step < _WITH_NEW_MASK:
@@ -78,7 +77,7 @@ def _solve(dense_IR: Tensor, prepared: Prepared, projection: Projection) -> tupl
                 close = projection.close(mixed, goes)
         sparse = mixed * ~goes
         dual.add_(free).sub_(sparse)
-        free = inverse @ (target - dual).add_(sparse)
+        free = (target - dual).add_(sparse) @ inverse
     return free.add_(dual).mul_(~goes), close
 
 

@@ -1,10 +1,10 @@
 """ALPS: zeros and weights found together by ADMM, whose penalty grows as the zeros settle.
 
 Meng et al. 2024, arXiv:2406.07831, eq. 1, 4, 6, 28 and appendix B.1, as in the authors' code
-(mazumder-lab/ALPS at 8af9e6b). Minimised is the layer's error ``tr((B - B0)^T H (B - B0))``; B is
+(mazumder-lab/ALPS at 8af9e6b). Minimised is the layer's error ``tr((B - B0) H (B - B0)^T)``; B is
 free, its copy D has the zeros, V holds them together:
 
-    B = (H + rho)^-1 (H B0 - V + rho D);  D = P(B + V / rho);  V = V + rho (B - D)
+    B = (B0 H - V + rho D) (H + rho)^-1;  D = P(B + V / rho);  V = V + rho (B - D)
 
 P keeps the largest: of the whole matrix, or N of every M. The inverse at any rho is that of an
 eigendecomposition, which cannot fail where a Cholesky can. The support of P(B) is then refitted.
@@ -49,36 +49,35 @@ def prepare(inputs: Inputs, how: How) -> Prepared:
 def prune(
     weights: Sequence[Tensor], prepared: Prepared, asked: Asked, how: How, dealt: Dealt
 ) -> list[Sparse]:
-    """See `Method`. Costs two products [I, I] x [I, R] a step, of which there are 30 to 300, and
+    """See `Method`. Costs two products [R, I] x [I, I] a step, of which there are 30 to 300, and
     eleven more; over ranks six sums a step for zeros anywhere, one in three for a pattern."""
-    scale_I1 = prepared["scale_I"][:, None]
+    scale_I = prepared["scale_I"]
     done = []
     for weight in weights:
-        dense_IR = weight.t() * scale_I1
-        dense_IR[prepared["dead_I"]] = 0
-        projection = Projection.of(dense_IR, asked, dealt)
-        free_IR = _solve(dense_IR, prepared, projection, dealt)
-        goes_IR = projection.goes(free_IR)
-        close = projection.close(free_IR, goes_IR)
-        start_IR = free_IR.mul_(~goes_IR)
-        found_IR = refit(start_IR, dense_IR, prepared["moments_II"]).div_(scale_I1)
-        done.append(Sparse(weight_RI=found_IR.t().contiguous().add_(0.0), close=close))
+        dense = weight * scale_I
+        dense[:, prepared["dead_I"]] = 0
+        projection = Projection.of(dense, asked, dealt)
+        free = _solve(dense, prepared, projection, dealt)
+        goes = projection.goes(free)
+        close = projection.close(free, goes)
+        found = refit(free * ~goes, dense, prepared["moments_II"]).div_(scale_I)
+        done.append(Sparse(weight_RI=found.add_(0.0), close=close))  # no -0.0
     return done
 
 
-def _solve(dense_IR: Tensor, prepared: Prepared, projection: Projection, dealt: Dealt) -> Tensor:
+def _solve(dense: Tensor, prepared: Prepared, projection: Projection, dealt: Dealt) -> Tensor:
     """B after the last step. All ranks take the same number of steps: what changed is summed."""
-    vectors, values_I1 = prepared["vectors_II"], prepared["values_I"][:, None]
-    target = prepared["moments_II"] @ dense_IR
+    vectors, values_I = prepared["vectors_II"], prepared["values_I"]
+    target = dense @ prepared["moments_II"]
     rho, started = _RHO, False
-    goes = projection.goes(dense_IR)
-    first = dense_IR * ~goes
+    goes = projection.goes(dense)
+    first = dense * ~goes
     kept = max(int(dealt.total((~goes).count_nonzero().view(1))), 1)
-    sparse, dual, last = first, torch.zeros_like(dense_IR), goes
-    free = dense_IR
+    sparse, dual, last = first, torch.zeros_like(dense), goes
+    free = dense
     for step in range(_STEPS):
-        pull = vectors.t() @ (target - dual).add_(sparse, alpha=rho)
-        free = vectors @ pull.div_(values_I1 + rho)
+        pull = (target - dual).add_(sparse, alpha=rho) @ vectors
+        free = pull.div_(values_I + rho) @ vectors.t()
         mixed = free.add(dual, alpha=1 / rho)
         goes = projection.goes(mixed)
         sparse = mixed.mul_(~goes)
@@ -96,7 +95,7 @@ def _solve(dense_IR: Tensor, prepared: Prepared, projection: Projection, dealt: 
         else:
             rho /= 5
             if changed:  # too stiff to move: again from the start
-                sparse, dual = first, torch.zeros_like(dense_IR)
+                sparse, dual = first, torch.zeros_like(dense)
         rho = min(rho, _RHO_MOST)
         if step >= _LEAST_STEPS and changed < _SETTLED * kept:
             break

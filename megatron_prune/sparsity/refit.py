@@ -1,7 +1,7 @@
 """Refit: the best weights for a mask that stands, by projected conjugate gradients.
 
 Meng et al. 2024 (ALPS), arXiv:2406.07831, section 3.3 and algorithm 2: minimise the layer's error
-``tr((B - B0)^T H (B - B0))`` over weights B with the zeros of the mask, ten steps. With inputs
+``tr((B - B0) H (B - B0)^T)`` over weights B with the zeros of the mask, ten steps. With inputs
 scaled so that H has a unit diagonal, the paper's preconditioner is the identity. Every output has
 steps of its own length, so rows know nothing of each other. The error falls at every step, which
 is asserted.
@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
@@ -51,7 +50,7 @@ def normalise(inputs: Inputs, damping: float) -> Prepared:
 def refitted(method: Method) -> Method:
     """A method whose masks are refitted, starting from its weights.
 
-    Costs ten products [I, I] x [I, R] beyond the method itself.
+    Costs ten products [R, I] x [I, I] beyond the method itself.
     """
 
     def prepare(inputs: Inputs, how: How) -> Prepared:
@@ -77,60 +76,53 @@ def refit_weights(
     dense: Sequence[Tensor], sparse: Sequence[Tensor], prepared: Prepared, dead_I: Tensor
 ) -> list[Tensor]:
     """Sparse matrices [R, I], refitted to the dense ones, which share an input, at once."""
-    scale_I1 = prepared["scale_I"][:, None]
-    wanted_IR = side_by_side(dense).mul_(scale_I1)
-    start_IR = side_by_side(sparse).mul_(scale_I1)
-    wanted_IR[dead_I] = 0
-    start_IR[dead_I] = 0
-    found_IR = refit(start_IR, wanted_IR, prepared["moments_II"]).div_(scale_I1)
-    ends = [0, *accumulate(len(weight) for weight in sparse)]
-    return [
-        found_IR[:, start:end].t().contiguous().add_(0.0)  # no -0.0
-        for start, end in pairwise(ends)
-    ]
+    scale_I = prepared["scale_I"]
+    wanted_RI, start_RI = (torch.cat(list(x)).mul_(scale_I) for x in (dense, sparse))
+    wanted_RI[:, dead_I] = 0
+    start_RI[:, dead_I] = 0
+    found_RI = refit(start_RI, wanted_RI, prepared["moments_II"]).div_(scale_I).add_(0.0)  # no -0.0
+    return [part.clone() for part in found_RI.split([len(weight) for weight in sparse])]
 
 
-def side_by_side(weights: Sequence[Tensor]) -> Tensor:
-    """Matrices [R, I] as one new [I, R of all], contiguous."""
-    out = weights[0].new_empty(weights[0].shape[1], sum(len(weight) for weight in weights))
-    torch.cat([weight.t() for weight in weights], 1, out=out)
-    return out
-
-
-def refit(start_IR: Tensor, wanted_IR: Tensor, moments_II: Tensor, steps: int = STEPS) -> Tensor:
+def refit(start_RI: Tensor, wanted_RI: Tensor, moments_II: Tensor, steps: int = STEPS) -> Tensor:
     """Weights with the start's zeros whose outputs are nearer to those of the wanted ones.
 
     Algorithm 2 of the paper in float32. The paper stops when the residual is small, its code in
     effect never; so neither do we. An output with no weights left stays as it is.
 
     Args:
-        start_IR, wanted_IR: weights as columns, inputs scaled as the moments are.
+        start_RI, wanted_RI: weights, their inputs scaled as the moments are.
         moments_II: with a unit diagonal.
     """
-    found = start_IR.clone()
-    support = (start_IR != 0).float()
-    left = moments_II @ (wanted_IR - found)  # the gradient's negative, of all weights
+    found = start_RI.clone()
+    support = (start_RI != 0).float()
+    left = (wanted_RI - found) @ moments_II  # the gradient's negative, of all weights
     gradient = left * support
     direction = gradient.clone()
-    square_R = gradient.square().sum(0)
-    error = _error(wanted_IR, found, left)
+    square_R1 = _dot(gradient, gradient)
+    error = _error(wanted_RI, found, left)
     for _ in range(steps):
-        product = moments_II @ direction
-        length_R = _ratio(square_R, (direction * product).sum(0))
-        found.addcmul_(direction, length_R)
-        left.addcmul_(product, length_R, value=-1)
-        before, error = error, _error(wanted_IR, found, left)
+        product = direction @ moments_II
+        length_R1 = _ratio(square_R1, _dot(direction, product))
+        found.addcmul_(direction, length_R1)
+        left.addcmul_(product, length_R1, value=-1)
+        before, error = error, _error(wanted_RI, found, left)
         rounding = _ROUNDING * abs(before)
         assert error <= before + rounding, f"the layer's error rose from {before} to {error}"
         torch.mul(left, support, out=gradient)
-        last_R, square_R = square_R, gradient.square().sum(0)
-        direction.mul_(_ratio(square_R, last_R)).add_(gradient)
+        last_R1, square_R1 = square_R1, _dot(gradient, gradient)
+        direction.mul_(_ratio(square_R1, last_R1)).add_(gradient)
     return found
 
 
-def _error(wanted_IR: Tensor, found_IR: Tensor, left_IR: Tensor) -> float:
-    """``tr((B - B0)^T H (B - B0))``, with ``left = H (B0 - B)``."""
-    return float(((wanted_IR - found_IR) * left_IR).sum(dtype=torch.float64))
+def _error(wanted_RI: Tensor, found_RI: Tensor, left_RI: Tensor) -> float:
+    """``tr((B - B0) H (B - B0)^T)``, with ``left = (B0 - B) H``."""
+    return float(_dot(wanted_RI - found_RI, left_RI).sum(dtype=torch.float64))
+
+
+def _dot(one_RI: Tensor, other_RI: Tensor) -> Tensor:
+    """Of each row, [R, 1]."""
+    return (one_RI * other_RI).sum(1, keepdim=True)
 
 
 def _ratio(above: Tensor, below: Tensor) -> Tensor:

@@ -52,14 +52,14 @@ def test_refit_lowers_the_error_of_any_mask_and_keeps_it(way) -> None:
 def test_refit_comes_to_the_exact_least_squares_of_its_mask() -> None:
     """Each output's own normal equations in float64, after as many steps as there are inputs."""
     moments = normalise(PROBLEM.inputs, 0.01)["moments_II"]
-    wanted = PROBLEM.weights[1].t().contiguous()
-    start = PROBLEM.solved("magnitude", HALF)[1].weight_RI.t().contiguous()
+    wanted = PROBLEM.weights[1]
+    start = PROBLEM.solved("magnitude", HALF)[1].weight_RI
     found = refit(start, wanted, moments, steps=120)
     exact = torch.zeros_like(wanted, dtype=torch.float64)
-    for output in range(wanted.shape[1]):
-        kept = start[:, output] != 0
-        right = moments.double()[kept] @ wanted[:, output].double()
-        exact[kept, output] = torch.linalg.solve(moments.double()[kept][:, kept], right)
+    for output in range(len(wanted)):
+        kept = start[output] != 0
+        right = moments.double()[kept] @ wanted[output].double()
+        exact[output, kept] = torch.linalg.solve(moments.double()[kept][:, kept], right)
     torch.testing.assert_close(found.double(), exact, rtol=1e-4, atol=1e-4)
     ten = refit(start, wanted, moments)
     assert lost(ten, wanted, moments) < 1.05 * lost(exact.float(), wanted, moments)
@@ -67,13 +67,13 @@ def test_refit_comes_to_the_exact_least_squares_of_its_mask() -> None:
 
 def lost(found: Tensor, wanted: Tensor, moments: Tensor) -> float:
     rest = (found - wanted).double()
-    return float((rest * (moments.double() @ rest)).sum())
+    return float(((rest @ moments.double()) * rest).sum())
 
 
 def test_refit_asserts_that_the_error_falls() -> None:
     """What is not a second moment has directions in which it rises."""
     moments = -torch.eye(4)
-    start, wanted = torch.tensor([[1.0], [0.0], [2.0], [1.0]]), torch.ones(4, 1)
+    start, wanted = torch.tensor([[1.0, 0.0, 2.0, 1.0]]), torch.ones(1, 4)
     assert refit(start, wanted, torch.eye(4)).flatten().tolist() == [1, 0, 1, 1]
     skew = torch.eye(4)
     skew[2, 3], skew[3, 2] = -3.0, 3.0
@@ -93,22 +93,21 @@ def test_normalised_moments_have_a_unit_diagonal_and_give_the_same_error() -> No
 
 def test_a_projection_drops_the_same_of_equals_at_every_dealing() -> None:
     """Earlier rows first, and in a row the first."""
-    weight_RI = torch.ones(4, 6)
-    dense_IR = weight_RI.t().contiguous()
+    dense = torch.ones(4, 6)
     asked = Asked(share=0.5)
-    whole = Projection.of(dense_IR, asked, ALONE).goes(dense_IR)
-    assert whole.t().flatten().tolist() == [True] * 12 + [False] * 12
-    parts = [dense_IR[:, :1].contiguous(), dense_IR[:, 1:].contiguous()]
+    whole = Projection.of(dense, asked, ALONE).goes(dense)
+    assert whole.flatten().tolist() == [True] * 12 + [False] * 12
+    parts = [dense[:1], dense[1:]]
     ranks = on_ranks(2, lambda d: Projection.of(parts[d.rank], asked, d).goes(parts[d.rank]))
-    assert torch.cat(ranks, 1).equal(whole)
+    assert torch.cat(ranks).equal(whole)
 
 
 def test_a_part_of_a_patterns_zeros_is_the_smallest_of_those_that_would_go() -> None:
-    dense_IR = torch.tensor([[1.0, 2.0, 9.0, 8.0, 3.0, 4.0, 5.0, 6.0]]).t().contiguous()
-    projection = Projection.of(dense_IR, TWO_OF_FOUR, ALONE)
-    assert projection.goes(dense_IR).flatten().nonzero().flatten().tolist() == [0, 1, 4, 5]
-    assert projection.goes(dense_IR, 0.75).flatten().nonzero().flatten().tolist() == [0, 1, 4]
-    assert projection.goes(dense_IR, 0.0).sum() == 0
+    dense = torch.tensor([[1.0, 2.0, 9.0, 8.0, 3.0, 4.0, 5.0, 6.0]])
+    projection = Projection.of(dense, TWO_OF_FOUR, ALONE)
+    assert projection.goes(dense).flatten().nonzero().flatten().tolist() == [0, 1, 4, 5]
+    assert projection.goes(dense, 0.75).flatten().nonzero().flatten().tolist() == [0, 1, 4]
+    assert projection.goes(dense, 0.0).sum() == 0
 
 
 def test_admm_with_one_kept_of_sixteen() -> None:
