@@ -32,7 +32,7 @@ Keys = Callable[[Tensor, slice], Tensor]
 """What weights are compared by: of a block or group of current weights [N, R], and which inputs
 they are of, new keys [N, R], not below zero, the lowest of which go."""
 
-_SUB_BLOCK = 32  # columns; measured: 16 and 64 are slower
+_SUB_BLOCK = 32  # columns; 16 and 64 take as long
 _SMALL = 64  # below it, a triangle is inverted by LAPACK
 
 
