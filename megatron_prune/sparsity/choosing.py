@@ -16,7 +16,7 @@ from torch import Tensor
 
 from megatron_prune.sparsity.method import CLOSE, Pattern, Sparse
 
-_FEW = 16  # beyond, comparing all members of a group with each other costs more than sorting
+_FEW = 8  # beyond, comparing all members of a group with each other costs more than parting them
 
 
 def without(weight: Tensor, pruned: Tensor) -> Tensor:
@@ -66,40 +66,44 @@ def _close_in_rows(keys_RI: Tensor, threshold_R1: Tensor, count: int | Tensor) -
 def lowest_in_groups(keys_RI: Tensor, pattern: Pattern) -> tuple[Tensor, int]:
     """A mask of what N:M prunes of every group of M consecutive inputs, and how many were close.
 
-    M divides I.
-    """
-    if pattern.group > _FEW:
-        flat = keys_RI.reshape(-1, pattern.group)
-        mask, close = lowest_in_rows(flat, pattern.group - pattern.keep)
-        return mask.view_as(keys_RI), close
-    planes_MG = keys_RI.reshape(-1, pattern.group).t().contiguous()
-    mask_MG, close_G = lowest_of_members(planes_MG, pattern)
-    return mask_MG.t().reshape(keys_RI.shape), 0 if close_G is None else int(close_G.sum())
-
-
-def lowest_of_members(keys_MG: Tensor, pattern: Pattern) -> tuple[Tensor, Tensor | None]:
-    """The same with the members of a group one below the other.
-
-    Costs ``M^2 / 2`` comparisons a group, of whole rows of groups at once; a sort where M is large.
-
-    Returns:
-        The mask [M, G], and how many kept ones of each group were close [G], None for no one.
+    M divides I. Costs some 10 ns a key: groups of a few by comparing all their members with each
+    other, larger ones like rows.
     """
     drop = pattern.group - pattern.keep
     if pattern.group > _FEW:
-        mask_MG = lowest_in_rows(keys_MG.t().contiguous(), drop)[0].t().contiguous()
-    else:
-        place_MG = torch.zeros(keys_MG.shape, dtype=torch.uint8, device=keys_MG.device)
-        for member in range(pattern.group - 1):
-            is_lower = keys_MG[member + 1 :] < keys_MG[member]  # equal: the earlier goes first
-            place_MG[member] += is_lower.sum(0, dtype=torch.uint8)
-            place_MG[member + 1 :] += ~is_lower
-        mask_MG = place_MG < drop
-    highest_G = (keys_MG * mask_MG).amax(0)
-    near_MG = keys_MG <= highest_G * (1 + CLOSE)
-    if int(near_MG.count_nonzero()) == drop * keys_MG.shape[1]:
-        return mask_MG, None
-    return mask_MG, (near_MG & ~mask_MG & (highest_G > 0)).sum(0)
+        mask, close = lowest_in_rows(keys_RI.reshape(-1, pattern.group), drop)
+        return mask.view_as(keys_RI), close
+    keys_MG = keys_RI.reshape(-1, pattern.group).t().contiguous()
+    place_MG = torch.zeros(keys_MG.shape, dtype=torch.uint8, device=keys_MG.device)
+    for member in range(pattern.group - 1):
+        is_lower = keys_MG[member + 1 :] < keys_MG[member]  # equal: the earlier goes first
+        place_MG[member] += is_lower.sum(0, dtype=torch.uint8)
+        place_MG[member + 1 :] += ~is_lower
+    mask_MG = place_MG < drop
+    close_G = _close_of_members(keys_MG, mask_MG, (keys_MG * mask_MG).amax(0))
+    return mask_MG.t().reshape(keys_RI.shape), int(close_G.sum())
+
+
+def lowest_of_members(keys_MR: Tensor, pattern: Pattern) -> tuple[Tensor, Tensor | None]:
+    """The same for one group of each row, its members one below the other.
+
+    Made for few groups, where the number of operations counts: four, where none is close.
+
+    Returns:
+        The mask [M, R], and how many kept ones of each row were close [R], None for no one.
+    """
+    drop = pattern.group - pattern.keep
+    highest_R = keys_MR.topk(drop, 0, largest=False).values[-1]
+    mask_MR = keys_MR <= highest_R * (1 + CLOSE)
+    if int(mask_MR.count_nonzero()) == drop * keys_MR.shape[1]:
+        return mask_MR, None  # neither is one close, nor are there equal ones on both sides
+    mask_MR = lowest_in_rows(keys_MR.t().contiguous(), drop)[0].t()
+    return mask_MR, _close_of_members(keys_MR, mask_MR, highest_R)
+
+
+def _close_of_members(keys_MG: Tensor, mask_MG: Tensor, highest_G: Tensor) -> Tensor:
+    is_near = keys_MG <= highest_G * (1 + CLOSE)
+    return is_near.logical_and_(highest_G > 0).sum(0) - (mask_MG & (highest_G > 0)).sum(0)
 
 
 def by_variant(keys_RI: Tensor, threshold_R1: Tensor, counts_R: Tensor) -> tuple[Tensor, int]:

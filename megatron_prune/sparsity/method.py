@@ -35,7 +35,7 @@ class Pattern:
         """Raises:
         ConfigError: not N:M with 0 < N < M.
         """
-        found = re.fullmatch(r"(\d{1,4}):(\d{1,4})", text)
+        found = re.fullmatch(r"([0-9]{1,4}):([0-9]{1,4})", text)
         if found is None or not 0 < int(found[1]) < int(found[2]):
             raise ConfigError(
                 f"--pattern {text}: wanted N:M, N kept of every M consecutive inputs, 0 < N < M, "

@@ -32,7 +32,7 @@ Keys = Callable[[Tensor, slice], Tensor]
 """What weights are compared by: of a block or group of current weights [N, R], and which inputs
 they are of, new keys [N, R], not below zero, the lowest of which go."""
 
-_SUB_BLOCK = 32  # columns; measured: 16 and 64 are slower
+_SUB_BLOCK = 32  # columns; 16 and 64 take as long
 _SMALL = 64  # below it, a triangle is inverted by LAPACK
 
 
@@ -196,12 +196,19 @@ def _sweep_block(state: _State, block: slice, by_group: tuple[Keys, Pattern] | N
                 weight_NR[first:last].addmm_(owed, error_NR[start:first], alpha=-1)
                 group = slice(block.start + first, block.start + last)
                 state.choose_in_group(group, *by_group)
-            goes_float = goes_NR[first:last].float()
-            for i in range(first, last):
-                if i > first:
-                    weight_NR[i].addmv_(error_NR[first:i].t(), unit_NN[first:i, i], alpha=-1)
-                torch.mul(weight_NR[i], goes_float[i - first], out=error_NR[i])
+            part = slice(first, last)
+            _sweep_few(weight_NR[part], goes_NR[part], unit_NN[part, part], error_NR[part])
         weight_NR[stop:].addmm_(unit_NN[start:stop, stop:].t(), error_NR[start:stop], alpha=-1)
+
+
+def _sweep_few(weight_NR: Tensor, goes_NR: Tensor, unit_NN: Tensor, error_NR: Tensor) -> None:
+    """The columns one by one: two operations each, so what they see is taken apart beforehand."""
+    owed_NN, errors_RN = unit_NN.t().contiguous(), error_NR.t()
+    columns = zip(weight_NR.unbind(), goes_NR.float().unbind(), owed_NN.unbind(), error_NR.unbind())
+    for i, (weight, goes, owed, error) in enumerate(columns):
+        if i:
+            weight.addmv_(errors_RN[:, :i], owed[:i], alpha=-1)
+        torch.mul(weight, goes, out=error)
 
 
 def _inverse_of_lower(lower: Tensor) -> Tensor:

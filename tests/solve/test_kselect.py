@@ -34,7 +34,7 @@ def by_sort(keys: Tensor, k: int) -> Tensor:
     return mask.view_as(keys)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(problems())
 def test_exactly_the_first_k_of_a_stable_sort_at_every_dealing(problem) -> None:
     keys, k, shares = problem
@@ -45,7 +45,7 @@ def test_exactly_the_first_k_of_a_stable_sort_at_every_dealing(problem) -> None:
     assert torch.equal(torch.cat(masks), wanted)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(problems(), problems())
 def test_the_kth_value_is_that_of_a_sort_at_every_dealing(one, other) -> None:
     shares = one[2]

@@ -21,8 +21,8 @@ from megatron_prune.solve.kselect import ALONE
 from megatron_prune.sparsity.method import Asked, How, Inputs, Method, Pattern, Sparse, method_for
 
 DATA = Path(__file__).parent / "data"
+MODEL = DATA / "llama"
 SHARED_INPUTS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
-Prune = Callable[[Method, How, list[Tensor], Inputs, Asked], list[Sparse]]
 
 
 def asked_of(pattern: str) -> Asked:
@@ -40,10 +40,9 @@ def prune_alone(
     return method.prune(weights, prepared, asked, how, ALONE)
 
 
-def official(label: str, data: Path = DATA, model: str = "llama") -> tuple[dict, dict]:
+def official(label: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Masks of what is kept, and values of the matrices that have them, by name."""
-    raw = load_file(data / model / f"{label}.safetensors")
-    source = load_file(data / "models" / model / "model.safetensors")
+    raw, source = load_file(DATA / f"{label}.safetensors"), load_file(MODEL / "model.safetensors")
     kept, values = {}, {}
     for name in (key[:-5] for key in raw if key.endswith(".kept")):
         bits = np.unpackbits(raw[f"{name}.kept"].numpy())[: source[name].numel()]
@@ -60,31 +59,23 @@ def sparsified(
     pattern: str,
     how: How | None = None,
     upstream_statistics: bool = False,
-    prune: Prune = prune_alone,
-    data: Path = DATA,
-    model: str = "llama",
 ) -> tuple[dict[str, Tensor], int]:
     """The matrices of all layers, each layer pruned with inputs from those before it, by name; and
     how many decisions were close."""
     how = how or How()
-    network = AutoModelForCausalLM.from_pretrained(data / "models" / model, dtype=torch.float32)
-    windows = load_file(data / model / "statistics.safetensors")["windows.calibration"].long()
-    inner = network.model.decoder if model == "opt" else network.model
+    network = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
+    windows = load_file(DATA / "statistics.safetensors")["windows.calibration"].long()
     done, close = {}, 0
-    for number, layer in enumerate(inner.layers):
+    for number, layer in enumerate(network.model.layers):
         linears = {n: m for n, m in layer.named_modules() if isinstance(m, nn.Linear)}
         observed = _observe(network, linears, windows, upstream_statistics)
         for names in _sharing(linears):
             weights = [linears[name].weight.data.clone() for name in names]
-            before = [weight.clone() for weight in weights]
-            found = prune(
-                method_for(method, how), how, weights, observed[names[0]], asked_of(pattern)
-            )
-            assert all(torch.equal(x, y) for x, y in zip(weights, before))
-            prefix = f"model.{'decoder.' if model == 'opt' else ''}layers.{number}"
+            inputs = observed[names[0]]
+            found = prune_alone(method_for(method, how), how, weights, inputs, asked_of(pattern))
             for name, each in zip(names, found):
                 linears[name].weight.data = each.weight_RI.clone()
-                done[f"{prefix}.{name}.weight"] = each.weight_RI
+                done[f"model.layers.{number}.{name}.weight"] = each.weight_RI
                 close += each.close
     return done, close
 
