@@ -52,6 +52,10 @@ def check_options(options: TrainOptions, grid: ParallelGrid, processes: int) -> 
     _check_recompute(options)
     if options.distill is not None:
         check_distill(options.distill, grid, options.recompute_granularity)
+    if options.keep_zeros and options.init_random:
+        raise ConfigError(
+            "--keep-zeros and --init-random: weights that are drawn have no zeros; give one"
+        )
     if options.lora is not None:
         _check_lora(options, options.lora)
 
@@ -65,6 +69,11 @@ def _at_least(options: TrainOptions, least: float, *names: str) -> None:
 
 def _check_lora(options: TrainOptions, lora: Lora) -> None:
     check_lora(lora)
+    if options.keep_zeros:
+        raise ConfigError(
+            "--keep-zeros and --lora-rank: the weights are fixed, and factors would fill their "
+            "zeros; give --lora-keep-zeros instead"
+        )
     if options.init_random:
         raise ConfigError(
             "--lora-rank and --init-random: factors adapt weights that have been trained; give one"

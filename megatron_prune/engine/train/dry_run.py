@@ -1,4 +1,6 @@
-"""What a training run would do, said before it is started: no process group, no weight read."""
+"""What a training run would do, said before it is started: no process group, no weight read but
+those in which ``--keep-zeros`` looks for a zero.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +17,7 @@ from megatron_prune.engine.train.inputs import (
     open_run_teachers,
 )
 from megatron_prune.engine.train.options import TrainOptions
+from megatron_prune.engine.train.zeros import check_zeros
 from megatron_prune.model import axes
 from megatron_prune.model.grid import ParallelGrid, padded_vocab_size
 from megatron_prune.model.shape import ModelConfig
@@ -94,6 +97,8 @@ def describe(options: TrainOptions, grid: ParallelGrid, processes: int) -> str:
     """
     start = find_start(options, mend=False)
     source = open_model(options, start, grid)
+    if options.keep_zeros:
+        check_zeros(source)
     facts = open_corpora(options, start, source)
     contexts = options.context_parallel_size
     config, copies = source.config, data_parallel_size(grid, processes, contexts)

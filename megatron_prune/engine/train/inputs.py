@@ -22,6 +22,7 @@ from megatron_prune.engine.objectives.teachers import (
 from megatron_prune.engine.train.checkpoint import Start, find_start
 from megatron_prune.engine.train.domains import check_data
 from megatron_prune.engine.train.options import TrainOptions
+from megatron_prune.engine.train.zeros import check_zeros
 from megatron_prune.errors import ConfigError
 from megatron_prune.model.grid import ParallelGrid
 from megatron_prune.model.lora import Lora
@@ -64,6 +65,11 @@ def open_model(options: TrainOptions, start: Start, grid: ParallelGrid) -> Sourc
     check_model(source.config, model_options(options), grid.tensor_parallel)
     if start.state is not None:
         _check_same_lora(start.directory, source.lora, options.lora)
+        if start.state.get("keep_zeros") and not options.keep_zeros:
+            raise ConfigError(
+                f"{start.directory}: was saved with --keep-zeros, which is missing; give it again, "
+                "or --finetune from it into another --save, where its zeros may move"
+            )
     return source
 
 
@@ -122,6 +128,8 @@ def open_inputs(options: TrainOptions, groups: Groups) -> RunInputs:
     start = on_first_rank(ranks, lambda: find_start(options))
     source = together(ranks, lambda: open_model(options, start, grid))
     ranks.agree_on(f"the model in {source.path}", lambda: source.digest)
+    if options.keep_zeros:
+        on_first_rank(ranks, lambda: check_zeros(source))
     facts = on_first_rank(ranks, lambda: open_corpora(options, start, source))
     teachers = together(ranks, lambda: open_run_teachers(options, start, source, grid))
     return RunInputs(start, source, facts, teachers)

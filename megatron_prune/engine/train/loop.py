@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from tqdm import tqdm
@@ -48,6 +48,7 @@ from megatron_prune.engine.train.run_lock import only_writer
 from megatron_prune.engine.train.samples import BlendedSamples, Samples, step_of
 from megatron_prune.engine.train.saving import Saver
 from megatron_prune.engine.train.signals import StopSignals
+from megatron_prune.engine.train.zeros import KeptZeros
 from megatron_prune.errors import DamagedError, Interrupted
 from megatron_prune.sources.source import CastSource
 from megatron_prune.store.passenger import Passenger
@@ -124,6 +125,11 @@ class Training:
         if start.state is not None:
             with taking_up(start):
                 self._continue(start)
+        self._hold: Callable[[], None] | None = None
+        if options.keep_zeros:
+            kept = KeptZeros(self.model, self.optimizer)
+            self._say(kept.told(groups, is_split=options.use_distributed_optimizer))
+            self._hold = kept.hold
 
     def _continue(self, start: Start) -> None:
         """Take up the weights, the optimizer's state and the schedule of a saved run."""
@@ -153,6 +159,7 @@ class Training:
             "guard": self.guard.state(),
             "dtype": self.options.dtype,
             "use_distributed_optimizer": self.options.use_distributed_optimizer,
+            **({"keep_zeros": True} if self.options.keep_zeros else {}),
         }
 
     # ---- one step ----------------------------------------------------------------------------
@@ -195,7 +202,8 @@ class Training:
         wrong, norm = self.guard.wrong_loss(loss, zip(self.objective.names, others)), None
         self.losses.add(loss, None if wrong else others)
         if wrong is None:
-            norm = step_optimizer(self.optimizer, lambda norm: self.groups.sum_over_ranks(norm)[0])
+            over_ranks = self.groups.sum_over_ranks
+            norm = step_optimizer(self.optimizer, lambda norm: over_ranks(norm)[0], self._hold)
             self._count_skipped(norm is not None)
             if norm is not None and not math.isfinite(norm):
                 wrong, norm = f"gradient norm is {norm}", None

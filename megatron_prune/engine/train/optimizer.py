@@ -7,7 +7,7 @@ fused kernel, and the distributed optimizer can load what it saved.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -20,6 +20,8 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from torch import Tensor
+from torch.nn import Parameter
 
 from megatron_prune.engine.forward.model import LanguageModel
 from megatron_prune.engine.train.options import TrainOptions, warmup_iters
@@ -77,6 +79,28 @@ def _parts(optimizer: Any) -> list[Any]:
 def _torch_optimizers(optimizer: Any) -> list[torch.optim.AdamW]:
     inner = [part.optimizer for part in _parts(optimizer)]
     return [one for one in inner if isinstance(one, torch.optim.AdamW)]
+
+
+def main_weights(
+    optimizer: Any, weights: Sequence[Parameter]
+) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
+    """What is stepped in the place of a model's weights, and the optimizer's state of each.
+
+    The float32 copy of a weight of 16 bits, else the weight itself; of the distributed optimizer
+    this rank's part, flat, and nothing where it has none.
+    """
+    for part in _parts(optimizer):
+        if part.is_stub_optimizer:
+            continue
+        if isinstance(part, DistributedOptimizer):
+            groups, places = part.optimizer.param_groups, part.model_param_group_index_map
+            found = (places[weight] for weight in weights if weight in places)
+            mine = [groups[group]["params"][order] for group, order in found]
+        else:
+            stepped = {id(main) for main in part.get_parameters()}
+            every = (getattr(weight, "main_param", weight) for weight in weights)
+            mine = [main for main in every if id(main) in stepped]
+        yield from ((main, part.optimizer.state.get(main, {})) for main in mine)
 
 
 def build_scheduler(
@@ -164,16 +188,23 @@ def load_optimizer(optimizer: Any, saved: dict[str, Any]) -> None:
 
 
 @torch.no_grad()
-def step_optimizer(optimizer: Any, over_ranks: Callable[[float], float]) -> float | None:
+def step_optimizer(
+    optimizer: Any,
+    over_ranks: Callable[[float], float],
+    when_ready: Callable[[], None] | None = None,
+) -> float | None:
     """`ChainedOptimizer.step`, with a look at the norm before anything is changed.
 
     Args:
         over_ranks: sums a number over all ranks, so that all see the one that is not finite.
+        when_ready: called once the gradients are whole and in float32, before their norm is taken.
 
     Returns:
         The gradient norm; not finite: nothing was changed; None: fp16's loss scale was too large.
     """
     overflows = optimizer.prepare_grads()
+    if when_ready is not None and not overflows:
+        when_ready()
     norm = 0.0 if overflows else float(optimizer.get_grad_norm())
     total = over_ranks(norm)
     if overflows or not math.isfinite(total):

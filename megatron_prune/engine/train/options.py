@@ -210,6 +210,9 @@ class TrainOptions(Engine, LoraOptions, DistillOptions):
     use_distributed_optimizer: bool = flag(
         "split the optimizer's state over data-parallel ranks", default=False, group=_OPTIMIZER
     )
+    keep_zeros: bool = flag(
+        "weights of the layers' matrices that are zero stay zero", default=False, group=_OPTIMIZER
+    )
 
     log_interval: int = flag(
         "steps between lines", default=100, group=_TELLING, metavar="N", parse=positive
