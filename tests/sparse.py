@@ -1,4 +1,4 @@
-"""Sparse models and their records, made here: zeros by sizes, hashes by hashlib, no code of methods.
+"""Sparse models and their records: zeros by sizes, hashes by hashlib, no code of any method.
 
 What writes them is the package's own way out, `SparseSource` and `write_checkpoint`.
 """

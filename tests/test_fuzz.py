@@ -30,6 +30,7 @@ from megatron_prune.sources.repair_record import Repair, Replaced, load_repair
 from megatron_prune.store import open_source
 from tests import pico
 from tests.pico import TEXT, ok, run
+from tests.sparse import make_sparse
 
 FEW, MANY = 30, 2000
 SECONDS = 20  # of CPU: a try that takes as long is a loop without bounds
@@ -230,6 +231,16 @@ def repair(root: Path, folder: Path) -> Case:
     )
 
 
+def sparsity(root: Path, folder: Path) -> Case:
+    make_sparse(root / "hf", folder / "m")
+    (folder / "m/manifest.json").unlink()
+    reads = checkpoint_reads(folder / "m", folder / "o")
+    proved = ("verify", "--load", folder / "m", "--source", root / "hf")
+    shown = ("report", folder / "m/sparsity.json", "--save", folder / "r.html", "--overwrite")
+    # what another program might have written is left out, and only `verify` misses it
+    return Case(folder / "m/sparsity.json", (*reads, proved, shown))
+
+
 def sentencepiece(root: Path, folder: Path) -> Case:
     from sentencepiece import SentencePieceTrainer
 
@@ -296,6 +307,7 @@ MAKERS: dict[str, Callable[[Path, Path], Case]] = {
     "idx": corpus(".idx"),
     "sidecar": corpus(".json"),
     "repair.json": repair,
+    "sparsity.json": sparsity,
     "tokenizer.model": sentencepiece,
     "tiktoken": tiktoken,
 }

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -177,7 +176,11 @@ def test_zeros_of_the_source_stay(models: Models, tmp_path: Path) -> None:
         ({"tensors": {CANONICAL: {"asked": 0.5, "reached": "x"}}}, "reached is 'x'", 3),
         ({"tensors": {CANONICAL: {"asked": 0.5, "reached": 0.5, "energy": -1}}}, "energy is -1", 3),
         ({"tensors": {"decoder.final_layernorm.weight": {"asked": 0.5, "reached": 0.5}}},
-         "claims decoder.final_layernorm.weight, which is no linear", 3),
+         "names 'decoder.final_layernorm.weight'; wanted matrices of layers", 3),
+        ({"tensors": {CANONICAL.replace("1", "9", 1): {"asked": 0.5, "reached": 0.5}}},
+         "claims decoder.layers.9.mlp.linear_fc2.weight, which is no linear", 3),
+        ({"tensors": {CANONICAL.replace("mlp.linear_fc2", "input_layernorm"): {
+            "asked": 0.5, "reached": 0.5}}}, "input_layernorm.weight, which is no linear", 3),
         ({"tensors": {CANONICAL: {"asked": 0.5, "reached": 0.5}}}, "does not name this tensor", 3),
     ],
 )  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +19,8 @@ from megatron_prune.evaluate.options import Bar, EvaluateOptions
 from megatron_prune.evaluate.perplexity import judge
 from megatron_prune.model.axes import count_parameters
 from megatron_prune.sources.source import Source
+from megatron_prune.sources.sparse import CountedSource
+from megatron_prune.sources.sparsity_record import Sparsity, load_sparsity
 from megatron_prune.store import open_source
 
 
@@ -49,22 +52,33 @@ def _tokenise(options: EvaluateOptions, vocab_size: int) -> tuple[Tensor, int]:
     return windows, scored_bytes(tokenizer, windows)
 
 
-def evaluate(
-    source: Source, options: EvaluateOptions, groups: Groups, bar: Bar
-) -> dict[str, float | int | str]:
+def _zeros(record: Sparsity, counted: CountedSource, groups: Groups) -> dict[str, Any]:
+    zeros, size = groups.sum_over_ranks(counted.zeros, counted.size)
+    return {
+        "sparsity": zeros / size if size else 0.0,
+        "sparsity_method": record.how,
+        "sparsity_pattern": record.pattern,
+    }
+
+
+def evaluate(source: Source, options: EvaluateOptions, groups: Groups, bar: Bar) -> dict[str, Any]:
     """Score the windows; the same result on every rank.
 
-    ``seconds`` and ``tokens_per_second`` are of the scoring alone.
+    ``seconds`` and ``tokens_per_second`` are of the scoring alone. Of a model that carries a record
+    of zeros ``sparsity`` is the share of them that its matrices have now, counted as it is loaded:
+    training may have changed them.
 
     Raises:
         ConfigError: the text or the tokenizer does not fit the model.
-        DamagedError: the loss is not a number.
+        DamagedError: the loss is not a number, or the record of zeros is none.
     """
+    record = None if source.sparsity_path is None else load_sparsity(source.sparsity_path)
     windows, text_bytes = on_first_rank(
         groups.ranks, lambda: _tokenise(options, source.config.shape.vocab_size)
     )
     model = build_model(source.config, groups, ModelOptions.of(options, options.window_length))
-    load_weights(model, source, groups)
+    counted = CountedSource(source, () if record is None else record.tensors)
+    load_weights(model, counted, groups)
     started = time.monotonic()
     with bar() as start:
         losses = window_losses(
@@ -87,6 +101,7 @@ def evaluate(
         "seconds": seconds,
         "tokens_per_second": judgement.tokens / seconds,
         "parameters": count_parameters(source.config),
+        **({} if record is None else _zeros(record, counted, groups)),
         "load": str(options.load),
         "data": str(options.data),
         "seq_length": options.window_length,

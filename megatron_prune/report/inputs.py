@@ -2,19 +2,20 @@
 
 A scores file (safetensors whose header says so), plans (JSON with ``kept``), what a budget search
 tried (JSON with a list ``candidates``), training runs (directories with ``metrics.jsonl``) and what
-``evaluate`` made of models (JSON). A further kind is one more case in `_read`.
+``evaluate`` made of models (JSON), and records of zeros (``sparsity.json``, or a model that carries
+one). A further kind is one more case in `_read`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from megatron_prune.errors import ConfigError, PlanError
+from megatron_prune.errors import CheckpointError, ConfigError, PlanError
 from megatron_prune.files import hash_file
 from megatron_prune.files.parsing import read_json
 from megatron_prune.model.shape import ModelShape
@@ -22,10 +23,15 @@ from megatron_prune.planning.plan import PrunePlan, load_plan
 from megatron_prune.planning.scores import Scores, load_scores
 from megatron_prune.report.judged import is_judgement, is_task_results
 from megatron_prune.report.runs import METRICS, Run, is_run, read_run
+from megatron_prune.sources.source import SPARSITY
+from megatron_prune.sources.sparsity_record import Sparsity, load_sparsity
+from megatron_prune.store.open import iteration_directory
+from megatron_prune.store.passenger import COMPANIONS
 
 WANTED = (
     "wanted scores (safetensors), a plan (JSON), a budget search's candidates (JSON), a run (its "
-    f"directory or {METRICS}) or a result of evaluate (JSON)"
+    f"directory or {METRICS}), a result of evaluate (JSON) or a sparse model (its directory or "
+    f"{SPARSITY})"
 )
 SIZES = ("num_layers", "hidden_size", "num_attention_heads", "num_query_groups", "ffn_hidden_size")
 
@@ -87,6 +93,7 @@ class Inputs:
     runs: Mapping[str, Run] = field(default_factory=dict)
     judgements: Mapping[str, Judged] = field(default_factory=dict)
     results: Mapping[str, Judged] = field(default_factory=dict)
+    sparse: Mapping[str, Sparsity] = field(default_factory=dict)
 
     @property
     def source_digest(self) -> str | None:
@@ -99,6 +106,9 @@ class Inputs:
         """The shape of that model."""
         shapes = [plan.source for plan in self.plans.values()]
         return self.scores.shape if self.scores is not None else next(iter(shapes), None)
+
+
+Found = Scores | PrunePlan | Search | Run | Judged | Sparsity
 
 
 def split_name(text: str) -> tuple[str | None, Path]:
@@ -118,14 +128,17 @@ def read_inputs(paths: Sequence[Path], names: Sequence[str | None] | None = None
     Raises:
         ConfigError: a file that is missing or of no known kind, or a second scores file.
         PlanError: a plan that contradicts itself, or was made for another model.
-        DamagedError: a scores file that cannot be read.
+        DamagedError: a scores file or a record of zeros that cannot be read.
     """
-    found: dict[str, Scores | PrunePlan | Search | Run | Judged] = {}
-    files = []
+    found: dict[str, Found] = {}
+    files, sparse = [], dict[str, Sparsity]()
     for path, label in zip(paths, _labels(paths, names or [None] * len(paths))):
-        found[label] = one = _read(path)
-        file = one.path if isinstance(one, Run) else path
-        files.append(InputFile(label=label, kind=_kind(one), sha256=hash_file(file).sha256))
+        for one, file in _read_all(path, _record_in(path)):
+            files.append(InputFile(label=label, kind=_kind(one), sha256=hash_file(file).sha256))
+            if isinstance(one, Sparsity):
+                sparse[label] = one
+            else:
+                found[label] = one
     scores = {label: x for label, x in found.items() if isinstance(x, Scores)}
     plans = {label: x for label, x in found.items() if isinstance(x, PrunePlan)}
     searches = {label: x for label, x in found.items() if isinstance(x, Search)}
@@ -143,18 +156,45 @@ def read_inputs(paths: Sequence[Path], names: Sequence[str | None] | None = None
         runs={label: x for label, x in found.items() if isinstance(x, Run)},
         judgements={label: x for label, x in judged.items() if x.kind == "text"},
         results={label: x for label, x in judged.items() if x.kind == "tasks"},
+        sparse=sparse,
     )
 
 
-def _kind(found: Scores | PrunePlan | Search | Run | Judged) -> str:
-    kinds = {Scores: "scores", PrunePlan: "plan", Search: "budget search", Run: "training run"}
+def _record_in(path: Path) -> Path | None:
+    """The record of zeros that the model, or the newest checkpoint of the run, in a directory
+    carries."""
+    if not path.is_dir():
+        return None
+    try:
+        directory = iteration_directory(path)
+    except CheckpointError:  # a run that has no checkpoint yet
+        return None
+    places = (directory / SPARSITY, directory / COMPANIONS / SPARSITY)
+    return next((place for place in places if place.is_file()), None)
+
+
+def _read_all(path: Path, carried: Path | None) -> Iterator[tuple[Found, Path]]:
+    """What a path holds, and the file that it was read from: a run may carry a record too."""
+    if carried is not None:
+        yield load_sparsity(carried), carried
+    if carried is None or is_run(path):
+        one = _read(path)
+        yield one, one.path if isinstance(one, Run) else path
+
+
+def _kind(found: Found) -> str:
+    kinds = {
+        Scores: "scores", PrunePlan: "plan", Search: "budget search", Run: "training run",
+        Sparsity: "record of zeros",
+    }  # fmt: skip
     return f"judged on {found.kind}" if isinstance(found, Judged) else kinds[type(found)]
 
 
 def _labels(paths: Sequence[Path], names: Sequence[str | None]) -> list[str]:
     """The names given; else those of files, a run's of its directory, or whole paths where two
     have one name."""
-    own = [p.parent.name if p.name == METRICS else p.name or str(p) for p in paths]
+    of_directory = (METRICS, SPARSITY)
+    own = [(p.parent.name if p.name in of_directory else p.name) or str(p) for p in paths]
     labels = [
         name or (str(p) if own.count(mine) > 1 else mine)
         for name, p, mine in zip(names, paths, own)
@@ -165,17 +205,19 @@ def _labels(paths: Sequence[Path], names: Sequence[str | None]) -> list[str]:
     return labels
 
 
-def _read(path: Path) -> Scores | PrunePlan | Search | Run | Judged:
+def _read(path: Path) -> Found:
     if is_run(path):
         return read_run(path)
     if not path.is_file():
-        what = "is a directory" if path.is_dir() else "is not there"
+        what = f"is a directory without {SPARSITY}" if path.is_dir() else "is not there"
         raise ConfigError(f"{path}: {what}; {WANTED}")
     if _is_safetensors(path):
         return load_scores(path)
     values = read_json(path, ConfigError, "neither safetensors nor JSON", advice=f"; {WANTED}")
     if isinstance(values, dict) and "kept" in values:
         return load_plan(path)
+    if isinstance(values, dict) and {"method", "source_digest", "tensors"} <= values.keys():
+        return load_sparsity(path)
     if isinstance(values, dict) and isinstance(values.get("candidates"), list):
         return _search(path, values)
     if isinstance(values, dict) and is_judgement(values):

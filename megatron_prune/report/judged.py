@@ -16,6 +16,7 @@ _COLUMNS = {
     "bits_per_byte": ".4f",
     "tokens": ",.0f",
 }
+_ZEROS = {"sparsity": ".2%"}  # a column where any model says it
 
 
 def is_judgement(values: Mapping[str, Any]) -> bool:
@@ -38,7 +39,7 @@ def judged_tables(
     tables, sheets = [], []
     if judgements:
         tables.append(_text_table(judgements))
-        names = ("model", *_COLUMNS, "data", "load")
+        names = ("model", *_columns(judgements), "data", "load")
         sheets.append(Sheet(name="judged", header=names, rows=partial(_text_rows, judgements)))
     if results:
         tables.append(_task_table(results))
@@ -47,9 +48,16 @@ def judged_tables(
     return tables, sheets
 
 
+def _columns(judgements: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+    """Names of the numbers that are shown, and their formats."""
+    has_zeros = any("sparsity" in values for values in judgements.values())
+    return _COLUMNS | (_ZEROS if has_zeros else {})
+
+
 def _text_rows(judgements: Mapping[str, Mapping[str, Any]]) -> Rows:
     for label, values in judgements.items():
-        yield (label, *(values.get(name, "") for name in (*_COLUMNS, "data", "load")))
+        named = (*_columns(judgements), "data", "load")
+        yield (label, *(values.get(name, "") for name in named))
 
 
 def _task_rows(results: Mapping[str, Mapping[str, Any]]) -> Rows:
@@ -69,18 +77,18 @@ def _known(value: Any) -> int | None:
 
 def _text_table(judgements: Mapping[str, Mapping[str, Any]]) -> Table:
     counts = [_known(values.get("parameters")) for values in judgements.values()]
-    base = next(iter(judgements.values())).get("loss")
+    base, columns = next(iter(judgements.values())).get("loss"), _columns(judgements)
     rows: list[tuple[str, ...]] = []
     for (label, values), count in zip(judgements.items(), counts):
         loss, rise = values.get("loss"), NOTHING
         if rows and isinstance(loss, int | float) and isinstance(base, int | float):
             rise = f"{loss - base:+.4f}"
         share = _number(count / counts[0] if count and counts[0] else None, ".1%")
-        cells = [_number(values.get(name), form) for name, form in _COLUMNS.items()]
+        cells = [_number(values.get(name), form) for name, form in columns.items()]
         rows.append((label, cells[0], share, cells[1], rise, *cells[2:], str(values.get("load"))))
     header = (
         "model", "parameters", "of the first", "loss", "above the first", "perplexity",
-        "bits per byte", "on tokens", "checkpoint",
+        "bits per byte", "on tokens", *(("zeros",) if "sparsity" in columns else ()), "checkpoint",
     )  # fmt: skip
     texts = dict.fromkeys(str(values.get("data")) for values in judgements.values())
     return Table(header=header, rows=rows, caption=f"Held-out text: {', '.join(texts)}")

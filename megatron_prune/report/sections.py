@@ -1,10 +1,10 @@
 """What a report shows, section by section: what came of it, then why, then how to make it again.
 
 The result and the losses come first, then the plan, the scores behind it and what a search tried,
-then the course of the runs; digests and commands are the end. Every section stands when one of the
-inputs has something for it: scores without a plan are maps
-with nothing outlined, a plan without scores is maps of what it keeps. Of several criteria the
-plan's own comes first and open, the others fold away.
+then the zeros of sparse models and the course of the runs; digests and commands are the end. Every
+section stands when one of the inputs has something for it: scores without a plan are maps with
+nothing outlined, a plan without scores is maps of what it keeps. Of several criteria the plan's own
+comes first and open, the others fold away.
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ from megatron_prune.report.run_sections import (
     domain_section,
     loss_section,
 )
+from megatron_prune.report.sparsity import sparsity_section
 from megatron_prune.report.tried import search_section
 from megatron_prune.report.unit_pictures import (
     NARROW,
@@ -90,6 +91,7 @@ def report_sections(inputs: Inputs, config: ModelConfig | None) -> list[Section]
         *(_axis_section(inputs, axis) for axis in AXIS_NAMES),
         _overlap_section(inputs),
         search_section(inputs),
+        sparsity_section(inputs),
         course_section(runs),
         domain_section(runs),
         files_section(inputs),

@@ -21,6 +21,7 @@ from megatron_prune.files.parsing import checked_as, read_json
 
 VERSION = 1
 _LONGEST = 80  # of a method's name
+_MATRIX = re.compile(r"decoder\.layers\.[0-9]{1,5}\.[a-z0-9_.]{1,80}\.weight")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +60,7 @@ class Sparsity:
         reached: the share of zeros of all matrices that were pruned.
         settings: options, text and layout; JSON values.
         source_digest: `Source.digest` of what was pruned.
-        tensors: canonical name -> what became of it.
+        tensors: canonical name -> what became of it. Matrices of layers only.
     """
 
     method: str
@@ -71,16 +72,20 @@ class Sparsity:
     tensors: Mapping[str, SparseMatrix]
 
     @property
-    def words(self) -> str:
-        """Method and pattern for a reader: ``magnitude (weight update iter), 2:4``."""
+    def how(self) -> str:
+        """The method and what it was told to do: ``magnitude (weight update iter)``."""
         known = self.settings.get
         done = ["variant"] if known("variant") is True else []
         update = known("weight_update")
         if isinstance(update, str) and update.isalnum() and update != "none":
             done.append(f"weight update {update}")
         done += ["refit"] if known("refit") is True else []
-        method = f"{self.method} ({', '.join(done)})" if done else self.method
-        return method if self.pattern is None else f"{method}, {self.pattern}"
+        return f"{self.method} ({', '.join(done)})" if done else self.method
+
+    @property
+    def words(self) -> str:
+        """Method and pattern: ``wanda, 2:4``."""
+        return self.how if self.pattern is None else f"{self.how}, {self.pattern}"
 
     def to_json(self) -> str:
         """The file's text: one line per tensor."""
@@ -132,7 +137,9 @@ def parse_pattern(text: str) -> tuple[int, int]:
 
 def _matrix(name: str, values: Mapping[str, Any]) -> SparseMatrix:
     """A matrix' line of the record; raises ValueError or TypeError."""
-    found, where = SparseMatrix(**{"pattern": None, **values}), f"{name!r:.60}: "
+    if _MATRIX.fullmatch(name) is None:
+        raise ValueError(f"names {name!r:.60}; wanted matrices of layers, by their canonical names")
+    found, where = SparseMatrix(**{"pattern": None, **values}), f"{name}: "
     _check_shares(where, found, "asked", "reached")
     _check_pattern(where, found.pattern)
     for word in ("energy", "error"):

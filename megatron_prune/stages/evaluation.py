@@ -78,6 +78,9 @@ def _on_text(options: EvaluateOptions, console: Console) -> Evaluated:
     console.say(f"{time.monotonic() - started:.1f} s in all, with loading and tokenising")
     lines = [f"{name:<14} {found[name]:.6f}" for name in ("loss", "perplexity", "bits_per_byte")]
     lines += [f"{name:<14} {found[name]}" for name in ("tokens", "windows")]
+    if "sparsity" in found:
+        pattern = f", {found['sparsity_pattern']}" if found["sparsity_pattern"] else ""
+        lines += [f"{'sparsity':<14} {found['sparsity']:.6f} ({found['sparsity_method']}{pattern})"]
     lines += [f"{'tokens/s':<14} {found['tokens_per_second']:.1f}"]
     lines += [f"{'seconds':<14} {found['seconds']:.2f}"]
     return Evaluated(facts=found, lines=tuple(lines))

@@ -44,11 +44,15 @@ class Inspected:
         if self.as_json:
             return json.dumps(self.facts, indent=2)
         rows = [
-            f"{name:<30}{value:,}" if type(value) is int else f"{name:<30}{value}"
+            f"{name:<30}{value:,}" if type(value) is int else f"{name:<30}{_word(value)}"
             for name, value in self.facts.items()
             if name != "shape"
         ]
         return "\n".join([shape_table(self.shape), *rows])
+
+
+def _word(value: Any) -> str:
+    return "none" if value is None else str(value)
 
 
 def inspect(options: InspectOptions, console: Console = SILENT) -> Inspected:
@@ -74,7 +78,7 @@ def _sparsity(path: Path) -> dict[str, Any]:
     """As it is recorded: no weight is read, and training may have changed them since."""
     record = load_sparsity(path)
     return {
-        "sparsity_method": record.words,
+        "sparsity_method": record.how,
         "sparsity_pattern": record.pattern,
         "sparsity_asked": record.sparsity,
         "sparsity_reached": record.reached,

@@ -1,12 +1,13 @@
-"""One page that shows scores, plans, searches, training runs and judged models, by itself.
+"""One page that shows scores, plans, searches, zeros, training runs and judged models, by itself.
 
   megatron-prune report scores.safetensors plan.json --save report.html
   megatron-prune report pruned=/ckpt/recovered random=/ckpt/random dense=dense.json \\
       pruned.json plan.json --load llama --save report.html --png-dir figures --csv-dir numbers
 
 Files are recognised by what they hold, in any order: at most one of scores, any number of plans,
-candidates, runs of train (their directories) and results of evaluate. NAME=PATH gives one another
-name. The page opens in any browser, light or dark, offline, and prints.
+candidates, runs of train (their directories), results of evaluate, and sparse models (their
+directories, or sparsity.json). NAME=PATH gives one another name. The page opens in any browser,
+light or dark, offline, and prints.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from megatron_prune.stages.console import SILENT, Console
 @dataclass(frozen=True, kw_only=True)
 class ReportOptions:
     inputs: tuple[str, ...] = flag(
-        "scores, plan, candidates of a budget search, a run, or a result of evaluate",
+        "scores, plan, candidates of a budget search, a run, a result of evaluate, a sparse model",
         metavar="[NAME=]PATH",
         positional=True,
     )
@@ -84,7 +85,8 @@ def report(options: ReportOptions, console: Console = SILENT) -> Reported:
     _check_outputs(options, paths)
     inputs = read_inputs(paths, names)
     sections = with_unique_names(report_sections(inputs, _model(options, inputs, console)))
-    title = "Pruning report" if inputs.source is not None or inputs.searches else "Training report"
+    is_pruned = inputs.source is not None or inputs.searches or inputs.sparse
+    title = "Pruning report" if is_pruned else "Training report"
     page = page_html(title, ", ".join(file.label for file in inputs.files), sections).encode()
     files = beside_files(sections)
     numbers = [name for name in files if name.endswith(".csv")]

@@ -11,6 +11,7 @@ import pytest
 
 from megatron_prune.store import megatron
 from tests.pico import KINDS, VOCAB, ok, refused, stock_copy, tensors
+from tests.sparse import make_sparse
 
 Models, Shards = Callable[[str], Path], Callable[..., Path]
 SHAPE = {
@@ -48,6 +49,20 @@ def test_inspect_tells_the_truth(
     assert found["parameters"] == sum(x.numel() for x in tensors(models(kind)).values())
     assert found["iteration"] == (1 if layout else 0)
     assert found.get("make_vocab_size_divisible_by") == (None if layout else 128)
+
+
+def test_a_sparse_model_tells_its_record(models: Models, tmp_path: Path) -> None:
+    make_sparse(models("gqa"), tmp_path / "s")
+    ok("convert", "--load", tmp_path / "s", "--save", tmp_path / "m", "--to", "megatron")
+    told = {
+        "sparsity_method": "wanda", "sparsity_pattern": "2:4", "sparsity_asked": 0.5,
+        "sparsity_reached": 0.5, "sparse_matrices": 28,
+    }  # fmt: skip
+    for path in (tmp_path / "s", tmp_path / "m"):
+        found = inspect(path)
+        assert {name: found[name] for name in told} == told
+    assert "sparsity_reached              0.5" in ok("inspect", tmp_path / "s").out.splitlines()
+    assert not [name for name in inspect(models("gqa")) if "spars" in name]
 
 
 @pytest.mark.parametrize("ckpt_format", ["torch", "torch_dist"])

@@ -7,8 +7,9 @@ import shlex
 from pathlib import Path
 
 from tests.engine.runs import words
-from tests.pico import ok
+from tests.pico import ok, refused
 from tests.report.test_page import Reader
+from tests.sparse import make_sparse
 
 TP3 = ("--tensor-model-parallel-size", 3)
 
@@ -56,3 +57,19 @@ def test_the_commands_travel_with_the_model_into_its_card(
     ok(*third)
     ok("convert", "--load", tmp_path / "more", "--save", tmp_path / "last", "--to", "hf")
     assert (tmp_path / "last" / "README.md").read_text().count("megatron-prune train") == 3
+
+
+def test_the_record_of_zeros_travels_through_training_which_verify_tells_from_damage(
+    reference: Path, corpus: Path, tmp_path: Path
+) -> None:
+    make_sparse(reference / "gqa", tmp_path / "sparse")
+    more = ("--train-iters", 3, "--eval-iters", 0)
+    ok(*words(tmp_path / "sparse", tmp_path / "run", corpus, *more))
+    ok("convert", "--load", tmp_path / "run", "--save", tmp_path / "hf", "--to", "hf")
+    record = (tmp_path / "sparse/sparsity.json").read_bytes()
+    for folder in (tmp_path / "run", tmp_path / "hf"):
+        assert [path.read_bytes() for path in folder.rglob("sparsity.json")] == [record]
+        given = ("--load", folder, "--source", reference / "gqa")
+        refused("verify", *given, says="was trained since it was made sparse, and training changed")
+    assert "zeros only where it ran with `--keep-zeros`" in (tmp_path / "hf/README.md").read_text()
+    ok("verify", "--load", tmp_path / "sparse", "--source", reference / "gqa")

@@ -427,7 +427,7 @@ def test_scores_of_another_tool_or_a_directory_are_refused(tmp_path: Path) -> No
     save_file({"a": torch.zeros(3)}, tmp_path / "model.safetensors")
     save = ("--save", tmp_path / "page.html")
     refused("report", tmp_path / "model.safetensors", *save, says="not a scores file")
-    refused("report", tmp_path, *save, says="is a directory; wanted scores")
+    refused("report", tmp_path, *save, says="is a directory without sparsity.json; wanted scores")
 
 
 def test_outputs_are_checked_before_anything_is_read(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 from tests.pico import make_model, ok, refused
+from tests.sparse import make_sparse
 
 CARD = """---
 license: other
@@ -90,6 +91,27 @@ def test_the_header_takes_the_licence_along_and_leaves_the_rest(source: Path, pr
     }
     assert "No licence" not in body(pruned) and "whose name is not known" in body(pruned)
     assert (source / "README.md").read_text() == CARD
+
+
+def test_a_sparse_model_says_so_and_what_that_does_not_change(
+    source: Path, pruned: Path, tmp_path: Path
+) -> None:
+    record = make_sparse(pruned, tmp_path / "s")
+    ok("convert", "--load", tmp_path / "s", "--save", tmp_path / "m", "--to", "megatron")
+    ok("convert", "--load", tmp_path / "m", "--save", tmp_path / "hf", "--to", "hf")
+    for folder in (tmp_path / "s", tmp_path / "hf"):
+        text = body(folder)
+        assert header(folder)["tags"] == ["megatron-prune", "pruned", "sparse"]
+        assert text.startswith("\n# A llama model, pruned, sparse\n")
+        assert "50.00% of the weights of 21 linears" in text and "wanda, 2:4." in text
+        assert "of every 4 consecutive inputs of a row at most 2" in text
+        assert "as large as those of the dense model, and it runs no faster" in text
+        assert "`sparsity.json` says for each matrix" in text and record.source_digest in text
+        assert "--keep-zeros" not in text
+    make_sparse(source, tmp_path / "o", pattern=None)
+    assert header(tmp_path / "o")["tags"] == ["megatron-prune", "sparse"]
+    assert "consecutive" not in body(tmp_path / "o")
+    assert "spars" not in (pruned / "README.md").read_text()
 
 
 def test_a_base_model_is_linked_and_kept_by_later_exports(source: Path, tmp_path: Path) -> None:
