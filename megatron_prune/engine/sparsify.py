@@ -146,7 +146,7 @@ def outlier_shares(
             for name in group.targeted(layer, targets):
                 rows = _rows(source, name, groups)
                 metrics.append(rows.abs() * roots.float())
-        outliers, of = outlier_counts(metrics, multiple, dealt)
+        outliers, of = outlier_counts(metrics, dealt, multiple)
         shares.append(outliers / of)
         for half in source.config.family.halves:
             walk.advance(half)

@@ -17,7 +17,7 @@ from megatron_prune.model.axes import layer_name, split_layer, tensor_shape
 from megatron_prune.model.fusion import stored_name
 from megatron_prune.model.shape import ModelConfig
 from megatron_prune.planning.choose import parse_layers
-from megatron_prune.sparsity.allocation import arithmetic
+from megatron_prune.sparsity.allocation import OUTLIER_MULTIPLE, OUTLIER_SPREAD, arithmetic
 from megatron_prune.sparsity.method import (
     METHODS,
     WEIGHT_UPDATES,
@@ -92,12 +92,15 @@ class SparsityFlags(LayerwiseCalibration):
     )
     owl_multiple: float = flag(
         "of owl: a score above this times its layer's mean is an outlier",
-        default=5.0,
+        default=OUTLIER_MULTIPLE,
         metavar="M",
         group=SPARSITY,
     )
     owl_lambda: float = flag(
-        "of owl: shares differ by at most twice this", default=0.08, metavar="X", group=SPARSITY
+        "of owl: shares differ by at most twice this",
+        default=OUTLIER_SPREAD,
+        metavar="X",
+        group=SPARSITY,
     )
     targets: tuple[str, ...] = flag(
         "which linears, by Megatron's names and wildcards: linear_qkv, linear_gate, mlp, "

@@ -32,7 +32,7 @@ from megatron_prune.sources.finite import FiniteSource
 from megatron_prune.sources.source import SPARSITY, Source
 from megatron_prune.sources.sparse import SparseSource
 from megatron_prune.sources.sparsity_record import Sparsity
-from megatron_prune.sparsity.allocation import owl
+from megatron_prune.sparsity.allocation import by_outliers
 from megatron_prune.sparsity.method import Asked, How
 from megatron_prune.stages.common import agree_on_start, check_save, opened
 from megatron_prune.stages.console import SILENT, Console
@@ -208,7 +208,7 @@ def _run(
             outliers = outlier_shares(
                 source, decided.targets, options.owl_multiple, calibration, groups, progress
             )
-            shares = owl(outliers, options.sparsity, options.owl_lambda)
+            shares = by_outliers(outliers, options.sparsity, options.owl_lambda)
             asked = tuple(Asked(share=share) for share in shares)
         task = Task(
             method=decided.method,
