@@ -303,9 +303,10 @@ class _Sparsifying:
             nonlocal found
             with warnings.catch_warnings(record=True) as told:
                 warnings.simplefilter("always")
-                found = task.method.prepare(inputs, task.how)
+                made = task.method.prepare(inputs, task.how)
             for one in told:
                 warnings.warn(f"{self._source.path}: {names[0]}: {one.message}", stacklevel=2)
+            found = {name: x.contiguous() for name, x in made.items()}  # as broadcast takes it
             return [(name, x.shape, x.dtype) for name, x in found.items()]
 
         given = {}
