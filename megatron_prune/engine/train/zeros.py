@@ -30,6 +30,8 @@ from megatron_prune.model.lora import TARGETS
 from megatron_prune.model.shape import ModelConfig
 from megatron_prune.sources.source import Source
 
+_BY_CHANCE = 0.01  # SmolLM2-135M out of 4 bits a weight has 0.03% zeros
+
 
 def _matrices(config: ModelConfig) -> list[str]:
     """Canonical names of what is masked: the weights of the layers' linears."""
@@ -73,17 +75,18 @@ class KeptZeros:
         zeros, count = sum(int((x == 0).sum()) for x in mine), sum(x.numel() for x in mine)
         copies = 1 if is_split else groups.copies_group.size()
         zeros, count = (int(x) // copies for x in groups.sum_over_ranks(zeros, count))
+        dense = "; a dense model can have as many by chance" * (zeros < _BY_CHANCE * count)
         return (
             f"--keep-zeros: {zeros:,} of the {count:,} weights of the layers' matrices "
-            f"({zeros / count:.2%}) are zero and stay zero"
+            f"({zeros / count:.2%}) are zero and stay zero{dense}"
         )
 
     @torch.no_grad()
     def hold(self) -> None:
         """Keep the next step from changing them; called when the gradients are whole."""
         for main, state in main_weights(self._optimizer, self._weights):
-            zero = main == 0
+            kept = main != 0
             assert main.grad is not None
-            for moves in (main.grad, state.get("exp_avg")):
-                if moves is not None:
-                    moves.masked_fill_(zero, 0)
+            main.grad.mul_(kept)  # a quarter of what masked_fill_ takes on a CPU, and NaN stays NaN
+            if "exp_avg" in state:  # from the first step on
+                state["exp_avg"].mul_(kept)
