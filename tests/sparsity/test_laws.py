@@ -85,6 +85,40 @@ def test_zeros_stay_and_are_positive_and_arguments_are_left_alone(way, asked) ->
     assert all(torch.equal(prepared[name], x) for name, x in kept_prepared.items())
 
 
+@pytest.mark.parametrize("way", ["sparsegpt", "wanda iter", "admm", "alps"])
+def test_zeros_that_stay_count_among_those_asked_for(way) -> None:
+    """Of each block and matrix, and one of each group."""
+    draw = torch.Generator().manual_seed(1)
+    problem = make_problem(dead=False)
+    for asked in (HALF, TWO_OF_FOUR):
+        zero = torch.rand(48, 24, 4, generator=draw).argsort(2) < 1
+        sparse = problem.weights[0].masked_fill(zero.view(48, 96), 0)
+        found = problem.solved(way, asked, [sparse])[0].weight_RI
+        if asked.pattern:
+            assert ((found != 0).view(48, 24, 4).sum(2) == 2).all()
+        else:
+            assert (found == 0).float().mean() == pytest.approx(0.5, abs=3 / (48 * 96) + 1e-6)
+
+
+def test_of_equal_weights_the_earlier_goes() -> None:
+    """In a row, as a stable sort has it, and in a group."""
+    equal = torch.ones(2, 96)
+    equal[1, :60] = 2
+    prepared = {"norm_I": torch.ones(96), "factor_II": torch.eye(96), "dead_I": torch.zeros(96) > 0}
+    kept = PROBLEM.solved("wanda", HALF, [equal], prepared)[0].weight_RI != 0
+    assert kept[0].tolist() == [False] * 48 + [True] * 48
+    assert kept[1].tolist() == [False] * 12 + [True] * 48 + [False] * 36
+    for way in ("wanda", "magnitude", "sparsegpt"):
+        for group in (4, 24):
+            asked = Asked(share=0.5, pattern=Pattern(keep=group // 2, group=group))
+            kept = PROBLEM.solved(way, asked, [torch.ones(2, 96)], prepared)[0].weight_RI != 0
+            assert (
+                kept.view(-1, 2, group // 2)
+                .any(2)
+                .equal(torch.tensor([[False, True]] * len(kept.view(-1, group))))
+            ), way
+
+
 @pytest.mark.parametrize("way", MASK_ONLY)
 def test_kept_weights_of_masks_are_the_sources(way) -> None:
     for dense, each in zip(PROBLEM.weights, PROBLEM.solved(way, HALF)):
@@ -105,6 +139,7 @@ def test_inputs_that_never_fire_have_no_weights_left_and_are_named(way) -> None:
     [  # of a row 1 to 96 the last that goes, from 0: of all, of all and one more, of a block of 40
         ("wanda", HALF, range(1, 97), 47),
         ("magnitude", HALF, range(1, 97), 48),
+        ("magnitude seq", HALF, range(1, 97), 48),
         ("sparsegpt", HALF, range(1, 97), 20),
         ("wanda", TWO_OF_FOUR, [3, 1, 4, 2] * 24, 3),
         ("sparsegpt", TWO_OF_FOUR, [3, 1, 4, 2] * 24, 3),
