@@ -219,8 +219,9 @@ def test_another_configuration_or_file_is_found(made, models: Models, tmp_path: 
     says = "its configuration says rope_parameters {'rope_theta': 60000.0, 'rope_type': 'default'}"
     refused("verify", *given, says=says, code=3)
     shutil.copy(made("masked") / "config.json", path)
-    (tmp_path / "e/tokenizer.json").write_text("{}")
-    refused("verify", *given, says="tokenizer.json: 2 bytes, manifest says", code=3)
+    tokenizer = tmp_path / "e/tokenizer.json"
+    tokenizer.write_text(tokenizer.read_text().replace("BPE", "EPB"))
+    refused("verify", *given, says="tokenizer.json: its SHA-256 is not the manifest's", code=3)
 
 
 def test_another_source_is_not_the_one(made, models: Models) -> None:

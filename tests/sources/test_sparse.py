@@ -17,7 +17,7 @@ from megatron_prune.sources.pruned import PrunedSource
 from megatron_prune.sources.replaced import Tensors
 from megatron_prune.sources.rotated import RotatedSource
 from megatron_prune.sources.source import CastSource
-from megatron_prune.sources.sparse import SparseSource
+from megatron_prune.sources.sparse import CountedSource, SparseSource
 from megatron_prune.sources.sparsity_record import load_sparsity
 from megatron_prune.store import open_source
 from tests.pico import ok
@@ -66,6 +66,15 @@ def test_other_weights_leave_the_record_behind(sparse: Path) -> None:
     assert (
         CastSource(source, "bf16").sparsity_path == source.sparsity_path == sparse / "sparsity.json"
     )
+
+
+def test_zeros_are_counted_as_they_are_read_and_no_samples(sparse: Path) -> None:
+    source = open_source(sparse)
+    counted = CountedSource(source, [PROJ])
+    assert counted.digest == source.digest and counted.size == 0
+    counted.read("output_layer.weight")
+    counted.read(PROJ, 1, 3)
+    assert (counted.zeros, counted.size) == (48 * 8, 48 * 16)
 
 
 def test_a_second_record_takes_the_place_of_the_first(sparse: Path, tmp_path: Path) -> None:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 import torch
 
-from megatron_prune.planning.plan import load_plan
+from megatron_prune.planning.plan import Kept, PrunePlan, load_plan
+from megatron_prune.sources.sparsity_record import load_sparsity
 from megatron_prune.stages.sparse_input import zeros_left
+from megatron_prune.store import open_source
 from tests.pico import TEXT, ok, tensors
 from tests.sparse import make_sparse
 
@@ -71,6 +73,29 @@ def test_the_share_is_that_of_the_matrices_that_stay(models: Models, tmp_path: P
        "--ffn-hidden-size-remain", 60, "--drop-layers", 0)  # fmt: skip
     left = zeros_left(record, load_plan(tmp_path / "p.json"))
     assert (left.share, left.patterned, left.broken) == (0.0, (), ())
+
+
+@pytest.mark.parametrize(
+    ("kept", "is_broken"),
+    [
+        (range(8, 16), False),
+        ((0, 1, 2, 3, 20, 21, 22, 23), False),
+        ((0, 1, 2, 4, 20, 21, 22, 23), True),  # begins where a group does, and has a gap
+        (range(2, 10), True),
+        (range(6), True),
+    ],
+)
+def test_a_pattern_holds_where_whole_groups_of_inputs_are_kept(
+    kept: Sequence[int], is_broken: bool, sparse: Path
+) -> None:
+    source = open_source(sparse)
+    plan = PrunePlan(
+        source=source.config.shape, kept=Kept(ffn=dict.fromkeys(range(4), tuple(kept))),
+        source_digest=source.digest, criterion="random", seed=1, prune_type="unbalance",
+        balance_for=1,
+    )  # fmt: skip
+    left = zeros_left(load_sparsity(sparse / "sparsity.json"), plan)
+    assert len(left.patterned) == 28 and len(left.broken) == 4 * is_broken
 
 
 def test_vocabulary_alone_leaves_the_pattern_whole(sparse: Path, tmp_path: Path) -> None:
