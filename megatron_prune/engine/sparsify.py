@@ -12,9 +12,10 @@ prunes from the source, and what has to be the same for all rows (a threshold of
 is agreed on by `kselect`. So time falls with the number of ranks, and the result does not depend
 on it but for rounding.
 
-Price: two forward passes, and what the method takes. Per rank ``I^2 * 4`` bytes of second moments
-for each input of a layer where a method needs them (once more while they are summed and prepared),
-the rows it prunes in float32, and on the first rank one whole matrix; on top of `layerwise`.
+Price: two forward passes, and what the method takes. Per rank ``I^2 / TP * 8`` bytes of second
+moments for each input of a layer where a method needs them, ``I^2 * 4`` of the one that is worked
+on and what the method prepares of it, the rows it prunes in float32, and on the first rank one
+whole matrix; on top of `layerwise`.
 
 Shape suffixes: s sequence, b batch (1), R this rank's rows, O all rows, I inputs.
 """
@@ -24,6 +25,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 import torch.distributed as dist
@@ -391,7 +393,7 @@ def _joined(rows_RI: Tensor, shape: Sequence[int], groups: Groups) -> Tensor:
         return rows_RI
     height, width = shape
     bounds = [height * rank // ranks for rank in range(ranks + 1)]
-    most = max(stop - start for start, stop in zip(bounds, bounds[1:]))
+    most = max(stop - start for start, stop in pairwise(bounds))
     mine = rows_RI.new_zeros(most, width)
     mine[: len(rows_RI)] = rows_RI
     wire = mine.view(torch.uint8)  # gloo does not know every dtype
@@ -402,7 +404,7 @@ def _joined(rows_RI: Tensor, shape: Sequence[int], groups: Groups) -> Tensor:
     return torch.cat(
         [
             part.view(rows_RI.dtype)[: stop - start]
-            for part, start, stop in zip(parts, bounds, bounds[1:])
+            for part, (start, stop) in zip(parts, pairwise(bounds))
         ]
     )
 

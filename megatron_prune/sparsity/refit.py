@@ -23,6 +23,7 @@ from megatron_prune.sparsity.obs import moments_of
 
 STEPS = 10
 _ROUNDING = 1e-5  # relative; by so much may an error that is as low as it gets rise
+_NOTHING = 1e-7  # of the outputs' size; an error below it is rounding
 
 
 def normalise(inputs: Inputs, damping: float) -> Prepared:
@@ -101,13 +102,14 @@ def refit(start_RI: Tensor, wanted_RI: Tensor, moments_II: Tensor, steps: int = 
     direction = gradient.clone()
     square_R1 = _dot(gradient, gradient)
     error = _error(wanted_RI, found, left)
+    size = float(wanted_RI.square().sum(dtype=torch.float64))  # outputs are about as large
     for _ in range(steps):
         product = direction @ moments_II
         length_R1 = _ratio(square_R1, _dot(direction, product))
         found.addcmul_(direction, length_R1)
         left.addcmul_(product, length_R1, value=-1)
         before, error = error, _error(wanted_RI, found, left)
-        rounding = _ROUNDING * abs(before)
+        rounding = _ROUNDING * abs(before) + _NOTHING * size
         assert error <= before + rounding, f"the layer's error rose from {before} to {error}"
         torch.mul(left, support, out=gradient)
         last_R1, square_R1 = square_R1, _dot(gradient, gradient)

@@ -1,4 +1,4 @@
-"""How sparse each matrix becomes, and by which method: the flags of `sparsify` and what they say."""
+"""How sparse each matrix becomes, by which method: the flags of `sparsify`, and what they say."""
 
 from __future__ import annotations
 
@@ -207,7 +207,7 @@ class SparsityFlags(LayerwiseCalibration):
         check_method(name, how)
         if self.upstream_statistics and (name != "wanda" or how.weight_update == "none"):
             raise ConfigError(
-                "--upstream-statistics: only wanda with a --weight-update weighs windows so upstream"
+                "--upstream-statistics: only wanda with a --weight-update weighs windows so there"
             )
         in_blocks = name == "sparsegpt" or how.weight_update != "none"
         if pattern is not None and in_blocks and self.block_size % pattern.group:
@@ -302,8 +302,8 @@ def decide(options: SparsityFlags, config: ModelConfig) -> Decided:
         pattern = None if asked is None else asked[layer].pattern
         if pattern is not None and width % pattern.group:
             raise ConfigError(
-                f"--pattern {pattern}: {target} has {width} inputs, no multiple of {pattern.group}; "
-                "leave it out with --ignore, or take another pattern"
+                f"--pattern {pattern}: {target} has {width} inputs, not a multiple of "
+                f"{pattern.group}; leave it out with --ignore, or take another pattern"
             )
     return Decided(method=method_for(name, how), how=how, targets=targets, asked=asked)
 

@@ -249,7 +249,9 @@ def test_true_sequential_sees_what_the_pruned_part_of_the_layer_makes(
         for parts in LINEARS.values():
             modules = [m for name, m in layer.named_modules() if name.split(".")[-1] in parts]
             seen: list[Tensor] = []
-            hook = modules[0].register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+            hook = modules[0].register_forward_pre_hook(
+                lambda _, args, seen=seen: seen.append(args[0])
+            )
             with torch.no_grad():
                 model(windows)
             hook.remove()

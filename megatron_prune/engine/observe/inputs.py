@@ -16,8 +16,9 @@ from megatron_prune.sparsity.method import Inputs
 class InputSums:
     """Sums over the inputs of some linears while they grow.
 
-    Squares are summed in float64; the Gram matrix in float32, window after window, this
-    tensor-parallel rank's rows of it: ``I^2 / TP * 4`` bytes, and ``I^2 * 4`` once it is joined.
+    Products of one window are float32, sums over windows float64, so that it makes no difference
+    how windows are dealt out over data-parallel ranks. Of the Gram matrix a tensor-parallel rank
+    has its rows: ``I^2 / TP * 8`` bytes, and ``I^2 * 4`` once it is joined.
 
     Args:
         size: I.
@@ -30,7 +31,9 @@ class InputSums:
         self._rows = slice(size * part // parts, size * (part + 1) // parts)
         self._squares = torch.zeros(size, dtype=torch.float64, device=device)
         height = self._rows.stop - self._rows.start
-        self._gram = torch.zeros(height, size, device=device) if gram else None
+        self._gram = None
+        if gram:
+            self._gram = torch.zeros(height, size, dtype=torch.float64, device=device)
 
     def add(self, x_TI: Tensor, weight: float = 1.0) -> None:
         """One window's whole inputs, the same on tensor-parallel ranks.
@@ -41,7 +44,7 @@ class InputSums:
         x_TI = x_TI.float()
         self._squares += weight * x_TI.square().sum(0, dtype=torch.float64)
         if self._gram is not None:
-            self._gram.addmm_(x_TI[:, self._rows].T, x_TI)
+            self._gram += x_TI[:, self._rows].T @ x_TI
 
     def reduce(self, windows: int) -> Inputs:
         """Over all ``windows``; the same on every rank. The sums are given away."""
@@ -49,10 +52,10 @@ class InputSums:
         gram = None
         if self._gram is not None:
             size = len(self._squares)
+            dist.all_reduce(self._gram, group=self._groups.dp_group)
             gram = torch.zeros(size, size, device=self._gram.device)
-            gram[self._rows] = self._gram
-            self._gram = None
-            dist.all_reduce(gram)  # joins the rows of TP ranks, sums over DP ranks
+            gram[self._rows], self._gram = self._gram.float(), None
+            dist.all_reduce(gram, group=self._groups.tp_group)  # joins the rows
         return Inputs(windows=windows, squares_I=self._squares / windows, gram_II=gram)
 
 
