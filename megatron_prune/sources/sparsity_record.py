@@ -74,12 +74,13 @@ class Sparsity:
     @property
     def how(self) -> str:
         """The method and what it was told to do: ``magnitude (weight update iter)``."""
-        known = self.settings.get
-        done = ["variant"] if known("variant") is True else []
-        update = known("weight_update")
-        if isinstance(update, str) and update.isalnum() and update != "none":
-            done.append(f"weight update {update}")
-        done += ["refit"] if known("refit") is True else []
+        known, done = self.settings.get, []
+        for name in ("weight_update", "sparsity_by_layer"):
+            word = known(name)
+            if isinstance(word, str) and word.isalpha() and word not in ("none", "uniform"):
+                done.append(f"{name.replace('_', ' ')} {word}")
+        flags = ("variant", "refit", "true_sequential", "upstream_statistics")
+        done += [flag.replace("_", " ") for flag in flags if known(flag) is True]
         return f"{self.method} ({', '.join(done)})" if done else self.method
 
     @property

@@ -208,8 +208,8 @@ def _zeros(facts: CardFacts) -> str:
     lines.append(
         "Zeros are stored like any other weight. So the files are as large as those of the dense "
         "model, and it runs no faster, unless what runs it packs the weights and has kernels for "
-        f"that. `{SPARSITY}` says for each matrix how many zeros it has, how they were chosen, and "
-        "what is left of the energy of its outputs."
+        f"that. `{SPARSITY}` says how the zeros were chosen, how many each matrix has, and how "
+        "much of its outputs they leave."
     )
     if facts.commands:
         lines.append("Training has kept the zeros only where it ran with `--keep-zeros`.")

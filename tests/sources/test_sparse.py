@@ -118,4 +118,9 @@ def test_words_name_the_method_and_what_it_did(sparse: Path, tmp_path: Path) -> 
     assert words("magnitude", "4:8", weight_update="iter", refit=True) == (
         "magnitude (weight update iter, refit), 4:8"
     )
+    assert words("alps", None, sparsity_by_layer="owl", true_sequential=True, refit=False) == (
+        "alps (sparsity by layer owl, true sequential)"
+    )
+    assert words("alps", None, sparsity_by_layer="uniform") == "alps"
+    assert words("alps", None, sparsity_by_layer="../shares.yaml") == "alps"
     assert words("alps", None, weight_update={"a": "`b`\n"}) == "alps"
