@@ -46,7 +46,8 @@ class FiniteSource(DerivedSource):
     """Another source whose values are looked at as they are read.
 
     Attributes:
-        found: names of the tensors that hold values that are not finite, where those are allowed.
+        texts: what is wrong with each tensor that `read` met and that is not finite, where those
+            are allowed.
 
     Raises:
         DamagedError: `read` met one; names tensor and number.
@@ -55,7 +56,11 @@ class FiniteSource(DerivedSource):
     def __init__(self, source: Source, *, allow: bool) -> None:
         super().__init__(source)
         self._allow = allow
-        self.found: dict[str, None] = {}
+        self._found: dict[str, None] = {}
+
+    @property
+    def texts(self) -> list[str]:
+        return [nonfinite_text(self._source, name) for name in self._found]
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
         x = self._source.read(name, start, stop)
@@ -65,5 +70,5 @@ class FiniteSource(DerivedSource):
                     f"{nonfinite_text(self._source, name)}; use another copy of the model, or "
                     "--allow-nonfinite"
                 )
-            self.found[name] = None
+            self._found[name] = None
         return x

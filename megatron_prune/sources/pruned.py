@@ -17,6 +17,9 @@ from megatron_prune.sources.source import DerivedSource, Source
 class PrunedSource(DerivedSource):
     """A model as a plan leaves it: reads through to the source, slice by slice.
 
+    All of a tensor that stays is read, what goes of it too, but for rows of tokens: so whoever
+    looks at the source's weights as they are read has seen them.
+
     Raises:
         PlanError: the plan was made for another model.
     """
@@ -54,16 +57,25 @@ class PrunedSource(DerivedSource):
         if dim is None or axes[dim] not in kept:
             return take(self._source.read(source_name, start, stop), axes, kept, self._rows)
         parts = []
-        index = kept.pop(axes[dim])[start:stop]
-        for part in _spans(index) if axes[dim] == "V" else (index,):
-            low, high = int(part[0]), int(part[-1]) + 1
+        for part, low, high in self._spans(kept.pop(axes[dim]), axes[dim], layer, start, stop):
             gaps = {} if len(part) == high - low else {axes[dim]: part - low}
             x = self._source.read(source_name, low, high)
             parts.append(take(x, axes, {**kept, **gaps}, self._rows))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
+    def _spans(
+        self, kept: Tensor, axis: str, layer: int | None, start: int, stop: int | None
+    ) -> Iterator[tuple[Tensor, int, int]]:
+        """Of the kept indices ``[start, stop)`` parts, each with the range it is read in."""
+        part = kept[start:stop]
+        if axis == "V":
+            yield from ((near, int(near[0]), int(near[-1]) + 1) for near in _near(part))
+            return
+        ends = [0, *kept[1:].tolist(), self._plan.source.size(axis, layer)]
+        yield part, ends[start], ends[start + len(part)]
 
-def _spans(index: Tensor) -> Iterator[Tensor]:
+
+def _near(index: Tensor) -> Iterator[Tensor]:
     """Sorted ids in parts that span at most as many source rows as there are ids: few kept rows in
     many are then not read as one block, which a format may have to copy."""
     part = (index - index[0]) // len(index)

@@ -25,7 +25,6 @@ from megatron_prune.planning.scores import Criterion, Scores, load_scores
 from megatron_prune.sources.source import Source
 from megatron_prune.stages.common import AllowsNonfinite, shape_table
 from megatron_prune.stages.console import Console
-from megatron_prune.stages.reading import check_weights
 
 PLAN = Group("plan")
 NONUNIFORM = Group("layers that keep different numbers of FFN channels")
@@ -181,8 +180,6 @@ def decide(
     if options.nonuniform:
         check_widths(source.config.family)
     scores, targets = _scores(options, source), options.targets
-    if scores is None:  # else `score` has read them all
-        check_weights(source, console, allow=options.allow_nonfinite)
     name = options.criterion
     criterion = CRITERIA[name] if scores is None else scores.criterion(name)
     planner = partial(

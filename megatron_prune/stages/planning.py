@@ -35,6 +35,7 @@ from megatron_prune.ranks import is_first_rank
 from megatron_prune.stages.common import check_output_file, opened
 from megatron_prune.stages.console import SILENT, Console
 from megatron_prune.stages.deciding import decide, plan_table, warn_not_loadable
+from megatron_prune.stages.reading import check_weights
 from megatron_prune.stages.rounds import RoundFlags, plan_in_rounds
 from megatron_prune.stages.searching import SearchFlags, search_targets
 
@@ -74,6 +75,8 @@ def plan(options: PlanOptions, console: Console = SILENT) -> Planned:
     search = partial(search_targets, options, console) if searches else None
     with opened(options.load, options.family) as source:
         if options.rounds is None:
+            if options.scores is None:  # else `score` has looked at every weight
+                check_weights(source, console, allow=options.allow_nonfinite)
             found = decide(options, source, console, search)
         else:
             found = plan_in_rounds(options, source, targets, console)

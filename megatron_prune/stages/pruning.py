@@ -21,12 +21,14 @@ from pathlib import Path
 
 from megatron_prune.errors import ConfigError
 from megatron_prune.flags import flag
-from megatron_prune.planning.plan import load_plan
+from megatron_prune.planning.plan import PrunePlan, load_plan
+from megatron_prune.sources.finite import FiniteSource
 from megatron_prune.sources.pruned import PrunedSource
 from megatron_prune.sources.source import Source
 from megatron_prune.stages.common import check_save, opened
 from megatron_prune.stages.console import SILENT, Console
 from megatron_prune.stages.deciding import decide, plan_table, warn_not_loadable
+from megatron_prune.stages.reading import check_weights, check_what_goes
 from megatron_prune.stages.repairing import RepairFlags, repair_lines, repaired
 from megatron_prune.stages.targeting import Targeted
 from megatron_prune.stages.vocabulary import Cut, VocabularyFlags, cut_vocabulary, tell_padding
@@ -61,8 +63,20 @@ def prune(options: PruneOptions, console: Console = SILENT) -> Written:
         if decides:
             plan = decide(options, source, console)
         with cut_vocabulary(options.vocab_plan, options.vocab_tokenizer, source, plan) as cut:
+            if decides and options.scores is None:  # else `plan` or `score` has looked at it all
+                source = _looked_at(options, source, cut.plan, console)
             written = write_pruned(options, target, source, cut, console, repair)
     return options.publish(written, console)
+
+
+def _looked_at(options: PruneOptions, source: Source, plan: PrunePlan, console: Console) -> Source:
+    """The source, whose weights are looked at as they are read; those that are not, now."""
+    if options.dry_run:
+        check_weights(source, console, allow=options.allow_nonfinite)
+        return source
+    checked = FiniteSource(source, allow=options.allow_nonfinite)
+    check_what_goes(checked, plan, console)
+    return checked
 
 
 def write_pruned(
@@ -76,18 +90,27 @@ def write_pruned(
     """Cut, repair where that is asked for, write; with ``dry_run`` check and show."""
     tell_dropped(source, console)
     plan = cut.plan
+    below = source if isinstance(source, FiniteSource) else None
     pruned = options.cast(cut.companions(PrunedSource(source, plan)))
     make_writer(pruned, target)  # refuses what cannot be written, before hours of work
     if repair is None or options.dry_run:
         _show(source, cut, target, console)
-        return write("prune", options, pruned, target, console, plan)
+        return write("prune", options, pruned, target, console, plan, below=below)
     with repaired(repair, options.save, source, plan, console) as found:
         _show(source, cut, target, console)
         for line in repair_lines(found.record):
             console.show(line)
         out = options.cast(cut.companions(found.source))
         return write(
-            "prune", options, out, target, console, plan, repair=found.record, ranks=found.ranks
+            "prune",
+            options,
+            out,
+            target,
+            console,
+            plan,
+            repair=found.record,
+            ranks=found.ranks,
+            below=below,
         )
 
 

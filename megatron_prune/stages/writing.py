@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 from megatron_prune.model.axes import count_parameters
@@ -69,10 +70,12 @@ def write(
     plan: PrunePlan | None = None,
     repair: Repair | None = None,
     ranks: Ranks | None = None,
+    below: FiniteSource | None = None,
 ) -> Written:
     """Write ``source`` as ``target``; with ``dry_run`` only find out what would be written.
 
     Args:
+        below: what ``source`` is made of, where its weights too are looked at as they are read.
         ranks: of a process group that is there already and has agreed on the options; else one is
             joined for the writing.
     """
@@ -101,7 +104,8 @@ def write(
                 overwrite=options.overwrite,
                 progress=progress,
             )
-            tell_nonfinite(source, joined.gather(list(checked.found)), console)
+            texts = checked.texts + ([] if below is None else below.texts)
+            tell_nonfinite(chain.from_iterable(joined.gather(texts)), console)
         seconds = time.perf_counter() - began
         if target.format != "hf":
             _tell_about_stock(source.config, console)

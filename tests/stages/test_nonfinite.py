@@ -103,3 +103,14 @@ def test_scores_name_the_tensor_of_the_file(models: Models, tmp_path: Path) -> N
         says=f"{source}: {name}: 1 of 1152 values are not finite",
         code=3,
     )
+
+
+@pytest.mark.parametrize("flags", ([], ["--dry-run"]))
+def test_prune_looks_at_what_it_drops(models: Models, tmp_path: Path, flags: list[str]) -> None:
+    name = "model.layers.1.self_attn.v_proj.weight"
+    source = broken(models("gqa"), tmp_path / "hf", float("nan"), name=name)
+    cut = ("prune", "--to", "hf", "--drop-layers", "1", "--load", source, *flags)
+    refused(*cut, "--save", tmp_path / "out", says=f"{name}: 1 of 1152", code=3)
+    if not flags:
+        found = ok(*cut, "--save", tmp_path / "out", "--allow-nonfinite")
+        assert found.err.count(f"warning: {source}: {name}: 1 of 1152") == 1
