@@ -124,9 +124,8 @@ def test_it_starts_anew_when_the_penalty_lets_next_to_nothing_move(low, restarts
     dense = weight.T.double().numpy()
     wanted, restarted = alps(dense, gram.double().numpy(), largest(HALF))
     assert restarted >= restarts
-    assert_alike(
-        Problem(weights=[weight], inputs=inputs).solved("alps", HALF)[0].weight_RI, wanted.T
-    )
+    found = Problem(weights=[weight], inputs=inputs).solved("alps", HALF)[0].weight_RI
+    assert_alike(found, wanted.T)
 
 
 def assert_alike(found: Tensor, wanted: np.ndarray) -> None:
