@@ -6,7 +6,7 @@
 Every row is a user's commands, `sparsify` to Hugging Face and `evaluate`. The baseline is SparseGPT
 with the same zeros; "excess" is a row's loss (the logarithm of its perplexity) over the dense
 model's, as a share of the baseline's. Results are kept in ``--work``: rows that are there are not
-run again, so the table can be made in parts. ``--only`` takes parts of rows' names.
+run again, so the table can be made in parts.
 """
 
 from __future__ import annotations
@@ -19,7 +19,9 @@ import shutil
 import subprocess
 import sys
 import time
+from fnmatch import fnmatch
 from pathlib import Path
+from typing import Any
 
 PATTERNS = {
     "50%": ["--sparsity", "0.5"],
@@ -56,61 +58,60 @@ WANTED = {  # pattern -> methods that the table has; others by --rows
 
 
 class Table:
-    """The rows so far."""
+    """The rows so far, a file each in ``--work``."""
 
     def __init__(self, args: argparse.Namespace) -> None:
         self._args = args
         args.work.mkdir(parents=True, exist_ok=True)
-        self._path = args.work / "rows.json"
-        self.rows = json.loads(self._path.read_text()) if self._path.is_file() else {}
 
-    def row(self, pattern: str, name: str, flags: list[str]) -> None:
+    @property
+    def rows(self) -> dict[str, dict[str, Any]]:
+        found = [json.loads(path.read_text()) for path in self._args.work.glob("*.row.json")]
+        return {row["name"]: row for row in found}
+
+    def _keep(self, name: str, **row: object) -> None:
+        path = self._args.work / f"{_file_name(name)}.row.json"
+        path.write_text(json.dumps({"name": name, **row}, indent=1))
+        print(name, row, file=sys.stderr, flush=True)
+
+    def row(self, pattern: str, method: str, flags: list[str]) -> None:
         """Run a row, unless it is there."""
-        key = f"{pattern} {name}"
-        if key in self.rows or (
-            self._args.only and not any(part in key for part in self._args.only)
-        ):
+        name, args = f"{pattern} {method}", self._args
+        wanted = any(fnmatch(name, only) for only in args.only or ["*"])
+        if not wanted or name in self.rows:
             return
-        out, args = self._args.work / re.sub(r"[^\w]+", "-", key), self._args
+        out = args.work / _file_name(name)
         shutil.rmtree(out, ignore_errors=True)
-        text = (
-            []
-            if "--method magnitude" in " ".join(flags) and "--weight" not in " ".join(flags)
-            else ["--data", args.calibration, "--num-samples", args.samples]
-        )
-        if text:
-            text += ["--seq-length", args.seq_length]
+        about = ["--load", args.model, "--save", out, "--to", "hf", *PATTERNS[pattern], *flags]
+        if method != "magnitude":
+            about += ["--data", args.calibration, "--num-samples", args.samples]
+            about += ["--seq-length", args.seq_length]
         began = time.monotonic()
-        said = self._run(
-            "sparsify", "--load", args.model, "--save", out, "--to", "hf", *PATTERNS[pattern],
-            *flags, *text,
-        )  # fmt: skip
+        said = self._run("sparsify", *about)
         seconds = time.monotonic() - began
         record = json.loads((out / "sparsity.json").read_text())
-        self.rows[key] = {
-            **self.evaluated(out),
-            "reached": record["reached"],
-            "seconds": seconds,
-            "data_digest": record["settings"].get("data_digest", ""),
-            "said": said.splitlines()[-3:],
-        }
+        self._keep(
+            name,
+            loss=self.loss(out),
+            reached=record["reached"],
+            seconds=seconds,
+            data_digest=record["settings"].get("data_digest"),
+            said=said.splitlines()[0],
+        )
         shutil.rmtree(out)
-        self._path.write_text(json.dumps(self.rows, indent=1))
-        print(key, self.rows[key], file=sys.stderr, flush=True)
 
     def dense(self) -> None:
         """The model itself."""
         if "dense" not in self.rows:
-            self.rows["dense"] = self.evaluated(self._args.model)
-            self._path.write_text(json.dumps(self.rows, indent=1))
+            self._keep("dense", loss=self.loss(self._args.model))
 
-    def evaluated(self, path: Path) -> dict[str, float]:
-        out, args = self._args.work / "judged.json", self._args
+    def loss(self, path: Path) -> float:
+        args, out = self._args, self._args.work / f"{_file_name(path.name)}.judged.json"
         self._run(
             "evaluate", "--load", path, "--data", args.text, "--seq-length", args.seq_length,
             "--max-windows", args.windows, "--json", out,
         )  # fmt: skip
-        return {"loss": json.loads(out.read_text())["loss"]}
+        return float(json.loads(out.read_text())["loss"])
 
     def _run(self, *words: object) -> str:
         command = [sys.executable, "-m", "megatron_prune", *map(str, words)]
@@ -121,24 +122,26 @@ class Table:
 
     def show(self) -> None:
         """The table, a pattern below the other."""
-        dense = self.rows["dense"]["loss"]
+        rows = self.rows
+        dense = rows.pop("dense")["loss"]
         print(f"dense: perplexity {math.exp(dense):.2f}\n")
         print("| zeros | method | perplexity | excess loss | of SparseGPT's | seconds |")
         print("|---|---|---|---|---|---|")
-        for key, row in sorted(
-            self.rows.items(),
-            key=lambda item: [*PATTERNS].index(item[0].split(" ")[0]) if " " in item[0] else -1,
-        ):
-            if key == "dense":
-                continue
-            pattern, name = key.split(" ", 1)
-            base = self.rows.get(f"{pattern} sparsegpt")
-            excess = row["loss"] - dense
-            share = "" if base is None else f"{excess / (base['loss'] - dense):.3f}"
-            print(
-                f"| {pattern} | {name} | {math.exp(row['loss']):.2f} | {excess:.4f} | {share} | "
-                f"{row['seconds']:.0f} |"
-            )
+        for pattern in PATTERNS:
+            base = rows.get(f"{pattern} sparsegpt")
+            for method in METHODS:
+                if (row := rows.get(f"{pattern} {method}")) is None:
+                    continue
+                excess = row["loss"] - dense
+                share = "" if base is None else f"{excess / (base['loss'] - dense):.3f}"
+                print(
+                    f"| {pattern} | {method} | {math.exp(row['loss']):.2f} | {excess:.4f} | "
+                    f"{share} | {row['seconds']:.0f} |"
+                )
+
+
+def _file_name(text: str) -> str:
+    return re.sub(r"[^\w]+", "-", text)
 
 
 def main() -> None:
@@ -152,7 +155,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=16, help="calibration windows")
     parser.add_argument("--seq-length", type=int, default=1024)
     parser.add_argument("--windows", type=int, default=24, help="windows that are judged")
-    parser.add_argument("--only", nargs="*", default=[], help="parts of rows' names")
+    parser.add_argument("--only", nargs="*", default=[], help="rows such as '2:4 alps' or '50% *'")
     args = parser.parse_args()
     table = Table(args)
     table.dense()
