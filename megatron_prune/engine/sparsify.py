@@ -411,7 +411,10 @@ def _joined(rows_RI: Tensor, shape: Sequence[int], groups: Groups) -> Tensor:
 
 def _reduced(source: Source, name: str, sums: InputSums, windows: int) -> Inputs:
     inputs = sums.reduce(windows)
-    if not bool(inputs.squares_I.isfinite().all()):
+    numbers = [inputs.squares_I]
+    if inputs.gram_II is not None:  # what is off its diagonal is no larger than what is on it
+        numbers.append(inputs.gram_II.diagonal())
+    if not all(bool(x.isfinite().all()) for x in numbers):
         raise DamagedError(
             f"{source.path}: what enters {name} is not finite on the calibration text; the weights "
             "before it hold values that are not finite, or the precision is too narrow for them"

@@ -225,6 +225,11 @@ class SparsityFlags(LayerwiseCalibration):
 
     def _check_pattern(self, pattern: Pattern | None) -> None:
         share = None if pattern is None else 1 - pattern.keep / pattern.group
+        if self.variant and pattern is not None:
+            raise ConfigError(
+                f"--variant with --pattern {pattern}: it lets rows keep different numbers of "
+                "weights, a pattern does not; leave one of them out"
+            )
         if self.pattern_layers is None:
             if share is not None and self.sparsity not in (None, share):
                 raise ConfigError(

@@ -274,13 +274,12 @@ def _tell(found: Sparsified, record: Sparsity, console: Console) -> None:
     error = f"; their outputs are {mean(errors):.4f} off on average" if errors else ""
     console.show(f"{record.reached:.4%} of {len(record.tensors)} matrices are zero{error}")
     if found.close:
+        decisions = "1 decision was" if found.close == 1 else f"{found.close} decisions were"
         console.say(
-            f"warning: {found.close} decisions were within rounding; another layout or machine may "
-            "take them the other way"
+            f"warning: {decisions} within rounding; another layout or machine may turn them"
         )
     for name, count in [*found.dead.items()][:_TOLD]:
-        console.say(
-            f"warning: {count} inputs of {name} never fire on this text; their weights are 0"
-        )
+        inputs = "1 input never fires" if count == 1 else f"{count} inputs never fire"
+        console.say(f"warning: {name}: {inputs} on this text; weights of such inputs are 0")
     if len(found.dead) > _TOLD:
-        console.say(f"warning: and of {len(found.dead) - _TOLD} more matrices")
+        console.say(f"warning: and the same of {len(found.dead) - _TOLD} more matrices")

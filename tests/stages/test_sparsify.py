@@ -180,6 +180,7 @@ BAD: tuple[tuple[tuple[object, ...], str], ...] = (
     (("--pattern", "2:4", "--sparsity", "0.7", "--pattern-layers", "4"), "no layer 4"),
     (("--sparsity", "0.7", "--pattern-layers", "3"), "needs both --pattern"),
     (("--sparsity", "0.5", "--variant"), "--variant with --method magnitude"),
+    (("--pattern", "2:4", "--method", "wanda", "--variant"), "--variant with --pattern 2:4"),
     (("--sparsity", "0.5", "--sparsity-slope", "0.1"), "go together"),
     (("--sparsity", "0.5", "--owl-lambda", "0.1"), "needs --sparsity-by-layer owl"),
     (("--sparsity", "0.5", "--sparsity-by-layer", "nowhere.yaml"), "the file says each"),
