@@ -283,8 +283,10 @@ class Decided:
 
     def table(self) -> str:
         """A line for each layer: how many matrices, and what is asked of them."""
+        if self.asked is None:
+            return f"{len(self.targets)} matrices; the text will say how sparse each layer gets"
         rows = [f"{'layer':>5}{'matrices':>10}{'zeros':>9}"]
-        for layer, asked in enumerate(self.asked or ()):
+        for layer, asked in enumerate(self.asked):
             count = sum(split_layer(name)[0] == layer for name in self.targets)
             said = asked.pattern or f"{asked.share:.4f}"
             rows.append(f"{layer:>5}{count:>10}{said!s:>9}")

@@ -120,10 +120,10 @@ def _sparse(
     model, grid = options.calibration_run(source)
     with model_parallel(grid, timeout_minutes=options.distributed_timeout_minutes) as groups:
         agree_on_start(groups.ranks, options, source)
-        _look(source, decided, groups, console)
         calibration = None
         if options.needs_text:
             calibration = _calibration(options, source, model, groups, console)
+        _look(source, decided, groups, console)
         with scratch_directory(options.save, ranks=groups.ranks) as scratch:
             tensors = Tensors(scratch)
             record = _run(options, source, decided, calibration, groups, tensors, console)
