@@ -4,8 +4,8 @@
       --calibration c4.jsonl --corpus prose.train.jsonl --text wikitext2.valid.txt
 
 Both have half of the weights of the layers' linears: one by `sparsify --pattern 2:4`, the other by
-`score`, `plan` and `prune --repair` to 6 of 9 heads and 640 of 1536 FFN channels, which is SmolLM2's
-half to the weight. Both are trained by the same flags on the same tokens. Work is kept in
+`score`, `plan` and `prune --repair` to 6 of 9 heads and 640 of 1536 FFN channels, which is half of
+SmolLM2's to the weight. Both are trained by the same flags on the same tokens. Work is kept in
 ``--work``: what is there is not made again.
 """
 
@@ -63,8 +63,9 @@ class Bench:
         """Loss, and the share of zeros that are there now."""
         out, args = self._work / f"{model.name}.json", self._args
         if not out.exists():
-            self._run(None, "evaluate", "--load", model, "--data", args.text, "--seq-length",
-                      args.calibration_length, "--max-windows", args.windows, "--json", out)  # fmt: skip
+            self._run(None, "evaluate", "--load", model, "--data", args.text,
+                      "--seq-length", args.calibration_length, "--max-windows", args.windows,
+                      "--json", out)  # fmt: skip
         found = json.loads(out.read_text())
         return found["loss"], found.get("sparsity", 0.0)
 
@@ -107,7 +108,8 @@ def main() -> None:
         )
         share = (before - after) / (before - dense)
         print(
-            f"| {name} | {math.exp(before):.2f} | {math.exp(after):.2f} | {share:.1%} | {zeros:.4f} |"
+            f"| {name} | {math.exp(before):.2f} | {math.exp(after):.2f} | {share:.1%} "
+            f"| {zeros:.4f} |"
         )
 
 
