@@ -34,7 +34,7 @@ def _as_arguments(path: Path, key: str, value: Any) -> list[str]:
     if isinstance(value, dict):
         raise ConfigError(f"{path}: {key} is a table; wanted a number, a string or a list")
     if isinstance(value, list):
-        if flag == "--drop-layers":
+        if flag in ("--drop-layers", "--pattern-layers"):
             return [flag, ",".join(map(str, value))]
         return [flag, *map(str, value)]
     return [f"{flag}={value}"]

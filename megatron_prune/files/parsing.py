@@ -17,6 +17,7 @@ import zipfile
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +92,7 @@ def parse_json(data: bytes | str, *, unique: bool = False) -> Any:
 
 
 def parse_yaml(data: bytes | str) -> Any:
-    """The values of a YAML text.
+    """The values of a YAML text; ``2:4`` is a word, as in YAML 1.2, not 2 x 60 + 4 as in 1.1.
 
     Raises:
         ValueError: as `parse_json`, or its aliases stand for too many values.
@@ -100,11 +101,30 @@ def parse_yaml(data: bytes | str) -> Any:
 
     text = data if isinstance(data, str) else data.decode()
     try:
-        values = yaml.safe_load(text)
+        values = yaml.load(text, _yaml_loader())
     except (yaml.YAMLError, *_RAISED) as error:
         raise ValueError(_reason(error)) from None
     _check_values(values, looks_inside=True, most=_YAML_VALUES)
     return values
+
+
+@cache
+def _yaml_loader() -> Any:
+    """PyYAML's safe loader, but for numbers to the base of 60."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        pass
+
+    for word in ("int", "float"):
+        plain = getattr(yaml.SafeLoader, f"construct_yaml_{word}")
+
+        def number(loader: Any, node: Any, plain: Any = plain) -> Any:
+            text = loader.construct_scalar(node)
+            return text if ":" in text else plain(loader, node)
+
+        Loader.add_constructor(f"tag:yaml.org,2002:{word}", number)
+    return Loader
 
 
 def read_json(

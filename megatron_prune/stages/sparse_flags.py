@@ -79,8 +79,8 @@ class SparsityFlags(LayerwiseCalibration):
         group=SPARSITY,
     )
     sparsity_by_layer: str = flag(
-        f"{', '.join(BY_LAYER)}, or a YAML list of each layer's share: owl leaves more where "
-        "outliers are, arithmetic more in the first layers",
+        f"{', '.join(BY_LAYER)}, or a file, a YAML list of each layer's share: owl leaves more "
+        "where outliers are, arithmetic more in the first layers",
         default=BY_LAYER[0],
         metavar="HOW",
         group=SPARSITY,

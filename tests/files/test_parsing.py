@@ -83,6 +83,11 @@ def test_what_json_writes_is_read(value: object) -> None:
     assert repr(parse_json(json.dumps(value, ensure_ascii=True))) == repr(value)
 
 
+def test_a_pattern_in_yaml_is_a_word_and_no_number_to_the_base_of_60() -> None:
+    text = "[2:4, 8:16, 1:30.5, 2:70, 12, -3, 0x10, 0.5, 1_000]"
+    assert parse_yaml(text) == ["2:4", "8:16", "1:30.5", "2:70", 12, -3, 16, 0.5, 1000]
+
+
 def test_whole_pairs_and_the_last_of_two_keys_are_read() -> None:
     assert parse_json('{"a": "\\ud83d\\ude00", "b": 1, "b": 2}') == {"a": "\U0001f600", "b": 2}
     with pytest.raises(ValueError, match="'b' stands twice"):

@@ -143,6 +143,22 @@ def test_the_official_command_line_is_understood(
         assert_same(*map(tensors, names))
 
 
+def test_a_recipe_says_it_without_quotes(models: Models, tmp_path: Path) -> None:
+    lines = (
+        "to: hf",
+        "method: magnitude",
+        "pattern: 1:4",
+        "sparsity: 0.5",
+        "pattern_layers: [0, 2]",
+    )
+    (tmp_path / "r.yaml").write_text("\n".join(lines))
+    load = ("--load", models("gqa"), "--save", tmp_path / "a")
+    ok("sparsify", *load, "--config", tmp_path / "r.yaml")
+    found = zeros(tmp_path / "a")
+    shares = [found[f"{layer} q_proj"] for layer in range(4)]
+    assert shares == pytest.approx([0.75, 0.5, 0.75, 0.5], abs=1e-3)
+
+
 def test_documents_are_drawn_as_the_official_codes_do(models: Models, tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 
