@@ -43,9 +43,7 @@ class AllowsNonfinite(Loads):
 
     def checked(self, source: Source) -> FiniteSource:
         """A source whose weights are looked at as they are read."""
-        return FiniteSource(
-            source, allow=self.allow_nonfinite, can_allow=self.can_allow_nonfinite
-        )
+        return FiniteSource(source, allow=self.allow_nonfinite, can_allow=self.can_allow_nonfinite)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -185,7 +185,10 @@ def _check_room(
     for name in targets if asked is not None else ():
         layer = split_layer(name)[0]
         assert layer is not None and asked is not None
-        share, most = zeros[name] / prod(tensor_shape(name, source.config.shape)), asked[layer].share
+        share, most = (
+            zeros[name] / prod(tensor_shape(name, source.config.shape)),
+            asked[layer].share,
+        )
         if share > most + _TOLERANCE:
             raise ConfigError(
                 f"{source.path}: {source.stored_name(name)} has {share:.2%} zeros already, more "
