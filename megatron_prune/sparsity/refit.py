@@ -25,6 +25,7 @@ from megatron_prune.sparsity.obs import moments_of
 STEPS = 10
 _ROUNDING = 1e-5  # relative; by so much may an error that is as low as it gets rise
 _NOTHING = 1e-7  # of the outputs' size; an error below it is rounding
+_AT_REST = 3e-6  # of a row's weights; where its gradient is no longer, it is rounding
 
 
 def normalise(inputs: Inputs, damping: float) -> Prepared:
@@ -90,8 +91,10 @@ def refit(start_RI: Tensor, wanted_RI: Tensor, moments_II: Tensor, steps: int = 
     """Weights with the start's zeros whose outputs are nearer to those of the wanted ones.
 
     Algorithm 2 of the paper in float32. The paper stops when the residual is small, its code in
-    effect never; so neither do we. An output with no weights left stays as it is. Where numbers
-    grow beyond float32 it ends, and weights may be no numbers.
+    effect never. Here each output stops when its gradient is rounding: where the moments are
+    singular (few tokens, no damping) a step along that is of any length, and weights grow a
+    millionfold. An output with no weights left stays as it is. Where numbers grow beyond float32 it
+    ends, and weights may be no numbers.
 
     Args:
         start_RI, wanted_RI: weights, their inputs scaled as the moments are.
@@ -103,11 +106,12 @@ def refit(start_RI: Tensor, wanted_RI: Tensor, moments_II: Tensor, steps: int = 
     gradient = left * support
     direction = gradient.clone()
     square_R1 = _dot(gradient, gradient)
+    rest_R1 = _AT_REST**2 * _dot(wanted_RI, wanted_RI)
     error = _error(wanted_RI, found, left)
     size = float(wanted_RI.square().sum(dtype=torch.float64))  # outputs are about as large
     for _ in range(steps):
         product = direction @ moments_II
-        length_R1 = _ratio(square_R1, _dot(direction, product))
+        length_R1 = _ratio(square_R1 * (square_R1 > rest_R1), _dot(direction, product))
         found.addcmul_(direction, length_R1)
         left.addcmul_(product, length_R1, value=-1)
         before, error = error, _error(wanted_RI, found, left)

@@ -251,7 +251,8 @@ class SparsityFlags(LayerwiseCalibration):
             if share is not None and self.sparsity not in (None, share):
                 raise ConfigError(
                     f"--sparsity {self.sparsity} and --pattern {pattern}, which is {share:g}: "
-                    "leave --sparsity out, or say with --pattern-layers which get the pattern"
+                    "leave --sparsity out, or say with --pattern-layers which layers get the "
+                    "pattern"
                 )
             return
         if share is None or self.sparsity is None:

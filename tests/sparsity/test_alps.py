@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from megatron_prune.solve.kselect import ALONE
-from megatron_prune.sparsity.method import Asked, How, Pattern
+from megatron_prune.sparsity.method import Asked, How, Inputs, Pattern
 from megatron_prune.sparsity.projection import Projection
 from megatron_prune.sparsity.refit import normalise, refit, refit_weights
 from tests.sparsity.problems import HALF, TWO_OF_FOUR, WAYS, make_problem
@@ -68,6 +68,26 @@ def test_refit_comes_to_the_exact_least_squares_of_its_mask() -> None:
 def lost(found: Tensor, wanted: Tensor, moments: Tensor) -> float:
     rest = (found - wanted).double()
     return float(((rest @ moments.double()) * rest).sum())
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 16])
+@pytest.mark.parametrize("share", [0.02, 0.5])
+def test_refit_stays_where_it_is_when_fewer_tokens_than_inputs_say_nothing(tokens, share) -> None:
+    """Undamped, so that the moments are singular; the error is that in float64."""
+    generator = torch.Generator().manual_seed(tokens)
+    x = torch.randn(tokens, 48, generator=generator) * torch.logspace(-1, 1, 48)
+    x = x @ (torch.eye(48) + torch.randn(48, 48, generator=generator) / 14)
+    inputs = Inputs(windows=1, squares_I=x.square().sum(0).double(), gram_II=x.T @ x)
+    prepared = normalise(inputs, 0.0)
+    wanted = torch.randn(40, 48, generator=generator) * prepared["scale_I"]
+    limit = wanted.abs().kthvalue(int(48 * share) + 1, 1, keepdim=True).values
+    start = wanted * (wanted.abs() >= limit)
+    found = refit(start, wanted, prepared["moments_II"])
+    assert found.norm() < 10 * wanted.norm()
+    before, after = (
+        ((wanted - w).double() / prepared["scale_I"]) @ x.T.double() for w in (start, found)
+    )
+    assert after.norm() <= before.norm() * (1 + 1e-5)
 
 
 def test_refit_asserts_that_the_error_falls() -> None:
