@@ -13,6 +13,7 @@ from typing import Any
 
 FLAG = "flag"
 """Key of a field's metadata that holds its `Flag`."""
+_YEAR = 525_600  # minutes
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,17 @@ def positive(text: str) -> int:
         value = 0
     if value < 1:
         raise ArgumentTypeError(f"{text!r}: wanted an integer of 1 or more")
+    return value
+
+
+def minutes(text: str) -> float:
+    """How long to wait, above 0 and at most a year, for ``parse``."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0
+    if not 0 < value <= _YEAR:
+        raise ArgumentTypeError(f"{text!r}: wanted minutes, above 0 and at most {_YEAR}")
     return value
 
 

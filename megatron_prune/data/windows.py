@@ -119,18 +119,19 @@ def document_windows(
         ConfigError: see `model_windows`; or no document is longer than a window.
     """
     documents, tokenizer = read_documents(data), load_tokenizer(tokenizer_model)
-    draws, short, rows = random.Random(seed), set[int](), list[list[int]]()
+    draws, rows = random.Random(seed), list[list[int]]()
+    drawn = dict[int, list[int]]()  # once each: a text file is one document, drawn for every window
     while len(rows) < count:
-        if len(short) == len(documents):
+        if len(drawn) == len(documents) and not rows:
             raise ConfigError(
                 f"{data}: none of {len(documents)} documents has more than {seq_length} tokens, "
                 "which --calibration-sampling documents needs for one window; give longer ones or "
                 "a smaller --seq-length"
             )
         number = draws.randint(0, len(documents) - 1)
-        ids = [] if number in short else tokenizer.encode(documents[number], True)
-        if len(ids) <= seq_length:
-            short.add(number)
+        if number not in drawn:
+            drawn[number] = tokenizer.encode(documents[number], True)
+        if len(ids := drawn[number]) <= seq_length:
             continue
         start = draws.randint(0, len(ids) - seq_length - 1)
         rows.append(ids[start : start + seq_length])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_prune.flags import Group, flag, positive
+from megatron_prune.flags import Group, flag, minutes, positive
 from megatron_prune.model.grid import Layout
 
 PROCESSES = Group("processes, precision and layers", is_last=True)
@@ -36,7 +36,11 @@ class Engine(Runs, Layout):
     """Of a stage that runs a model on the processes that were started."""
 
     distributed_timeout_minutes: float = flag(
-        "give up on a silent rank after this long", default=10, metavar="M", group=PROCESSES
+        "give up on a silent rank after this long",
+        default=10,
+        parse=minutes,
+        metavar="M",
+        group=PROCESSES,
     )
 
 

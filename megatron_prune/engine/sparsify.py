@@ -22,6 +22,7 @@ Shape suffixes: s sequence, b batch (1), R this rank's rows, O all rows, I input
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -336,8 +337,13 @@ class _Sparsifying:
         ).tolist()
         if bad:
             raise DamagedError(
-                f"{self._source.path}: the sparse {name} is not finite in {dtype}; convert the "
-                "source with --dtype fp32 or bf16 first"
+                f"{self._source.path}: the sparse {name} is not finite in {dtype}; "
+                + (
+                    "convert the source with --dtype fp32 or bf16 first"
+                    if dtype == torch.float16
+                    else "it or what enters it is too large to compute with: look at the model, or "
+                    "leave it out with --ignore"
+                )
             )
         self.close += int(close_)
         whole = _joined(stored, tensor_shape(name, self._source.config.shape), self._groups)
@@ -353,8 +359,8 @@ class _Sparsifying:
             asked=asked.share,
             pattern=None if asked.pattern is None else str(asked.pattern),
             reached=zeros / count,
-            energy=_rounded(energy / energies) if energies else None,
-            error=_rounded((max(error, 0) / size) ** 0.5) if size else None,
+            energy=_share(energy, energies),
+            error=_share(max(error, 0) ** 0.5, size**0.5) if size > 0 else None,
             sha256=hashes,
         )
 
@@ -431,6 +437,8 @@ def _facts(before_RI: Tensor, after_RI: Tensor, inputs: Inputs | None) -> Tensor
     if inputs is None:
         return facts
     squares_I = inputs.squares_I.to(before_RI.device)
+    if (unit := _unit(before_RI)) != 1:
+        before_RI, after_RI = before_RI / unit, after_RI / unit
     scores_RI = before_RI.square()
     facts[3] = scores_RI.sum(0, dtype=torch.float64) @ squares_I
     facts[2] = (scores_RI * (after_RI != 0)).sum(0, dtype=torch.float64) @ squares_I
@@ -438,8 +446,18 @@ def _facts(before_RI: Tensor, after_RI: Tensor, inputs: Inputs | None) -> Tensor
         lost_RI = before_RI - after_RI
         facts[4] = ((lost_RI @ inputs.gram_II) * lost_RI).sum(dtype=torch.float64)
         facts[5] = ((before_RI @ inputs.gram_II) * before_RI).sum(dtype=torch.float64)
+    facts[2:6] *= unit**2
     return facts
 
 
-def _rounded(x: float) -> float:
-    return float(f"{x:.6g}")
+def _unit(x: Tensor) -> float:
+    """What to divide by before squaring, since float32 has no squares of 1e20 and of 1e-25: 1, or
+    a power of two near the largest value, by which dividing rounds nothing."""
+    most = float(x.abs().max()) if x.numel() else 0.0
+    return 1.0 if most == 0 or 1e-12 < most < 1e12 else 2.0 ** (math.frexp(most)[1] - 1)
+
+
+def _share(part: float, whole: float) -> float | None:
+    """Rounded; None of nothing, and of what is beyond float32."""
+    share = part / whole if whole else math.nan
+    return float(f"{share:.6g}") if math.isfinite(share) else None

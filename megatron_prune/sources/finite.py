@@ -45,6 +45,10 @@ def _counted(x: Tensor) -> str:
 class FiniteSource(DerivedSource):
     """Another source whose values are looked at as they are read.
 
+    Args:
+        allow: go on where some are not finite.
+        can_allow: whether there is a flag that would.
+
     Attributes:
         texts: what is wrong with each tensor that `read` met and that is not finite, where those
             are allowed.
@@ -53,9 +57,9 @@ class FiniteSource(DerivedSource):
         DamagedError: `read` met one; names tensor and number.
     """
 
-    def __init__(self, source: Source, *, allow: bool) -> None:
+    def __init__(self, source: Source, *, allow: bool, can_allow: bool = True) -> None:
         super().__init__(source)
-        self._allow = allow
+        self._allow, self._can_allow = allow, can_allow
         self._found: dict[str, None] = {}
 
     @property
@@ -66,9 +70,10 @@ class FiniteSource(DerivedSource):
         x = self._source.read(name, start, stop)
         if not is_finite(x):
             if not self._allow:
+                otherwise = ", or --allow-nonfinite" if self._can_allow else ""
                 raise DamagedError(
-                    f"{nonfinite_text(self._source, name)}; use another copy of the model, or "
-                    "--allow-nonfinite"
+                    f"{nonfinite_text(self._source, name)}; use another copy of the model"
+                    f"{otherwise}"
                 )
             self._found[name] = None
         return x

@@ -11,6 +11,7 @@ Shape suffixes: R rows of all matrices together, I inputs.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -89,7 +90,8 @@ def refit(start_RI: Tensor, wanted_RI: Tensor, moments_II: Tensor, steps: int = 
     """Weights with the start's zeros whose outputs are nearer to those of the wanted ones.
 
     Algorithm 2 of the paper in float32. The paper stops when the residual is small, its code in
-    effect never; so neither do we. An output with no weights left stays as it is.
+    effect never; so neither do we. An output with no weights left stays as it is. Where numbers
+    grow beyond float32 it ends, and weights may be no numbers.
 
     Args:
         start_RI, wanted_RI: weights, their inputs scaled as the moments are.
@@ -109,6 +111,8 @@ def refit(start_RI: Tensor, wanted_RI: Tensor, moments_II: Tensor, steps: int = 
         found.addcmul_(direction, length_R1)
         left.addcmul_(product, length_R1, value=-1)
         before, error = error, _error(wanted_RI, found, left)
+        if not math.isfinite(error):  # numbers beyond float32; whoever takes them looks at them
+            break
         rounding = _ROUNDING * abs(before) + _NOTHING * size
         assert error <= before + rounding, f"the layer's error rose from {before} to {error}"
         torch.mul(left, support, out=gradient)

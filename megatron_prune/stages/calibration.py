@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from megatron_prune.engine.running import CALIBRATION
 from megatron_prune.errors import ConfigError
-from megatron_prune.flags import flag, positive
+from megatron_prune.flags import flag, minutes, positive
 from megatron_prune.model.grid import Layout, ParallelGrid
 from megatron_prune.model.lazy import Tensor
 from megatron_prune.model.shape import ModelConfig
@@ -81,7 +81,11 @@ class LayerwiseCalibration(Calibration):
 
     bf16: bool = flag("calibrate in bfloat16 (default: fp32)", default=False, group=CALIBRATION)
     distributed_timeout_minutes: float = flag(
-        "give up on a silent rank after this long", default=30, metavar="M", group=CALIBRATION
+        "give up on a silent rank after this long",
+        default=30,
+        parse=minutes,
+        metavar="M",
+        group=CALIBRATION,
     )
 
     def calibration_run(

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 from megatron_prune import __version__
 from megatron_prune.errors import ConfigError, StorageError
@@ -13,6 +14,7 @@ from megatron_prune.families import FAMILIES
 from megatron_prune.flags import flag, flag_name, given
 from megatron_prune.model.shape import ModelShape
 from megatron_prune.ranks import Ranks
+from megatron_prune.sources.finite import FiniteSource
 from megatron_prune.sources.source import Source
 from megatron_prune.store import open_source
 from megatron_prune.store.commit import check_target
@@ -36,7 +38,12 @@ class Loads:
 class AllowsNonfinite(Loads):
     """Of a stage that refuses weights which are no numbers."""
 
+    can_allow_nonfinite: ClassVar[bool] = True
     allow_nonfinite: bool = flag("go on where weights are NaN or infinite", default=False)
+
+    def checked(self, source: Source) -> FiniteSource:
+        """A source whose weights are looked at as they are read."""
+        return FiniteSource(source, allow=self.allow_nonfinite, can_allow=self.can_allow_nonfinite)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -75,7 +75,7 @@ def _looked_at(options: PruneOptions, source: Source, plan: PrunePlan, console: 
     if options.dry_run:
         check_weights(source, console, allow=options.allow_nonfinite)
         return source
-    checked = FiniteSource(source, allow=options.allow_nonfinite)
+    checked = options.checked(source)
     check_what_goes(checked, plan, console)
     return checked
 

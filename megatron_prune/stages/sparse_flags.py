@@ -10,9 +10,10 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megatron_prune.engine.running import CALIBRATION
 from megatron_prune.errors import ConfigError
 from megatron_prune.files.parsing import read_yaml
-from megatron_prune.flags import Group, flag, given, positive
+from megatron_prune.flags import Group, flag, given, given_flags, positive
 from megatron_prune.model.axes import layer_name, split_layer, tensor_shape
 from megatron_prune.model.fusion import stored_name
 from megatron_prune.model.shape import ModelConfig
@@ -220,8 +221,24 @@ class SparsityFlags(LayerwiseCalibration):
             raise ConfigError(
                 f"--method {self.method} without --data: it needs text to calibrate on"
             )
-        if not self.needs_text and self.data is not None:
-            raise ConfigError(f"--data with --method {self.method}: nothing would use it")
+        self._check_used(name, how, in_blocks=in_blocks)
+
+    def _check_used(self, name: str, how: How, *, in_blocks: bool) -> None:
+        """Refuse what would change nothing."""
+        unused = []
+        if not self.needs_text:
+            reached = ("--distributed-timeout-minutes",)  # ranks wait for each other all the same
+            unused += [flag_ for flag_ in given_flags(self, CALIBRATION) if flag_ not in reached]
+            unused += ["--true-sequential"] if self.true_sequential else []
+        asked = given(self)
+        if "damping" in asked and not (in_blocks or how.refit or name == "alps"):
+            unused.append("--damping")
+        if "block_size" in asked and not in_blocks:
+            unused.append("--block-size")
+        for flag_ in unused:
+            raise ConfigError(
+                f"{flag_} with --method {self.method}: nothing would use it; leave it out"
+            )
 
     def _check_pattern(self, pattern: Pattern | None) -> None:
         share = None if pattern is None else 1 - pattern.keep / pattern.group
@@ -233,8 +250,8 @@ class SparsityFlags(LayerwiseCalibration):
         if self.pattern_layers is None:
             if share is not None and self.sparsity not in (None, share):
                 raise ConfigError(
-                    f"--sparsity {self.sparsity} and --pattern {pattern}, which is {share:g}: say "
-                    "with --pattern-layers which layers get the pattern"
+                    f"--sparsity {self.sparsity} and --pattern {pattern}, which is {share:g}: "
+                    "leave --sparsity out, or say with --pattern-layers which get the pattern"
                 )
             return
         if share is None or self.sparsity is None:

@@ -13,22 +13,21 @@ A sparse model is as large on disk as a dense one, and as fast without kernels m
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from math import prod
 from statistics import mean
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from megatron_prune import __version__
 from megatron_prune.engine.running import CALIBRATION
-from megatron_prune.errors import ConfigError
+from megatron_prune.errors import ConfigError, DamagedError
 from megatron_prune.files import write_file
 from megatron_prune.flags import flag
 from megatron_prune.model.axes import names, split_layer, tensor_shape
 from megatron_prune.model.lazy import Tensor
 from megatron_prune.ranks import Ranks
-from megatron_prune.sources.finite import FiniteSource
 from megatron_prune.sources.source import SPARSITY, Source
 from megatron_prune.sources.sparse import SparseSource
 from megatron_prune.sources.sparsity_record import Sparsity
@@ -50,6 +49,7 @@ if TYPE_CHECKING:
     from megatron_prune.sources.replaced import Tensors
 
 _TOLERANCE = 1e-3  # by how much a matrix may have more zeros than are asked for
+_MOST = 1e15  # what a weight may be: its square times that of an input has to fit float32
 _TOLD = 4  # matrices that a message names
 
 
@@ -64,6 +64,16 @@ class SparsifyOptions(SparsityFlags, Targeted):
     )
     seed: int = flag("of --calibration-sampling documents", default=0, group=CALIBRATION)
     allow_nonfinite: bool = False  # no statistic would be a number
+    can_allow_nonfinite: ClassVar[bool] = False
+
+    def check_sparsity(self) -> None:
+        """And what says how text is drawn."""
+        super().check_sparsity()
+        if self.calibration_sampling == "windows" and self.seed:
+            raise ConfigError(
+                f"--seed {self.seed}: windows are the first of CALIB; it draws those of "
+                "--calibration-sampling documents, leave it out"
+            )
 
     def windows(self, source: Source, seq_length: int, console: Console) -> Tensor:
         """[W, S] int64 token ids of ``--data``."""
@@ -123,10 +133,11 @@ def _sparse(
         calibration = None
         if options.needs_text:
             calibration = _calibration(options, source, model, groups, console)
-        _look(source, decided, groups, console)
+        zeros = _look(options, source, groups, console)
+        _check_room(source, decided.targets, decided.asked, zeros)
         with scratch_directory(options.save, ranks=groups.ranks) as scratch:
             tensors = Tensors(scratch)
-            record = _run(options, source, decided, calibration, groups, tensors, console)
+            record = _run(options, source, decided, zeros, calibration, groups, tensors, console)
             path = scratch / SPARSITY
             if groups.ranks.is_first:
                 write_file(path, record.to_json().encode())
@@ -134,12 +145,13 @@ def _sparse(
             yield SparseSource(source, tensors, path), groups.ranks
 
 
-def _look(source: Source, decided: Decided, groups: Groups, console: Console) -> None:
-    """Read every weight once, shared among the ranks, before hours of work.
+def _look(
+    options: SparsifyOptions, source: Source, groups: Groups, console: Console
+) -> Mapping[str, int]:
+    """Read every weight once, shared among the ranks, before hours of work: its zeros by name.
 
     Raises:
-        DamagedError: some are not finite.
-        ConfigError: a matrix has more zeros already than are asked for.
+        DamagedError: some are not finite, in the source or in ``--dtype``, or too large to square.
     """
     from megatron_prune.engine.failures import together
 
@@ -147,26 +159,42 @@ def _look(source: Source, decided: Decided, groups: Groups, console: Console) ->
 
     def see(name: str, x: Tensor) -> None:
         zeros[name] = zeros.get(name, 0) + x.numel() - int(x.count_nonzero())
+        if options.needs_text and len(x) and (most := float(x.abs().max())) > _MOST:
+            raise DamagedError(
+                f"{source.path}: {source.stored_name(name)}: a weight of {most:.3g}, more than "
+                f"{_MOST:.0g}; no statistic of it fits float32, use another copy of the model"
+            )
 
     mine = [*names(source.config)][ranks.rank :: ranks.world_size]
-    checked = FiniteSource(source, allow=False)
+    checked = options.checked(options.cast(source))
     together(ranks, lambda: read_through(checked, mine, console, see))
-    found = {name: n for part in ranks.gather(zeros) for name, n in part.items()}
-    for name in decided.targets:
+    return {name: n for part in ranks.gather(zeros) for name, n in part.items()}
+
+
+def _check_room(
+    source: Source,
+    targets: Collection[str],
+    asked: Sequence[Asked] | None,
+    zeros: Mapping[str, int],
+) -> None:
+    """Refuse matrices that have more zeros already than are asked for, where that is known.
+
+    Raises:
+        ConfigError: one has; names it.
+    """
+    for name in targets if asked is not None else ():
         layer = split_layer(name)[0]
-        height, width = tensor_shape(name, source.config.shape)
-        share = found[name] / (height * width)
-        if (
-            decided.asked is None
-            or layer is None
-            or share <= decided.asked[layer].share + _TOLERANCE
-        ):
-            continue
-        raise ConfigError(
-            f"{source.path}: {source.stored_name(name)} has {share:.2%} zeros already, more than "
-            f"the {decided.asked[layer].share:.2%} that are asked for; ask for more, or leave it "
-            "out with --ignore"
+        assert layer is not None and asked is not None
+        share, most = (
+            zeros[name] / prod(tensor_shape(name, source.config.shape)),
+            asked[layer].share,
         )
+        if share > most + _TOLERANCE:
+            raise ConfigError(
+                f"{source.path}: {source.stored_name(name)} has {share:.2%} zeros already, more "
+                f"than the {most:.2%} that are asked for; ask for more, or leave it out with "
+                "--ignore"
+            )
 
 
 def _calibration(
@@ -185,6 +213,7 @@ def _run(
     options: SparsifyOptions,
     source: Source,
     decided: Decided,
+    zeros: Mapping[str, int],
     calibration: Calibration | None,
     groups: Groups,
     tensors: Tensors,
@@ -210,6 +239,7 @@ def _run(
             )
             shares = by_outliers(outliers, options.sparsity, options.owl_lambda)
             asked = tuple(Asked(share=share) for share in shares)
+            _check_room(source, decided.targets, asked, zeros)
         task = Task(
             method=decided.method,
             how=decided.how,

@@ -80,7 +80,7 @@ def write(
             joined for the writing.
     """
     writer = make_writer(source, target)
-    checked, seconds = FiniteSource(source, allow=options.allow_nonfinite), None
+    checked, seconds = options.checked(source), None
     if not options.dry_run:
         card = source.companion_files.get(CARD)
         if card is not None and not is_ours(card.read_bytes()):
