@@ -128,7 +128,7 @@ def write_checkpoint(
         mine = writer.files[ranks.rank :: ranks.world_size]
         written, error = {}, None
         try:
-            _check_space(temporary, writer.total_bytes)
+            check_space(temporary, writer.total_bytes)
             directory.mkdir(parents=True, exist_ok=True)
             tell = progress(writer.total_bytes * len(mine) // len(writer.files))
             written = writer.write_files(directory, mine, pool, tell)
@@ -191,7 +191,12 @@ def _carried_sparsity(source: Source) -> Sparsity | None:
         return None
 
 
-def _check_space(directory: Path, wanted: int) -> None:
+def check_space(directory: Path, wanted: int) -> None:
+    """Refuse to write more bytes into a temporary directory than its disk has room for.
+
+    Raises:
+        StorageError: it has not.
+    """
     free = shutil.disk_usage(directory).free
     if free < wanted:
         raise StorageError(

@@ -40,7 +40,7 @@ from megatron_prune.stages.sparse_flags import Decided, SparsityFlags, decide
 from megatron_prune.stages.targeting import Targeted
 from megatron_prune.stages.writing import Written, tell_dropped, write
 from megatron_prune.store.commit import scratch_directory
-from megatron_prune.surgery import make_writer
+from megatron_prune.surgery import check_space, make_writer
 
 if TYPE_CHECKING:
     from megatron_prune.engine.forward.model import ModelOptions
@@ -49,7 +49,9 @@ if TYPE_CHECKING:
     from megatron_prune.sources.replaced import Tensors
 
 _TOLERANCE = 1e-3  # by how much a matrix may have more zeros than are asked for
+_UNEVEN = 0.05  # the same under a pattern, of zeros that do not lie in its groups
 _MOST = 1e15  # what a weight may be: its square times that of an input has to fit float32
+_FAR = 0.02  # between zeros asked for and reached, of which a message tells
 _TOLD = 4  # matrices that a message names
 
 
@@ -108,22 +110,27 @@ def sparsify(options: SparsifyOptions, console: Console = SILENT) -> Written:
         source.config.shape.check_uniform("sparsify", "make it sparse before it is pruned")
         decided = decide(options, source.config)
         tell_dropped(source, console)
-        make_writer(options.cast(source), target)  # refuses what cannot be written
+        writer = make_writer(options.cast(source), target)  # refuses what cannot be written
         if options.dry_run:
             console.show(decided.table())
             return options.publish(
                 write("sparsify", options, options.cast(source), target, console), console
             )
-        with _sparse(options, source, decided, console) as (sparse, ranks):
+        with _sparse(options, source, decided, writer.total_bytes, console) as (sparse, ranks):
             written = write("sparsify", options, options.cast(sparse), target, console, ranks=ranks)
     return options.publish(written, console)
 
 
 @contextmanager
 def _sparse(
-    options: SparsifyOptions, source: Source, decided: Decided, console: Console
+    options: SparsifyOptions, source: Source, decided: Decided, written: int, console: Console
 ) -> Iterator[tuple[Source, Ranks]]:
-    """The model with its zeros; process groups and scratch files live for the block."""
+    """The model with its zeros; process groups and scratch files live for the block.
+
+    Args:
+        written: bytes that the caller will write; with those of the scratch files they have to fit.
+    """
+    from megatron_prune.engine.failures import on_first_rank
     from megatron_prune.engine.groups import model_parallel
     from megatron_prune.sources.replaced import Tensors
 
@@ -136,6 +143,11 @@ def _sparse(
         zeros = _look(options, source, groups, console)
         _check_room(source, decided.targets, decided.asked, zeros)
         with scratch_directory(options.save, ranks=groups.ranks) as scratch:
+            sizes = (
+                prod(tensor_shape(name, source.config.shape)) * source.dtype(name).itemsize
+                for name in decided.targets
+            )
+            on_first_rank(groups.ranks, lambda: check_space(scratch, written + sum(sizes)))
             tensors = Tensors(scratch)
             record = _run(options, source, decided, zeros, calibration, groups, tensors, console)
             path = scratch / SPARSITY
@@ -189,7 +201,8 @@ def _check_room(
             zeros[name] / prod(tensor_shape(name, source.config.shape)),
             asked[layer].share,
         )
-        if share > most + _TOLERANCE:
+        more = _TOLERANCE if asked[layer].pattern is None else _UNEVEN
+        if share > most + more:
             raise ConfigError(
                 f"{source.path}: {source.stored_name(name)} has {share:.2%} zeros already, more "
                 f"than the {most:.2%} that are asked for; ask for more, or leave it out with "
@@ -303,6 +316,14 @@ def _tell(found: Sparsified, record: Sparsity, console: Console) -> None:
     errors = [matrix.error for matrix in record.tensors.values() if matrix.error is not None]
     error = f"; their outputs are {mean(errors):.4f} off on average" if errors else ""
     console.show(f"{record.reached:.4%} of {len(record.tensors)} matrices are zero{error}")
+    off = [n for n, matrix in record.tensors.items() if abs(matrix.reached - matrix.asked) > _FAR]
+    if off:
+        matrix = record.tensors[off[0]]
+        more = f", and so in {len(off) - 1} more" if len(off) > 1 else ""
+        console.say(
+            f"warning: {off[0]} has {matrix.reached:.2%} zeros where {matrix.asked:.2%} were asked "
+            f"for{more}; {SPARSITY} has all"
+        )
     if found.close:
         decisions = "1 decision was" if found.close == 1 else f"{found.close} decisions were"
         console.say(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,11 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from safetensors.torch import save_file
 from torch import Tensor
 
-from tests.pico import TEXT, assert_same, ok, refused, tensors
+from tests.pico import TEXT, assert_same, ok, refused, run, tensors
+from tests.stages.test_nonfinite import broken
 
 Models = Callable[[str], Path]
 SAMPLES, SEQ = 4, 32
@@ -190,6 +193,22 @@ BAD: tuple[tuple[tuple[object, ...], str], ...] = (
     (("--sparsity", "0.5", "--upstream-statistics"), "only wanda"),
     (("--sparsity", "0.5", "--refit"), "without --data"),
     (("--sparsity", "0.5", "--data", "README.md"), "nothing would use it"),
+    (("--sparsity", "0.5", "--num-samples", "4"), "--num-samples with --method magnitude: nothing"),
+    (("--sparsity", "0.5", "--calibration-sampling", "documents"), "--calibration-sampling with"),
+    (("--sparsity", "0.5", "--true-sequential"), "--true-sequential with --method magnitude"),
+    (("--sparsity", "0.5", "--damping", "1"), "--damping with --method magnitude"),
+    (("--sparsity", "0.5", "--block-size", "8"), "--block-size with --method magnitude"),
+    (
+        ("--sparsity", "0.5", "--method", "alps", "--data", "README.md", "--block-size", "8"),
+        "--block-size with --method alps",
+    ),
+    (
+        ("--sparsity", "0.5", "--method", "wanda", "--data", "README.md", "--seed", "1"),
+        "--seed 1: windows are the first of CALIB",
+    ),
+    (("--pattern", "2:3", "--sparsity", "0.33"), "leave --sparsity out, or say"),
+    (("--sparsity", "0.5", "--distributed-timeout-minutes", "nan"), "'nan': wanted minutes"),
+    (("--sparsity", "0.5", "--distributed-timeout-minutes=-1"), "'-1': wanted minutes"),
     (("--sparsity", "0.5", "--weight-update", "seq", "--damping=-1"), "--damping"),
     (("--sparsity", "0.5", "--seed", "1", "--method", "sideways"), "sideways"),
 )
@@ -231,6 +250,76 @@ def test_a_sparser_model_is_refused_and_zeros_stay(
             if "proj" in name:
                 assert bool((after[name][before[name] == 0] == 0).all()), name
                 assert float((after[name] == 0).float().mean()) > 0.55
+
+
+def test_a_pattern_on_a_pruned_sparse_model_goes_over_its_uneven_zeros(
+    models: Models, tmp_path: Path
+) -> None:
+    """What `prune` tells to do with a pattern that it broke."""
+    sparse(models("gqa"), tmp_path / "a", *MAGNITUDE, "--pattern", "2:4")
+    cut = ("--ffn-hidden-size-remain", 60, "--criterion", "random")
+    ok("prune", "--load", tmp_path / "a", "--save", tmp_path / "p", "--to", "hf", *cut)
+    assert max(zeros(tmp_path / "p").values()) > 0.502
+    flags = ("--load", tmp_path / "p", "--save", tmp_path / "b", "--to", "hf", *MAGNITUDE)
+    said = ok("sparsify", *flags, "--pattern", "2:4").err
+    assert "% zeros where 50.00% were asked for" in said
+    ok("verify", "--load", tmp_path / "b", "--source", tmp_path / "p")
+
+
+def test_owls_shares_too_are_held_to_the_zeros_that_are_there(
+    models: Models, calib: tuple[Any, ...], tmp_path: Path
+) -> None:
+    sparse(models("gqa"), tmp_path / "a", *MAGNITUDE, "--pattern", "1:4")
+    flags = ("--method", "wanda", "--sparsity", 0.6, "--sparsity-by-layer", "owl", *calib)
+    load = ("--load", tmp_path / "a", "--save", tmp_path / "x", "--to", "hf")
+    refused("sparsify", *load, *flags, says="q_proj.weight has 75.00% zeros already, more than the")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a"]
+
+
+def test_numbers_that_are_none_or_too_large_are_named(
+    models: Models, calib: tuple[Any, ...], tmp_path: Path
+) -> None:
+    name = "model.layers.1.self_attn.k_proj.weight"
+    for value, flags, says in (
+        (float("nan"), (), "(1 NaN, 0 infinite); use another copy of the model"),
+        (3e38, (), "a weight of 3e+38, more than 1e+15"),
+        (1e5, ("--dtype", "fp16"), "finite in torch.float32; made into torch.float16, 1 of"),
+    ):
+        source = broken(models("gqa"), tmp_path / str(value), value, name=name)
+        load = ("--load", source, "--save", tmp_path / "x", "--to", "hf", *calib, *flags)
+        found = refused("sparsify", *load, "--sparsity", 0.5, says=says, code=3)
+        assert name in found and "--allow-nonfinite" not in found
+    assert not (tmp_path / "x").exists()
+
+
+def test_activations_beyond_float32_name_the_matrix(
+    models: Models, calib: tuple[Any, ...], tmp_path: Path
+) -> None:
+    """Weights of up to 1e13 in gate and up: their product has no square."""
+    source = tmp_path / "m"
+    shutil.copytree(models("gqa"), source)
+    changed = tensors(source)
+    for part in ("gate", "up"):
+        changed[f"model.layers.1.mlp.{part}_proj.weight"] *= 1e13
+    save_file(changed, source / "model.safetensors", metadata={"format": "pt"})
+    load = ("--load", source, "--save", tmp_path / "x", "--to", "hf", *calib, "--sparsity", 0.5)
+    for method in ("wanda", "alps"):
+        says = "what enters decoder.layers.1.mlp.linear_fc2.weight is not finite"
+        refused("sparsify", *load, "--method", method, says=says, code=3)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["m"]
+
+
+def test_too_little_room_is_noticed_before_the_work(
+    models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The model fits, the matrices that wait meanwhile do not."""
+    size = sum(x.nbytes for x in tensors(models("gqa")).values())
+    usage = shutil.disk_usage(tmp_path)._replace(free=size + 100_000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    load = ("--load", models("gqa"), "--save", tmp_path / "x", "--to", "hf", *MAGNITUDE)
+    done = run("sparsify", *load, "--sparsity", 0.5)
+    assert done.code == 4 and "GB free" in done.err and "matrices at" not in done.err
+    assert not [*tmp_path.iterdir()]
 
 
 def test_true_sequential_sees_what_the_pruned_part_of_the_layer_makes(
