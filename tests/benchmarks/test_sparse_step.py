@@ -16,6 +16,7 @@ from megatron_prune.solve.kselect import ALONE
 from megatron_prune.sparsity.method import Asked, How, Inputs, Pattern, method_for
 
 ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.slow  # of a benchmark; nothing that ships
 TWO_OF_FOUR = Asked(share=0.5, pattern=Pattern(keep=2, group=4))
 
 
