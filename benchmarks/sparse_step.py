@@ -17,8 +17,8 @@ gives it to all, thresholds are agreed on. Shown are each rank's CPU seconds as 
 needs for the whole layer by itself, while the others do the same, so that caches and cores are
 shared in either case.
 
-With ``--model`` shapes and weights are the checkpoint's, else those of SmolLM2-135M and random;
-what enters a layer is random in either case, inputs of unlike size that hang together. How many
+With ``--model`` shapes and weights are the checkpoint's, else those of ``--shape`` and random; what
+enters a layer is random in either case, inputs of unlike size that hang together. How many
 steps ALPS takes depends on both.
 """
 
@@ -68,15 +68,26 @@ HOW = {
     "admm": ("admm", How()),
     "alps": ("alps", How()),
 }
-SMOLLM2 = ModelShape(
-    num_layers=30,
-    hidden_size=576,
-    ffn_hidden_size=1536,
-    num_attention_heads=9,
-    num_query_groups=3,
-    kv_channels=64,
-    vocab_size=49152,
-)
+SHAPES = {
+    "SmolLM2-135M": ModelShape(
+        num_layers=30,
+        hidden_size=576,
+        ffn_hidden_size=1536,
+        num_attention_heads=9,
+        num_query_groups=3,
+        kv_channels=64,
+        vocab_size=49152,
+    ),
+    "Llama-3.2-1B": ModelShape(
+        num_layers=16,
+        hidden_size=2048,
+        ffn_hidden_size=8192,
+        num_attention_heads=32,
+        num_query_groups=8,
+        kv_channels=64,
+        vocab_size=128256,
+    ),
+}
 WINDOWS, TOKENS = 16, 256  # of the random inputs
 
 
@@ -165,7 +176,8 @@ def rows_of_table(args: argparse.Namespace) -> Iterator[tuple[str, str]]:
 def layers(args: argparse.Namespace) -> tuple[int, list[list[Shared]]]:
     """How many there are, and those that are measured."""
     source = None if args.model is None else open_source(args.model)
-    config = ModelConfig(family=LLAMA, shape=SMOLLM2, tied=True, dtype="fp32", hf_config={})
+    shape = SHAPES[args.shape]
+    config = ModelConfig(family=LLAMA, shape=shape, tied=True, dtype="fp32", hf_config={})
     config = config if source is None else source.config
     count = config.shape.num_layers
     chosen = [i * count // args.repeats for i in range(args.repeats)]
@@ -276,6 +288,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", type=Path, help="a checkpoint")
+    parser.add_argument("--shape", choices=SHAPES, default="SmolLM2-135M", help="without --model")
     parser.add_argument("--only", nargs="*", default=["*"], help="rows: '2:4 alps' or '50% *'")
     parser.add_argument("--repeats", type=int, default=3, help="layers that are measured")
     parser.add_argument("--ranks", type=int, default=2, help="processes; 1 leaves that table out")

@@ -30,6 +30,7 @@ from torch import Tensor
 from megatron_prune.engine.failures import on_first_rank, together
 from megatron_prune.engine.forward.model import ModelOptions
 from megatron_prune.engine.groups import Groups
+from megatron_prune.engine.observe.inputs import gathered
 from megatron_prune.engine.observe.layerwise import Layer, Stream, normalised
 from megatron_prune.engine.observe.moments import MomentSums
 from megatron_prune.errors import DamagedError
@@ -262,7 +263,7 @@ class _Repairing:
         is_dense = self._how.statistics == "dense"
         for at in range(len(self._dense_stream if is_dense else self._stream)):
             mine, target = self._observe(half, at)
-            x_TK = self._gathered(mine)[:, kept_K]
+            x_TK = gathered(mine, self._groups)[:, kept_K]
             sums.add(x_TK, target.flatten(0, 1))
             if not is_dense:
                 share = x_TK[:, sums.rows].clone(memory_format=torch.contiguous_format)
@@ -280,12 +281,6 @@ class _Repairing:
                 "that are not finite, or the precision is too narrow for them"
             )
         return moments
-
-    def _gathered(self, mine_sbn: Tensor) -> Tensor:
-        """A projection's input from all tensor-parallel ranks, [T, N]."""
-        parts = [torch.empty_like(mine_sbn) for _ in range(self._groups.grid.tensor_parallel)]
-        dist.all_gather(parts, mine_sbn.contiguous(), group=self._groups.tp_group)
-        return torch.cat(parts, dim=-1).flatten(0, 1)
 
     def _advance(
         self, inputs: list[Tensor], rows: slice, weight_DK: Tensor, bias_D: Tensor | None

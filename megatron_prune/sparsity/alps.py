@@ -32,7 +32,7 @@ _MANY, _SOME, _SETTLED = 0.1, 0.005, 3e-4  # of the support that changed
 def prepare(inputs: Inputs, how: How) -> Prepared:
     """The second moments with a unit diagonal, and their eigenvectors and eigenvalues.
 
-    The decomposition is float64, some ``9 I^3`` multiply-adds and three times ``8 I^2`` bytes; its
+    The decomposition is float64, some ``9 I^3`` multiply-adds and four times ``8 I^2`` bytes; its
     eigenvalues are clipped at 0.
 
     Returns:

@@ -20,35 +20,28 @@ TP2, TP4, PP2 = (
     ("--pipeline-model-parallel-size", 2),
 )
 METHODS: dict[str, tuple[object, ...]] = {
-    "magnitude": ("--method", "magnitude", "--sparsity", 0.5),
-    "wanda": ("--method", "wanda", "--sparsity", 0.6),
     "wanda-2:4": ("--method", "wanda", "--pattern", "2:4"),
     "variant": ("--method", "wanda", "--variant", "--sparsity", 0.5),
     "sparsegpt": ("--method", "sparsegpt", "--sparsity", 0.5),
     "iter": ("--method", "wanda", "--weight-update", "iter", "--sparsity", 0.5),
     "refit": ("--method", "magnitude", "--refit", "--sparsity", 0.5),
     "alps": ("--method", "alps", "--sparsity", 0.5),
-    "alps-2:4": ("--method", "alps", "--pattern", "2:4"),
     "owl": ("--method", "wanda", "--sparsity", 0.6, "--sparsity-by-layer", "owl",
             "--owl-multiple", 2),
 }  # fmt: skip
-MASK_ONLY = ("magnitude", "wanda", "wanda-2:4", "variant", "owl")
+MASK_ONLY = ("wanda-2:4", "variant", "owl")
+# name -> ranks, method, flags
+CASES: dict[str, tuple[int, str, tuple[object, ...]]] = {
+    **{f"{name} tp2": (2, name, TP2) for name in ("variant", "sparsegpt", "refit", "alps", "owl")},
+    "wanda-2:4 tp4": (4, "wanda-2:4", TP4),
+    "sparsegpt dp3": (3, "sparsegpt", ()),
+    "iter pp2": (2, "iter", PP2),
+}
 # Distance as a share of a matrix: conjugate gradients make rounding of the inputs larger, by as
 # much as the second moments of so few tokens are ill-conditioned. ALPS decides at every step; so
 # of it only the first layer is compared, which no such decision was made before.
-CLOSE = {"sparsegpt": 1e-4, "iter": 1e-4, "refit": 2e-2, "alps": 5e-2, "alps-2:4": 5e-2}
-TURNED = {"alps": 0.01, "alps-2:4": 0.01}  # share of decisions that rounding may turn
-# name -> ranks, method, flags
-CASES: dict[str, tuple[int, str, tuple[object, ...]]] = {
-    **{
-        f"{name} tp2": (2, name, TP2)
-        for name in ("magnitude", "wanda", "variant", "sparsegpt", "refit", "alps-2:4", "owl")
-    },
-    "wanda-2:4 tp4": (4, "wanda-2:4", TP4),
-    "sparsegpt dp3": (3, "sparsegpt", ()),
-    "iter dp2": (2, "iter", ()),
-    "alps tp2 pp2": (4, "alps", (*TP2, *PP2)),
-}
+CLOSE = {"sparsegpt": 1e-4, "iter": 1e-4, "refit": 2e-2, "alps": 5e-2}
+TURNED = {"alps": 0.01}  # share of decisions that rounding may turn
 
 
 @pytest.fixture(scope="module")
@@ -61,10 +54,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> Path:
             make_model(folder / "four", "four", vocab_size=VOCAB)
             data = ("--data", folder / "text", "--num-samples", 5, "--seq-length", 32)
             given = {
-                name: (
-                    *("sparsify", "--load", folder / "four", *flags),
-                    *(() if name == "magnitude" else data),
-                )
+                name: ("sparsify", "--load", folder / "four", *flags, *data)
                 for name, flags in METHODS.items()
             }
             jobs = []
