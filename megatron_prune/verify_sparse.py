@@ -219,11 +219,11 @@ def _broken_group(is_zero_OI: Tensor, pattern: str | None) -> tuple[int, int, in
     last input, and how many zeros it has. A last group that is cut short is one too."""
     if pattern is None:
         return None
-    keep, group = parse_pattern(pattern)
-    width = is_zero_OI.shape[1]
+    wanted = parse_pattern(pattern)
+    group, width = wanted.group, is_zero_OI.shape[1]
     padded = torch.nn.functional.pad(is_zero_OI, (0, -width % group))
     counts = padded.unflatten(1, (-1, group)).sum(2)
-    if (place := _first(counts < group - keep)) is None:
+    if (place := _first(counts < group - wanted.keep)) is None:
         return None
     row, number = place
     first = number * group

@@ -69,13 +69,23 @@ class Repair:
             "source_digest": self.source_digest,
             "settings": dict(self.settings),
         }
-        lines = [f" {json.dumps(key)}: {json.dumps(value)}" for key, value in top.items()]
-        tensors = []
-        for name, replaced in self.tensors.items():
-            values = {k: v for k, v in asdict(replaced).items() if v is not None}
-            tensors.append(f"  {json.dumps(name)}: {json.dumps(values)}")
-        lines.append(' "tensors": {\n' + ",\n".join(tensors) + "\n }")
-        return "{\n" + ",\n".join(lines) + "\n}\n"
+        return record_text(top, self.tensors)
+
+
+def record_text(top: Mapping[str, Any], tensors: Mapping[str, Any]) -> str:
+    """A record of tensors as JSON, one line each.
+
+    Args:
+        top: what it says of the whole.
+        tensors: name -> a dataclass; fields that are None are left out.
+    """
+    lines = [f" {json.dumps(key)}: {json.dumps(value)}" for key, value in top.items()]
+    rows = []
+    for name, one in tensors.items():
+        values = {k: v for k, v in asdict(one).items() if v is not None}
+        rows.append(f"  {json.dumps(name)}: {json.dumps(values)}")
+    lines.append(' "tensors": {\n' + ",\n".join(rows) + "\n }")
+    return "{\n" + ",\n".join(lines) + "\n}\n"
 
 
 def load_repair(path: Path, plan: PrunePlan, target: ModelConfig) -> Repair:

@@ -8,7 +8,6 @@ tokenizer, a few kB a layer.
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Mapping
@@ -18,6 +17,8 @@ from typing import Any
 
 from megatron_prune.errors import DamagedError
 from megatron_prune.files.parsing import checked_as, read_json
+from megatron_prune.model.pattern import Pattern
+from megatron_prune.sources.repair_record import record_text
 
 VERSION = 1
 _LONGEST = 80  # of a method's name
@@ -91,13 +92,7 @@ class Sparsity:
     def to_json(self) -> str:
         """The file's text: one line per tensor."""
         top = {"version": VERSION, **{k: v for k, v in asdict(self).items() if k != "tensors"}}
-        lines = [f" {json.dumps(key)}: {json.dumps(value)}" for key, value in top.items()]
-        tensors = []
-        for name, matrix in self.tensors.items():
-            values = {k: v for k, v in asdict(matrix).items() if v is not None}
-            tensors.append(f"  {json.dumps(name)}: {json.dumps(values)}")
-        lines.append(' "tensors": {\n' + ",\n".join(tensors) + "\n }")
-        return "{\n" + ",\n".join(lines) + "\n}\n"
+        return record_text(top, self.tensors)
 
 
 def load_sparsity(path: Path) -> Sparsity:
@@ -124,16 +119,13 @@ def load_sparsity(path: Path) -> Sparsity:
         return record
 
 
-def parse_pattern(text: str) -> tuple[int, int]:
-    """``2:4`` as the numbers of weights that are kept, and of those that a group has.
-
-    Raises:
-        ValueError: not N:M with 0 < N < M.
+def parse_pattern(text: str) -> Pattern:
+    """Raises:
+    ValueError: not N:M with 0 < N < M.
     """
-    found = re.fullmatch("([0-9]{1,4}):([0-9]{1,4})", text)
-    if found is None or not 0 < int(found[1]) < int(found[2]):
+    if (found := Pattern.of(text)) is None:
         raise ValueError(f"pattern is {text!r:.60}; wanted N:M with 0 < N < M, or null")
-    return int(found[1]), int(found[2])
+    return found
 
 
 def _matrix(name: str, values: Mapping[str, Any]) -> SparseMatrix:

@@ -11,40 +11,16 @@ from __future__ import annotations
 
 import importlib
 import math
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from megatron_prune.errors import ConfigError
 from megatron_prune.model.lazy import Tensor
+from megatron_prune.model.pattern import Pattern
 
 if TYPE_CHECKING:  # the names of methods are wanted for --help, before torch is imported
     from megatron_prune.solve.kselect import Dealt
-
-
-@dataclass(frozen=True, kw_only=True)
-class Pattern:
-    """N:M, N kept of every M consecutive inputs of a row."""
-
-    keep: int
-    group: int
-
-    @classmethod
-    def parse(cls, text: str) -> Pattern:
-        """Raises:
-        ConfigError: not N:M with 0 < N < M.
-        """
-        found = re.fullmatch(r"([0-9]{1,4}):([0-9]{1,4})", text)
-        if found is None or not 0 < int(found[1]) < int(found[2]):
-            raise ConfigError(
-                f"--pattern {text}: wanted N:M, N kept of every M consecutive inputs, 0 < N < M, "
-                "such as 2:4"
-            )
-        return cls(keep=int(found[1]), group=int(found[2]))
-
-    def __str__(self) -> str:
-        return f"{self.keep}:{self.group}"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,7 +18,7 @@ from megatron_prune.model.axes import layer_name, split_layer, tensor_shape
 from megatron_prune.model.fusion import stored_name
 from megatron_prune.model.shape import ModelConfig
 from megatron_prune.planning.choose import parse_layers
-from megatron_prune.sparsity.allocation import OUTLIER_MULTIPLE, OUTLIER_SPREAD, arithmetic
+from megatron_prune.sparsity.allocation import OUTLIER_MULTIPLE, OUTLIER_SPREAD, arithmetic, uniform
 from megatron_prune.sparsity.method import (
     METHODS,
     WEIGHT_UPDATES,
@@ -345,7 +345,7 @@ def _asked(options: SparsityFlags, layers: int) -> tuple[Asked, ...] | None:
         return tuple(Asked(share=share) for share in _shares_of(Path(by), layers))
     if pattern is None:
         assert options.sparsity is not None
-        return (Asked(share=options.sparsity),) * layers
+        return tuple(Asked(share=share) for share in uniform(options.sparsity, layers))
     patterned = Asked(share=1 - pattern.keep / pattern.group, pattern=pattern)
     if options.pattern_layers is None:
         return (patterned,) * layers

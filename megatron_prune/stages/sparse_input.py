@@ -63,7 +63,7 @@ def zeros_left(record: Sparsity, plan: PrunePlan) -> Left:
             is_whole = is_whole and (height, width) == tensor_shape(name, plan.source)
             if matrix.pattern is not None:
                 patterned.append(name)
-                group = parse_pattern(matrix.pattern)[1]
+                group = parse_pattern(matrix.pattern).group
                 if not keeps_groups(axes_of(name)[1], old, group):
                     broken.append(name)
     return Left(

@@ -326,9 +326,7 @@ def _tell(found: Sparsified, record: Sparsity, console: Console) -> None:
         )
     if found.close:
         decisions = "1 decision was" if found.close == 1 else f"{found.close} decisions were"
-        console.say(
-            f"warning: {decisions} within rounding; another layout or machine may turn them"
-        )
+        console.say(f"warning: {decisions} within rounding: another layout or machine may differ")
     for name, count in [*found.dead.items()][:_TOLD]:
         inputs = "1 input never fires" if count == 1 else f"{count} inputs never fire"
         console.say(f"warning: {name}: {inputs} on this text; weights of such inputs are 0")

@@ -200,10 +200,10 @@ def _zeros(facts: CardFacts) -> str:
         f"set to zero, by the method {record.words}.",
     ]
     if record.pattern is not None:
-        keep, group = parse_pattern(record.pattern)
+        pattern = parse_pattern(record.pattern)
         lines.append(
-            f"{record.pattern}: of every {group} consecutive inputs of a row at most {keep} have a "
-            "weight that is not zero."
+            f"{pattern}: of every {pattern.group} consecutive inputs of a row at most "
+            f"{pattern.keep} have a weight that is not zero."
         )
     lines.append(
         "Zeros are stored like any other weight. So the files are as large as those of the dense "
