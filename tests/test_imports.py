@@ -21,7 +21,7 @@ LAYERS = (
     ("ranks", "files"),
     ("model", "solve"),
     ("families",),
-    ("planning",),
+    ("planning", "shearing"),
     ("sources", "data"),
     ("criteria", "sparsity"),
     ("store",),
