@@ -5,7 +5,8 @@ and layout. Convert, prune and reshard are calls of these two. One step holds a 
 tensor, never the model. Under torchrun the ranks take the target's files in turn.
 
 Pruning here is pure slicing. What repairs it (`replaced.RepairedSource`: norms rescaled for the
-smaller denominator of RMSNorm, projections fitted anew) is a source around a `PrunedSource`.
+smaller denominator of RMSNorm, projections fitted anew) is a source around a `PrunedSource`, and so
+are gates that were learned with it (`folded.FoldedSource`).
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from megatron_prune.files import write_file
 from megatron_prune.model.grid import ParallelGrid
 from megatron_prune.planning.plan import PrunePlan, load_plan
 from megatron_prune.ranks import Ranks
+from megatron_prune.sources.folding_record import Folding, load_folding
 from megatron_prune.sources.repair_record import Repair
 from megatron_prune.sources.source import CARD, COMMANDS, Source
 from megatron_prune.sources.sparsity_record import Sparsity, load_sparsity
@@ -99,6 +101,7 @@ def write_checkpoint(
     ranks: Ranks,
     plan: PrunePlan | None = None,
     repair: Repair | None = None,
+    folding: Folding | None = None,
     overwrite: bool = False,
     progress: Callable[[int], Progress] = lambda total: lambda done: None,
 ) -> None:
@@ -110,13 +113,14 @@ def write_checkpoint(
         plan: the plan that ``source`` was pruned with just now; without one, the source's own plan
             file travels along.
         repair: the record of what else than slicing was done to it.
+        folding: the record of the gates that were folded into it.
         progress: given the bytes this rank will write, returns what is told of each part written.
 
     Raises:
         PruneError: ranks have different plans or models; nothing was written.
     """
     base_model = target.base_model or base_model_of(source)
-    passenger = _passenger(source, base_model, plan, repair)
+    passenger = _passenger(source, base_model, plan, repair, folding)
     ranks.agree("the plan", str(passenger.plan_digest))
     ranks.agree_on(f"the model in {source.path}", lambda: source.digest)
     writer = make_writer(source, target, passenger.plan_digest)
@@ -146,7 +150,11 @@ def write_checkpoint(
 
 
 def _passenger(
-    source: Source, base_model: str | None, plan: PrunePlan | None, repair: Repair | None
+    source: Source,
+    base_model: str | None,
+    plan: PrunePlan | None,
+    repair: Repair | None,
+    folding: Folding | None,
 ) -> Passenger:
     """What travels with the model, in any format: among it a new model card, so that the way to an
     export makes no difference to it."""
@@ -154,17 +162,21 @@ def _passenger(
         source,
         None if plan is None else plan.to_json().encode(),
         None if repair is None else repair.to_json().encode(),
+        None if folding is None else folding.to_json().encode(),
     )
     files, commands = dict(passenger.files), commands_of(source)
     if commands:
         files[COMMANDS] = "".join(line + "\n" for line in commands).encode()
     described = _carried_plan(source) if plan is None else plan
+    if plan is None and described is not None:
+        folding = _carried_folding(source, described)
     files[CARD] = model_card(
         CardFacts(
             config=source.config,
             plan=described,
             plan_digest=passenger.plan_digest,
             is_repaired=described is not None and passenger.repair is not None,
+            folding=folding,
             sparsity=_carried_sparsity(source),
             commands=commands,
             source_card=files.get(CARD),
@@ -181,6 +193,15 @@ def _carried_plan(source: Source) -> PrunePlan | None:
     except PlanError:  # carried along as it is; `verify` reads it
         return None
     return plan if plan is not None and plan.target == source.config.shape else None
+
+
+def _carried_folding(source: Source, plan: PrunePlan) -> Folding | None:
+    """The record beside the plan of a source, likewise."""
+    try:
+        path = source.folding_path
+        return None if path is None else load_folding(path, plan, source.config)
+    except DamagedError:
+        return None
 
 
 def _carried_sparsity(source: Source) -> Sparsity | None:

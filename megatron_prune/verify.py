@@ -3,19 +3,24 @@
 Shares no slicing code with `surgery`: it reads whole tensors of the source, expands the plan's
 indices itself, and compares every value. Holds a few blocks of rows; reads both checkpoints once.
 Tensors that a repair replaced are held to the SHA-256 in its record, which is in the manifest.
+Where gates were folded in, what the plan keeps is multiplied by those of the record, by code of its
+own likewise.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 from megatron_prune.errors import DamagedError
 from megatron_prune.model.axes import axes_of, layer_name, names, split_layer, tensor_shape
+from megatron_prune.model.blocks import EMBEDDING
 from megatron_prune.model.lazy import Tensor, torch
+from megatron_prune.model.shape import ModelConfig
 from megatron_prune.model.tensors import dtype_word
 from megatron_prune.planning.plan import PrunePlan, load_plan
 from megatron_prune.sources.finite import is_finite, nonfinite_text
+from megatron_prune.sources.folding_record import load_folding
 from megatron_prune.sources.repair_record import Replaced, digest, load_repair
 from megatron_prune.sources.source import Source
 from megatron_prune.store.commit import MANIFEST, check_manifest
@@ -25,11 +30,16 @@ _BLOCK_ROWS = 4096
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """What was compared."""
+    """What was compared.
+
+    Attributes:
+        folded: the axes whose gates were folded in, as plan files call them.
+    """
 
     tensors: int
     values: int
     repaired: int
+    folded: tuple[str, ...]
     files: int | None  # None: there was no manifest
 
 
@@ -54,18 +64,29 @@ def verify(
         raise DamagedError(f"{pruned.plan_path}: was pruned with another plan than the one given")
     path = pruned.repair_path
     repaired = {} if path is None else load_repair(path, plan, pruned.config).tensors
+    path, made = pruned.folding_path, "the planned slice of the source"
+    folding = None if path is None else load_folding(path, plan, pruned.config)
+    gates = {} if folding is None else folding.gates.by_axis
+    if folding is not None:
+        made += f" times the gates of {path}"
     tensors = values = 0
     for name in names(pruned.config):
         compared = 0
         if name in repaired:
             compared = _check_repaired(pruned, name, repaired[name], plan)
+        factors = _Factors.of(name, pruned.config, gates)
         for at, found, wanted in () if name in repaired else _blocks(pruned, source, plan, name):
-            _compare(pruned, name, at, found, wanted)
+            _compare(pruned, name, at, found, factors.times(wanted, at), made)
             compared += found.numel()
         tensors, values = tensors + 1, values + compared
         progress(compared)
-    files = check_files(pruned)
-    return Verdict(tensors=tensors, values=values, repaired=len(repaired), files=files)
+    return Verdict(
+        tensors=tensors,
+        values=values,
+        repaired=len(repaired),
+        folded=() if folding is None else folding.gates.words,
+        files=check_files(pruned),
+    )
 
 
 def check_files(pruned: Source) -> int | None:
@@ -104,6 +125,55 @@ def _blocks(
         yield at, found[at : at + _BLOCK_ROWS], wanted
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Factors:
+    """What rows and columns of a tensor were multiplied by; None where by nothing.
+
+    By axes: what writes into the hidden state has D for its rows, what scales it is a norm.
+    """
+
+    rows: Tensor | None = None
+    columns: Tensor | None = None
+
+    @classmethod
+    def of(cls, name: str, config: ModelConfig, gates: Mapping[str, Tensor]) -> _Factors:
+        axes, shape = axes_of(name), config.shape
+        layer, rest = split_layer(name)
+        hidden = gates.get("D", torch.ones(shape.hidden_size))
+        if not gates or (axes[0] != "D" and name != EMBEDDING.name):
+            return cls()
+        if name == EMBEDDING.name:
+            return cls(columns=hidden)
+        if layer is None:
+            return cls(rows=None if config.tied else hidden)
+        if rest.endswith("norm.weight"):
+            return cls(rows=hidden)
+        rows = hidden * gates.get("L", torch.ones(shape.num_layers))[layer]
+        if axes == "D":
+            return cls(rows=rows)
+
+        def own(axis: str, unit: Tensor) -> Tensor:
+            return gates[axis][layer][unit] if axis in gates else torch.ones(len(unit))
+
+        unit = torch.arange(shape.size(axes[1], layer) * shape.rows(axes[1])) // shape.rows(axes[1])
+        if axes[1] == "F":
+            return cls(rows=rows, columns=own("F", unit))
+        group = unit * shape.num_query_groups // shape.num_attention_heads
+        return cls(rows=rows, columns=own("Q", unit) * own("K", group))
+
+    def times(self, x: Tensor, at: int) -> Tensor:
+        """Rows of the tensor from ``at`` on, multiplied in float32, rows first; in their dtype."""
+        if self.rows is None and self.columns is None:
+            return x
+        product = x.float()
+        if self.rows is not None:
+            rows = self.rows[at : at + len(x)]
+            product = product * (rows if x.ndim == 1 else rows.unsqueeze(1))
+        if self.columns is not None:
+            product = product * self.columns
+        return product.to(x.dtype)
+
+
 def _check_repaired(pruned: Source, name: str, replaced: Replaced, plan: PrunePlan) -> int:
     """Returns the values of the tensor."""
     found, stored = pruned.read(name), pruned.stored_name(name)
@@ -126,7 +196,7 @@ def check_finite(pruned: Source, name: str, found: Tensor) -> None:
         raise DamagedError(nonfinite_text(pruned, name))
 
 
-def _compare(pruned: Source, name: str, at: int, found: Tensor, wanted: Tensor) -> None:
+def _compare(pruned: Source, name: str, at: int, found: Tensor, wanted: Tensor, made: str) -> None:
     stored = pruned.stored_name(name)
     if found.shape != wanted.shape:
         raise DamagedError(
@@ -141,6 +211,6 @@ def _compare(pruned: Source, name: str, at: int, found: Tensor, wanted: Tensor) 
         first = tuple(place)
         inside = (place[0] - at, *place[1:])
         raise DamagedError(
-            f"{pruned.path}: {stored} at {first}: is {found[inside].item()!r}, the planned slice "
-            f"of the source is {wanted[inside].item()!r}"
+            f"{pruned.path}: {stored} at {first}: is {found[inside].item()!r}, {made} is "
+            f"{wanted[inside].item()!r}"
         )

@@ -27,6 +27,7 @@ from megatron_prune.model.shape import ModelConfig
 from megatron_prune.model.tensors import torch_dtype
 
 REPAIR = "repair.json"  # beside the plan
+FOLDING = "folding.json"  # of gates in its weights: beside the plan
 CARD = "README.md"  # the model card
 VOCAB_PLAN = "vocab_plan.json"  # of a model whose tokenizer was pruned: travels with its files
 SPARSITY = "sparsity.json"  # of a model with zeros set in it: travels with its files
@@ -70,7 +71,16 @@ class Source(ABC):
     @property
     def repair_path(self) -> Path | None:
         """The record of the model's repair, which lies beside its plan; None when there is none."""
-        path = None if self.plan_path is None else self.plan_path.with_name(REPAIR)
+        return self._beside_the_plan(REPAIR)
+
+    @property
+    def folding_path(self) -> Path | None:
+        """The record of the gates folded into it, which lies beside its plan; None when there is
+        none."""
+        return self._beside_the_plan(FOLDING)
+
+    def _beside_the_plan(self, name: str) -> Path | None:
+        path = None if self.plan_path is None else self.plan_path.with_name(name)
         return path if path is not None and path.is_file() else None
 
     @property
@@ -173,7 +183,8 @@ class DerivedSource(Source):
         self._source.close()
 
     def _forget_history(self) -> None:
-        """For other weights than those that were planned, repaired, adapted, trained or counted."""
+        """For other weights than those that were planned, repaired, folded, adapted, trained or
+        counted."""
         self.plan_path, self.lora, self.has_optimizer_state = None, None, False
         self.companion_files = {k: v for k, v in self.companion_files.items() if k != SPARSITY}
 

@@ -17,6 +17,8 @@ from megatron_prune.model.grid import VOCAB_DIVISOR
 from megatron_prune.model.lora import Lora
 from megatron_prune.model.shape import ModelShape
 from megatron_prune.model.tensors import dtype_word
+from megatron_prune.planning.plan import load_plan
+from megatron_prune.sources.folding_record import load_folding
 from megatron_prune.sources.source import Source
 from megatron_prune.sources.sparsity_record import load_sparsity
 from megatron_prune.stages.common import opened, shape_table
@@ -86,6 +88,17 @@ def _sparsity(path: Path) -> dict[str, Any]:
     }
 
 
+def _folding(source: Source) -> dict[str, Any]:
+    """As it is recorded: training may have changed the weights since."""
+    if source.plan_path is None or source.folding_path is None:
+        return {}
+    record = load_folding(source.folding_path, load_plan(source.plan_path), source.config)
+    return {
+        "folded_gates": " ".join(record.gates.words),
+        "folded_source_digest": record.source_digest,
+    }
+
+
 def _facts(source: Source) -> dict[str, Any]:
     """The object ``--json`` prints."""
     config, grid = source.config, source.grid
@@ -105,6 +118,7 @@ def _facts(source: Source) -> dict[str, Any]:
         "tied": config.tied,
         "iteration": source.iteration,
         "pruned": source.plan_path is not None,
+        **_folding(source),
         **({} if source.sparsity_path is None else _sparsity(source.sparsity_path)),
         **({} if source.lora is None else _factors(source.lora)),
     }

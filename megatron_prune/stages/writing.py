@@ -13,6 +13,7 @@ from megatron_prune.model.shape import ModelConfig
 from megatron_prune.planning.plan import PrunePlan
 from megatron_prune.ranks import Ranks, joined_ranks
 from megatron_prune.sources.finite import FiniteSource
+from megatron_prune.sources.folding_record import Folding
 from megatron_prune.sources.repair_record import Repair
 from megatron_prune.sources.source import CARD, Source
 from megatron_prune.stages.common import Saves, agree_on_start
@@ -71,10 +72,13 @@ def write(
     repair: Repair | None = None,
     ranks: Ranks | None = None,
     below: FiniteSource | None = None,
+    folding: Folding | None = None,
 ) -> Written:
     """Write ``source`` as ``target``; with ``dry_run`` only find out what would be written.
 
     Args:
+        plan, repair, folding: what ``source`` was pruned with just now, and the records of what
+            else was done to it; without a plan, those that it carries travel along.
         below: what ``source`` is made of, where its weights too are looked at as they are read.
         ranks: of a process group that is there already and has agreed on the options; else one is
             joined for the writing.
@@ -101,6 +105,7 @@ def write(
                 ranks=joined,
                 plan=plan,
                 repair=repair,
+                folding=folding,
                 overwrite=options.overwrite,
                 progress=progress,
             )

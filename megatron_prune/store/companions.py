@@ -15,7 +15,7 @@ from pathlib import Path
 from megatron_prune.errors import CheckpointError
 from megatron_prune.families.config import CONFIG
 from megatron_prune.files.parsing import read_table
-from megatron_prune.sources.source import REPAIR, SPARSITY
+from megatron_prune.sources.source import FOLDING, REPAIR, SPARSITY
 from megatron_prune.store.commit import MANIFEST, WRITER
 from megatron_prune.store.passenger import PLAN
 
@@ -34,6 +34,7 @@ _WEIGHTS = (
 _OURS = {  # how a file of ours is told from another program's of the same name
     PLAN: ("version", "kept", "source_digest"),
     REPAIR: ("version", "plan_digest", "tensors"),
+    FOLDING: ("version", "plan_digest", "gates"),
     MANIFEST: ("writer", "files"),
     SPARSITY: ("version", "method", "source_digest", "tensors"),
 }
@@ -99,12 +100,12 @@ def find_plan(directory: Path) -> Path | None:
     """The plan in a directory, where it is one of ours.
 
     Raises:
-        CheckpointError: it or the record of a repair beside it is a link out of the directory.
+        CheckpointError: it or a record beside it is a link out of the directory.
     """
     path = directory / PLAN
     if not path.is_file() or not _is_ours(path):
         return None
-    _refuse_links(directory, {name: directory / name for name in (PLAN, REPAIR)})
+    _refuse_links(directory, {name: directory / name for name in (PLAN, REPAIR, FOLDING)})
     return path
 
 

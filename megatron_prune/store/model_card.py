@@ -1,7 +1,7 @@
 """The model card: README.md of a Hugging Face directory, from what the checkpoint itself says.
 
-It names what the model was made from, its shapes, the plan, repair, zeros and training that made
-it, with their digests and commands, and how to load it. A card that the source has is one of
+It names what the model was made from, its shapes, the plan, repair, gates, zeros and training that
+made it, with their digests and commands, and how to load it. A card that the source has is one of
 another model: it is replaced, and gives its licence, language and kind of task to the new one. A
 card of ours gives the base model too. What nothing says is left out; nothing is asked of a hub. In
 a Megatron checkpoint it lies in ``hf/`` with all that travels, and every stage that writes one
@@ -22,7 +22,8 @@ from megatron_prune.errors import ConfigError
 from megatron_prune.model.axes import count_parameters
 from megatron_prune.model.shape import ModelConfig
 from megatron_prune.planning.plan import PrunePlan
-from megatron_prune.sources.source import SPARSITY, Source
+from megatron_prune.sources.folding_record import Folding
+from megatron_prune.sources.source import FOLDING, SPARSITY, Source
 from megatron_prune.sources.sparsity_record import Sparsity, parse_pattern
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ class CardFacts:
         config: of the model as it is written.
         plan, plan_digest: of its pruning, None when it was not pruned.
         is_repaired: other tensors than the planned slices stand in it.
+        folding: the record of the gates in its weights, None where there were none.
         sparsity: the record of the zeros that were set in it, None where none were.
         commands: lines of the training runs' ``commands.jsonl``, oldest first.
         source_card: the source's README.md, None when it has none.
@@ -50,6 +52,7 @@ class CardFacts:
     plan: PrunePlan | None = None
     plan_digest: str | None = None
     is_repaired: bool = False
+    folding: Folding | None = None
     sparsity: Sparsity | None = None
     commands: Sequence[str] = ()
     source_card: bytes | None = None
@@ -135,6 +138,7 @@ def _title(facts: CardFacts, base: str | None) -> str:
         for word, is_so in (
             ("pruned", facts.plan is not None),
             ("repaired", facts.is_repaired),
+            ("gates folded in", facts.folding is not None),
             ("sparse", facts.sparsity is not None),
             ("trained further", bool(facts.commands)),
         )
@@ -161,6 +165,12 @@ def _origin(facts: CardFacts, header: Mapping[str, Any], base: str | None) -> st
         lines.append(
             "Some tensors were then fitted anew or rescaled: `repair.json` says which, how, and "
             "what it did to their errors."
+        )
+    if facts.folding is not None:
+        axes = " and ".join(facts.folding.gates.words)
+        lines.append(
+            f"The source was trained with soft gates on {axes}; those of the units that stay were "
+            f"folded into its weights. `{FOLDING}` has every gate."
         )
     if "license" not in header:
         lines.append(

@@ -1,8 +1,8 @@
 """What travels with a model's weights from format to format: config, tokenizer files, plan, facts.
 
 A Hugging Face directory holds them beside the weights. A Megatron iteration directory holds the
-Hugging Face files in ``hf/``, the plan in ``plan.json`` and the record of a repair beside it, so
-that it is one whole checkpoint.
+Hugging Face files in ``hf/``, the plan in ``plan.json`` and the records of a repair and of folded
+gates beside it, so that it is one whole checkpoint.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from megatron_prune.files.parsing import parse_json
 from megatron_prune.model.axes import count_parameters
 from megatron_prune.model.grid import ParallelGrid
 from megatron_prune.model.shape import ModelConfig
-from megatron_prune.sources.source import COMMANDS, REPAIR, Source
+from megatron_prune.sources.source import COMMANDS, FOLDING, REPAIR, Source
 
 COMPANIONS, PLAN = "hf", "plan.json"
 
@@ -60,31 +60,40 @@ class Passenger:
         config: of the model as it will be written.
         files: of the model's Hugging Face directory, by name; config.json apart.
         plan: the plan the model was pruned with, None when it was not.
-        repair: the record of its repair (`sources.replaced`), None when there was none.
+        repair: the record of its repair (`sources.repair_record`), None when there was none.
+        folding: the record of its gates (`sources.folding_record`), None when it had none.
     """
 
     config: ModelConfig
     files: Mapping[str, bytes]
     plan: bytes | None
     repair: bytes | None = None
+    folding: bytes | None = None
 
     @classmethod
     def of(
-        cls, source: Source, plan: bytes | None = None, repair: bytes | None = None
+        cls,
+        source: Source,
+        plan: bytes | None = None,
+        repair: bytes | None = None,
+        folding: bytes | None = None,
     ) -> Passenger:
         """Read from a source.
 
         Args:
-            plan, repair: the files of the plan it is pruned with just now, and of its repair; else
-                those it carries.
+            plan, repair, folding: the files of the plan it is pruned with just now, of its repair
+                and of its gates; else those it carries.
         """
         if plan is None and source.plan_path is not None:
             plan = source.plan_path.read_bytes()
-            repair = None if source.repair_path is None else source.repair_path.read_bytes()
+            repair, folding = (
+                None if path is None else path.read_bytes()
+                for path in (source.repair_path, source.folding_path)
+            )
         files = {name: path.read_bytes() for name, path in source.companion_files.items()}
         if source.config.shape.ffn_per_layer is not None:
             files[CODE] = code()
-        return cls(config=source.config, files=files, plan=plan, repair=repair)
+        return cls(config=source.config, files=files, plan=plan, repair=repair, folding=folding)
 
     @property
     def plan_digest(self) -> str | None:
@@ -99,16 +108,22 @@ class Passenger:
             write_file(target / name, data)
         config = json.dumps(hf_config(self.config), indent=2) + "\n"
         write_file(target / CONFIG, config.encode())
-        if self.plan is not None:
-            write_file(directory / PLAN, self.plan)
-        if self.repair is not None:
-            write_file(directory / REPAIR, self.repair)
+        for name, record in ((PLAN, self.plan), *self._records.items()):
+            if record is not None:
+                write_file(directory / name, record)
+
+    @property
+    def _records(self) -> dict[str, bytes | None]:
+        """What lies beside the plan."""
+        return {REPAIR: self.repair, FOLDING: self.folding}
 
     def facts(self, format: str, grid: ParallelGrid) -> dict[str, Any]:
         """What the manifest says of the model."""
-        repaired = {}
-        if self.repair is not None:
-            repaired["repair_digest"] = hashlib.sha256(self.repair).hexdigest()
+        records = {
+            f"{name.removesuffix('.json')}_digest": hashlib.sha256(data).hexdigest()
+            for name, data in self._records.items()
+            if data is not None
+        }
         return {
             "format": format,
             "family": self.config.family.name,
@@ -119,5 +134,5 @@ class Passenger:
             "tensor_model_parallel_size": grid.tensor_parallel,
             "pipeline_model_parallel_size": grid.pipeline_parallel,
             "plan_digest": self.plan_digest,
-            **repaired,
+            **records,
         }
