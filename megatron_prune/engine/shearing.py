@@ -11,7 +11,7 @@ from megatron_prune.engine.objectives.objective import Objective
 from megatron_prune.engine.objectives.shear_decision import Decision
 from megatron_prune.engine.objectives.shearing import Shearing
 from megatron_prune.engine.objectives.teachers import load_teacher
-from megatron_prune.engine.train.checkpoint import find_start
+from megatron_prune.engine.train.checkpoint import Start, find_start
 from megatron_prune.engine.train.inputs import RunInputs, model_options, open_model
 from megatron_prune.engine.train.loop import train
 from megatron_prune.engine.train.shear_options import ShearOptions
@@ -74,8 +74,11 @@ def decision_of(options: ShearOptions, source: Source, digest: str) -> Decision:
     )
 
 
-def check_run(options: ShearOptions) -> None:
+def check_run(options: ShearOptions) -> str:
     """Open the model and hold the target against it, before any process group is made.
+
+    Returns:
+        What the masks are and where they are to lead.
 
     Raises:
         PruneError: see `open_model` and `decision_of`.
@@ -83,14 +86,25 @@ def check_run(options: ShearOptions) -> None:
     start = find_start(options, mend=False)
     source = open_model(options, start, options.grid)
     try:
-        if start.state is None or MASKS not in start.state:
+        state = _masks_in(start)
+        if state is None:
             decision = decision_of(options, source, source.digest)
             if options.mask_init is not None:
                 _ranks_of(options, decision)
         else:
-            _continued(options, start.state, source)
+            decision = _continued(options, state, source)
     finally:
         source.close()
+    axes = ", ".join(
+        f"{axis.rows} x {axis.size} {axis.word}" + f" to {axis.keep}" * (axis.keep is not None)
+        for axis in decision.axes
+    )
+    return f"{'masks':<11} {options.mask_method}: {axes}"
+
+
+def _masks_in(start: Start) -> Mapping[str, Any] | None:
+    """The training state that a run begins with, where it has masks."""
+    return start.state if start.state is not None and MASKS in start.state else None
 
 
 def _continued(options: ShearOptions, state: Mapping[str, Any], source: Source) -> Decision:
@@ -103,8 +117,7 @@ def _continued(options: ShearOptions, state: Mapping[str, Any], source: Source) 
     balance = options.balance_for or saved.ranks
     asked = decision_of(replace(options, balance_for=balance), source, saved.source_digest)
     now, then = asked.facts(), saved.facts()
-    # the layout may change, and so may the length of the run
-    for name in (*(name for name in then if name not in ("tensor_parallel", "steps")),):
+    for name in then.keys() - {"tensor_parallel", "steps"}:  # these may change
         if now[name] != then[name]:
             raise ConfigError(
                 f"--save {options.save}: its masks are learned with {name} {then[name]}, the flags "
@@ -146,10 +159,11 @@ def masks_of(options: ShearOptions, decision: Decision) -> Masks:
     return masks
 
 
-def _wrapped(options: ShearOptions, inner: Objective, inputs: RunInputs, groups: Groups) -> Shearing:
+def _wrapped(
+    options: ShearOptions, inner: Objective, inputs: RunInputs, groups: Groups
+) -> Shearing:
     """Gates around what is minimised."""
-    source, state = inputs.source, inputs.start.state
-    state = state if state is not None and MASKS in state else None
+    source, state = inputs.source, _masks_in(inputs.start)
     if state is None:
         decision = decision_of(options, source, source.digest)
     else:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 from megatron_prune.errors import PlanError
-from megatron_prune.model.lazy import Tensor
+from megatron_prune.model.lazy import Tensor, torch
 from megatron_prune.model.shape import ModelShape
 
 MULTIPLE = 8  # of hidden and FFN channels, where the model's own are; kernels want it
@@ -51,7 +51,8 @@ def legal_shape(
     def of_layer(x_LN: Tensor) -> float:
         """Units a layer, on average over the layers that stay."""
         counts = x_LN.sum(1)
-        return float(counts.mean() if layers_L is None else (counts * layers_L).sum() / layers_L.sum())
+        weight_L = torch.ones_like(counts) if layers_L is None else layers_L
+        return float((counts * weight_L).sum() / weight_L.sum())
 
     groups, each = shape.num_query_groups, shape.heads_per_group
     if "K" in present:
@@ -61,7 +62,7 @@ def legal_shape(
     sizes |= {"num_query_groups": groups, "num_attention_heads": groups * each}
     step = ranks * MULTIPLE if shape.ffn_hidden_size % (ranks * MULTIPLE) == 0 else ranks
     for width in range(shape.ffn_hidden_size // step * step, 0, -step):
-        found = replace(shape, **sizes, ffn_hidden_size=width)
+        found = replace(shape, ffn_hidden_size=width, **sizes)  # type: ignore[arg-type]
         if parameters(found) <= most:
             return found
     raise PlanError(

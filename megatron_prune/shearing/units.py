@@ -64,16 +64,14 @@ def gated_axes(
         # of heads those in all groups: whole groups go by the gates of groups
         keep["Q"] = target.heads_per_group * shape.num_query_groups
     less = [letter for letter in "DQKFL" if keep[letter] != shape.size(letter)]
-    if units is not None and target is not None:
-        for letter in "QK":
-            if letter in less and letter not in _ATTENTION[units]:
-                raise ConfigError(
-                    f"--mask-units {units}: the target keeps {target.num_attention_heads} of "
-                    f"{shape.num_attention_heads} heads in {target.num_query_groups} of "
-                    f"{shape.num_query_groups} query groups, which takes gates of "
-                    f"{'heads' if letter == 'Q' else 'groups'} too; give "
-                    f"{'both' if set('QK') <= set(less) else 'heads' if letter == 'Q' else 'groups'}"
-                )
+    needed = {letter for letter in less if letter in "QK"}
+    if target is not None and units is not None and not needed <= set(_ATTENTION[units]):
+        wanted = next(word for word, letters in _ATTENTION.items() if set(letters) == needed)
+        raise ConfigError(
+            f"--mask-units {units}: the target keeps {target.num_attention_heads} of "
+            f"{shape.num_attention_heads} heads in {target.num_query_groups} of "
+            f"{shape.num_query_groups} query groups; wanted {wanted}, or leave the flag out"
+        )
     if target is None:
         less = [letter for letter in "DQKFL" if letter in "DFL" + _ATTENTION[units or "groups"]]
     if not less:
@@ -136,8 +134,10 @@ def expected_parameters(
 
     def weights(tensors: Sequence[str]) -> Tensor:
         """[L] of all these tensors."""
-        each = [prod([sizes[axis] * shape.rows(axis) for axis in axes]) for axes in tensors]
-        return torch.stack(each).sum(0)
+        total = torch.zeros(layers)
+        for axes in tensors:
+            total = total + prod([sizes[axis] * shape.rows(axis) for axis in axes])
+        return total
 
     inside = (stays * weights(layer)).sum()
     return inside + weights(outer)[0] if outer else inside

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 from megatron_prune.engine.groups import model_parallel, world_size
 from megatron_prune.engine.train.checks import check_options
 from megatron_prune.engine.train.shear_options import ShearOptions
-from megatron_prune.errors import CheckpointError, ConfigError, DamagedError
+from megatron_prune.errors import CheckpointError, ConfigError
 from megatron_prune.files import replace_file
 from megatron_prune.flags import flag_name, given
 from megatron_prune.model.shape import ModelConfig

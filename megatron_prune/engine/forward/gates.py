@@ -67,9 +67,7 @@ class OpenGates:
     @classmethod
     def of(cls, values: Mapping[str, Tensor]) -> OpenGates:
         hidden = values.get("D")
-        return cls(
-            values=values, open_hidden=0 if hidden is None else int(hidden.count_nonzero())
-        )
+        return cls(values=values, open_hidden=0 if hidden is None else int(hidden.count_nonzero()))
 
 
 class GatedModel:

@@ -56,9 +56,7 @@ class Distillation(LanguageModelLoss):
     ) -> None:
         self.options, self._run, self._groups, self._seed = options, run, groups, seed
         self._sources = sources
-        self.names = (
-            ("kl loss", "hidden loss") if options.hidden_layers else ("kl loss",)
-        )
+        self.names = ("kl loss", "hidden loss") if options.hidden_layers else ("kl loss",)
         self._hidden: HiddenLoss | None = None
         self._captured: list[Tensor] = []
         self._taught: list[Tensor] = []

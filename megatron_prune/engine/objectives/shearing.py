@@ -144,6 +144,7 @@ class Shearing:
     def loss(self, losses_bs: Tensor, batch: Microbatch) -> tuple[Tensor, dict[str, Tensor]]:
         return self.inner.loss(losses_bs, batch)
 
+    @torch.enable_grad()
     def ready(self, scale: float) -> float:
         """Make the gradients of masks and multipliers whole on all ranks."""
         groups, at = self._groups, self._at - 1

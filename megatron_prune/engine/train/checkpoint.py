@@ -14,7 +14,7 @@ import shutil
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +72,7 @@ class Start:
     """
 
     directory: Path
-    state: Mapping[str, Any] | None
+    state: Mapping[str, Any] | None = field(compare=False)  # it is the directory's
 
     @property
     def iteration(self) -> int:

@@ -103,8 +103,8 @@ class Training:
             self.objective = chosen if wrap is None else wrap(chosen, inputs, groups)
             if MASKS in state and MASKS not in self.objective.state():
                 raise ConfigError(
-                    f"{start.directory}: is of a run of `shear`, whose masks would be lost; continue "
-                    "it with `shear`, or take its weights into a new run with --finetune"
+                    f"{start.directory}: is of a run of `shear`, whose masks would be lost; "
+                    "continue it with `shear`, or take its weights into a new run with --finetune"
                 )
             self.losses = StepLosses(self.objective.names, state)
             self.guard = StepGuard(options, state.get("guard"))

@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from megatron_prune.errors import ConfigError, PlanError
 from megatron_prune.engine.train.options import BATCHES, LR, TrainOptions
+from megatron_prune.errors import ConfigError, PlanError
 from megatron_prune.flags import Group, flag, flag_name, positive
 from megatron_prune.model.axes import count_parameters, layer_weights, outer_weights
 from megatron_prune.model.shape import ModelConfig, ModelShape
@@ -120,9 +120,7 @@ class ShearOptions(TrainOptions):
         choices=CLIPS,
         group=_MASKS,
     )
-    freeze_weights: bool = flag(
-        "learn masks alone; the weights stay", default=False, group=_MASKS
-    )
+    freeze_weights: bool = flag("learn masks alone; the weights stay", default=False, group=_MASKS)
 
     @property
     def targets(self) -> Targets:
