@@ -33,6 +33,7 @@ LAYERS = (
     ("engine.observe", "engine.profile"),
     ("engine.repair", "engine.sparsify", "engine.objectives"),
     ("engine.train",),
+    ("engine.shearing",),
     ("evaluate", "report"),
     ("stages",),
     ("cli",),

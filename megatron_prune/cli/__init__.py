@@ -36,6 +36,7 @@ STAGES = {
     "verify": "check every tensor of a pruned checkpoint against source and plan",
     "vocab": "a smaller tokenizer with its rows: count, plan, prune",
     "preprocess": "text to Megatron's .bin/.idx",
+    "shear": "learn what to prune: masks trained with the weights to a target shape",
     "train": "continued pretraining, from any checkpoint",
     "evaluate": "loss, perplexity, bits per byte",
     "generate": "continue a prompt, from any checkpoint",

@@ -29,6 +29,7 @@ _MODULES = {
     "vocab_pruning": ("vocab_prune", "VocabPruneOptions"),
     "preprocessing": ("preprocess", "PreprocessOptions"),
     "training": ("train", "TrainOptions"),
+    "shearing": ("shear", "ShearOptions"),
     "evaluation": ("evaluate", "EvaluateOptions"),
     "generation": ("generate", "GenerateOptions"),
     "reporting": ("report", "ReportOptions"),

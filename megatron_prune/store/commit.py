@@ -103,7 +103,7 @@ def _is_used(target: Path) -> bool:
     return target.exists() and (not target.is_dir() or any(target.iterdir()))
 
 
-def check_target(target: Path, *, overwrite: bool) -> None:
+def check_target(target: Path, *, overwrite: bool, flag: str = "--save") -> None:
     """Refuse an output path before any work.
 
     Raises:
@@ -111,14 +111,15 @@ def check_target(target: Path, *, overwrite: bool) -> None:
         StorageError: its place is missing or cannot be written.
     """
     if target.exists() and not target.is_dir():
-        raise ConfigError(f"--save {target}: is a file; wanted a directory that does not exist yet")
+        raise ConfigError(f"{flag} {target}: is a file; wanted a directory that does not exist yet")
+    more = " or use --overwrite" if flag == "--save" else ""
     if _is_used(target) and not overwrite:
-        raise ConfigError(f"--save {target}: exists and is not empty; remove it or use --overwrite")
+        raise ConfigError(f"{flag} {target}: exists and is not empty; remove it{more}")
     parent = target.resolve().parent
     while not parent.exists():
         parent = parent.parent
     if not os.access(parent, os.W_OK | os.X_OK) or os.statvfs(parent).f_flag & os.ST_RDONLY:
-        raise StorageError(f"--save {target}: {parent} cannot be written; choose another place")
+        raise StorageError(f"{flag} {target}: {parent} cannot be written; choose another place")
 
 
 def sweep_beside(target: Path) -> None:

@@ -56,5 +56,5 @@ def wrong_steps(at: Mapping[int, str], rank: int = 0) -> Iterator[None]:
 
     mine = at if int(os.environ.get("RANK", "0")) == rank else {}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "train", partial(loop.train, objective=WrongSteps(mine)))
+        patch.setattr(loop, "train", partial(loop.train, wrap=lambda *_: WrongSteps(mine)))
         yield

@@ -34,7 +34,7 @@ class Step:
     """What all microbatches of a step have in common.
 
     Attributes:
-        iteration: the step's number, from 1 on; of a validation, that of the step before it.
+        iteration: the step's number, from 1 on; 0 of a validation.
         count: microbatches on this data-parallel rank.
         rows, length: samples of a microbatch, and tokens of a sample.
     """

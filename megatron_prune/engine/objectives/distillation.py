@@ -27,7 +27,7 @@ from megatron_prune.engine.groups import Groups
 from megatron_prune.engine.objectives.distill_options import DistillOptions
 from megatron_prune.engine.objectives.divergence import distillation_losses
 from megatron_prune.engine.objectives.hidden_loss import HiddenLoss
-from megatron_prune.engine.objectives.objective import LM_LOSS
+from megatron_prune.engine.objectives.objective import LM_LOSS, LanguageModelLoss
 from megatron_prune.engine.objectives.teachers import load_teacher
 from megatron_prune.model.grid import ParallelGrid, padded_vocab_size
 from megatron_prune.model.tensors import torch_dtype
@@ -43,7 +43,7 @@ def kept_logits_bytes(
     return held * tokens * columns * torch_dtype(dtype).itemsize
 
 
-class Distillation:
+class Distillation(LanguageModelLoss):
     """The teachers of a run and the losses of the microbatch under way; an `Objective`."""
 
     def __init__(
@@ -56,7 +56,7 @@ class Distillation:
     ) -> None:
         self.options, self._run, self._groups, self._seed = options, run, groups, seed
         self._sources = sources
-        self.names: tuple[str, ...] = (
+        self.names = (
             ("kl loss", "hidden loss") if options.hidden_layers else ("kl loss",)
         )
         self._hidden: HiddenLoss | None = None

@@ -39,13 +39,38 @@ class Objective(Protocol):
         """
         ...
 
+    def ready(self, scale: float) -> float:
+        """Make the gradients of what it learns itself whole; called when the model's are.
+
+        Args:
+            scale: fp16's of the loss, and so of the gradients.
+
+        Returns:
+            Their norm, where they are to be clipped together with the model's, else 0; not finite:
+            the step is wrong.
+        """
+        ...
+
+    def step(self, share: float, norm: float) -> None:
+        """Step what it learns itself; called when the model's weights have been stepped.
+
+        Args:
+            share: of the peak learning rate that this step was taken with.
+            norm: of all gradients that are clipped together.
+        """
+        ...
+
+    def told(self) -> dict[str, Any]:
+        """What a logged iteration says of it, beside losses; JSON values."""
+        ...
+
     def state(self) -> dict[str, Any]:
-        """Its keys in the checkpoint; plain types only."""
+        """Its keys in the checkpoint; plain types and tensors only."""
         ...
 
 
 class LanguageModelLoss:
-    """The mean loss of the next token; nothing else."""
+    """The mean loss of the next token; nothing else, and nothing that is learned beside."""
 
     names: tuple[str, ...] = ()
 
@@ -57,6 +82,15 @@ class LanguageModelLoss:
 
     def loss(self, losses_bs: Tensor, batch: Microbatch) -> tuple[Tensor, dict[str, Tensor]]:
         return lm_loss(losses_bs, batch)
+
+    def ready(self, scale: float) -> float:
+        return 0.0
+
+    def step(self, share: float, norm: float) -> None:
+        pass
+
+    def told(self) -> dict[str, Any]:
+        return {}
 
     def state(self) -> dict[str, Any]:
         return {}

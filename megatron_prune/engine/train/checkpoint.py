@@ -56,7 +56,8 @@ _WRONG_STATE = (  # what megatron-core and our own code meet in values that are 
 )
 _NUMBER = re.compile("[0-9]{1,18}")
 _OURS = re.compile(
-    r"(metrics|commands)\.jsonl|tensorboard|\.cache|\.lock|\.iter_\d+\.(tmp|old)\..*"
+    r"(metrics|commands)\.jsonl|plan\.json|mask_scores\.safetensors|tensorboard|\.cache|\.lock"
+    r"|\.iter_\d+\.(tmp|old)\..*"
     r"|\.metrics\..*"
 )
 

@@ -369,6 +369,9 @@ class DomainLoading:
             losses[name] = loss
         return losses
 
+    def loss(self, model: Any) -> float:
+        return weighted_mean(self._losses(model), self.recipe.weights)
+
     def validate(self, model: Any, log: MetricsLog, iteration: int, consumed: int) -> float:
         """Measure every domain, change the weights where that is due, tell.
 

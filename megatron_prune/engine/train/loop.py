@@ -49,11 +49,16 @@ from megatron_prune.engine.train.samples import BlendedSamples, Samples, step_of
 from megatron_prune.engine.train.saving import Saver
 from megatron_prune.engine.train.signals import StopSignals
 from megatron_prune.engine.train.zeros import KeptZeros
-from megatron_prune.errors import DamagedError, Interrupted
+from megatron_prune.errors import ConfigError, DamagedError, Interrupted
+from megatron_prune.shearing.masks import MASKS
 from megatron_prune.sources.source import CastSource
 from megatron_prune.store.passenger import Passenger
 
 _SKIPPED_STEPS_MAX = 50  # fp16: halving the loss scale from 2**32 to 1 takes 33 steps
+
+
+Wrap = Callable[[Objective, RunInputs, Groups], Objective]
+"""What is minimised in the place of what the options alone ask for, and may be made of it."""
 
 
 def choose_guests(
@@ -80,9 +85,8 @@ class Training:
         options: TrainOptions,
         groups: Groups,
         inputs: RunInputs,
-        objective: Objective | None = None,
+        wrap: Wrap | None = None,
     ) -> None:
-        """``objective`` is minimised in the place of what the options ask for."""
         start, source = inputs.start, inputs.source
         state = start.state or {}
         self.options, self.groups, self.config = options, groups, source.config
@@ -96,7 +100,12 @@ class Training:
         self._at = self._batch = 0  # of the step under way: its iteration and its samples
         with taking_up(start):
             chosen, self.samples = choose_guests(options, groups, inputs)
-            self.objective = objective or chosen
+            self.objective = chosen if wrap is None else wrap(chosen, inputs, groups)
+            if MASKS in state and MASKS not in self.objective.state():
+                raise ConfigError(
+                    f"{start.directory}: is of a run of `shear`, whose masks would be lost; continue "
+                    "it with `shear`, or take its weights into a new run with --finetune"
+                )
             self.losses = StepLosses(self.objective.names, state)
             self.guard = StepGuard(options, state.get("guard"))
         self._build_model(inputs)
@@ -200,18 +209,27 @@ class Training:
     def _apply(self, loss: float, others: Sequence[float]) -> float | None:
         """Change the weights unless the step is wrong; the gradient norm, None when skipped."""
         wrong, norm = self.guard.wrong_loss(loss, zip(self.objective.names, others)), None
+        rate = learning_rate(self.optimizer)
         self.losses.add(loss, None if wrong else others)
         if wrong is None:
             over_ranks = self.groups.sum_over_ranks
-            norm = step_optimizer(self.optimizer, lambda norm: over_ranks(norm)[0], self._hold)
+            norm = step_optimizer(self.optimizer, lambda norm: over_ranks(norm)[0], self._ready)
             self._count_skipped(norm is not None)
             if norm is not None and not math.isfinite(norm):
                 wrong, norm = f"gradient norm is {norm}", None
+        if norm is not None:
+            self.objective.step(rate / self.options.lr if self.options.lr else 1.0, norm)
         if self.guard.count(wrong, loss):
             self._stop_for(f"{wrong}; {self.guard.in_a_row} such steps in a row")
         if wrong is not None:
             self._say(f"iteration {self._at}: {wrong}; skipped")
         return norm
+
+    def _ready(self) -> float:
+        """The model's gradients are whole: what is done to them, and those of the objective."""
+        if self._hold is not None:
+            self._hold()
+        return self.objective.ready(float(self.optimizer.get_loss_scale()))
 
     def _say(self, text: str) -> None:
         if self.groups.ranks.is_first:
@@ -336,6 +354,7 @@ class Training:
             {
                 "iteration": self.iteration,
                 **self.losses.take_means(),
+                **self.objective.told(),
                 "learning-rate": rate,
                 "grad-norm": norm,
                 "loss-scale": float(self.optimizer.get_loss_scale()),
@@ -353,13 +372,12 @@ def train(
     options: TrainOptions,
     groups: Groups,
     command: Sequence[str] = (),
-    objective: Objective | None = None,
-) -> None:
-    """Check everything, then train.
+    wrap: Wrap | None = None,
+) -> Training:
+    """Check everything, then train; the run as it ended.
 
     Args:
         command: what the user typed, to be recorded.
-        objective: minimised in the place of what the options ask for.
 
     Raises:
         PruneError: whatever cannot be used, before the first weight is read.
@@ -370,8 +388,9 @@ def train(
         if on_first_rank(groups.ranks, lambda: find_start(options, mend=False)) != inputs.start:
             inputs.close()
             inputs = open_inputs(options, groups)  # a run has just ended there
-        training = Training(options, groups, inputs, objective)
+        training = Training(options, groups, inputs, wrap)
         if groups.ranks.is_first:
             processes = groups.ranks.world_size
             record_command(options.save, command, iteration=training.iteration, processes=processes)
         training.run()
+        return training

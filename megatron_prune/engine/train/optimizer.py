@@ -191,21 +191,21 @@ def load_optimizer(optimizer: Any, saved: dict[str, Any]) -> None:
 def step_optimizer(
     optimizer: Any,
     over_ranks: Callable[[float], float],
-    when_ready: Callable[[], None] | None = None,
+    when_ready: Callable[[], float] = lambda: 0.0,
 ) -> float | None:
     """`ChainedOptimizer.step`, with a look at the norm before anything is changed.
 
     Args:
         over_ranks: sums a number over all ranks, so that all see the one that is not finite.
-        when_ready: called once the gradients are whole and in float32, before their norm is taken.
+        when_ready: called once the gradients are whole and in float32, before their norm is taken;
+            the norm of others that are clipped together with them.
 
     Returns:
-        The gradient norm; not finite: nothing was changed; None: fp16's loss scale was too large.
+        The norm of all; not finite: nothing was changed; None: fp16's loss scale was too large.
     """
     overflows = optimizer.prepare_grads()
-    if when_ready is not None and not overflows:
-        when_ready()
-    norm = 0.0 if overflows else float(optimizer.get_grad_norm())
+    beside = 0.0 if overflows else when_ready()
+    norm = 0.0 if overflows else math.hypot(optimizer.get_grad_norm(), beside)
     total = over_ranks(norm)
     if overflows or not math.isfinite(total):
         return None if overflows else total

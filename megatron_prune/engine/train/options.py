@@ -19,8 +19,8 @@ WSD_DECAY_STYLES = ("exponential", "linear", "cosine", "minus_sqrt")
 
 _DATA = Group("data")
 _DOMAINS = Group("domains, instead of --data-path")
-_BATCHES = Group("batches")
-_LR = Group("learning rate")
+BATCHES = Group("batches")
+LR = Group("learning rate")
 _OPTIMIZER = Group("optimizer")
 _TELLING = Group("telling and saving")
 
@@ -95,74 +95,74 @@ class TrainOptions(Engine, LoraOptions, DistillOptions):
         "do not take weight from domains below their target", default=False, group=_DOMAINS
     )
 
-    train_iters: int = flag("steps of the whole run", group=_BATCHES, metavar="N", parse=positive)
+    train_iters: int = flag("steps of the whole run", group=BATCHES, metavar="N", parse=positive)
     micro_batch_size: int = flag(
         "sequences of one forward pass on one data-parallel rank",
-        group=_BATCHES,
+        group=BATCHES,
         metavar="N",
         parse=positive,
     )
     global_batch_size: int | None = flag(
         "sequences of a step (default: micro batch x data parallel)",
         default=None,
-        group=_BATCHES,
+        group=BATCHES,
         metavar="N",
         parse=positive,
     )
     rampup_batch_size: tuple[int, int, int] | None = flag(
         "grow the global batch from START by INCREMENT over SAMPLES",
         default=None,
-        group=_BATCHES,
+        group=BATCHES,
         metavar=("START", "INCREMENT", "SAMPLES"),
     )
-    seq_length: int = flag("tokens of a sequence", group=_BATCHES, metavar="N", parse=positive)
+    seq_length: int = flag("tokens of a sequence", group=BATCHES, metavar="N", parse=positive)
     context_parallel_size: int = flag(
-        "ranks that share a sequence", default=1, group=_BATCHES, metavar="N", parse=positive
+        "ranks that share a sequence", default=1, group=BATCHES, metavar="N", parse=positive
     )
     recompute_granularity: str | None = flag(
         "full or selective (default: nothing is computed again)",
         default=None,
-        group=_BATCHES,
+        group=BATCHES,
         metavar="WHAT",
     )
     recompute_method: str | None = flag(
-        "uniform or block", default=None, group=_BATCHES, metavar="HOW"
+        "uniform or block", default=None, group=BATCHES, metavar="HOW"
     )
     recompute_num_layers: int | None = flag(
-        "of a stage, for that method", default=None, group=_BATCHES, metavar="N", parse=positive
+        "of a stage, for that method", default=None, group=BATCHES, metavar="N", parse=positive
     )
 
-    lr: float = flag("peak learning rate", group=_LR)
-    min_lr: float = flag("where the decay ends", default=0.0, group=_LR)
+    lr: float = flag("peak learning rate", group=LR)
+    min_lr: float = flag("where the decay ends", default=0.0, group=LR)
     lr_decay_style: str = flag(
-        f"one of {', '.join(LR_DECAY_STYLES)}", default="linear", group=_LR, metavar="STYLE"
+        f"one of {', '.join(LR_DECAY_STYLES)}", default="linear", group=LR, metavar="STYLE"
     )
     lr_decay_iters: int | None = flag(
         "steps of the decay (default: --train-iters)",
         default=None,
-        group=_LR,
+        group=LR,
         metavar="N",
         parse=positive,
     )
-    lr_warmup_iters: int = flag("steps up to --lr", default=0, group=_LR, metavar="N")
+    lr_warmup_iters: int = flag("steps up to --lr", default=0, group=LR, metavar="N")
     lr_warmup_fraction: float | None = flag(
-        "of --lr-decay-iters, instead", default=None, group=_LR, metavar="SHARE"
+        "of --lr-decay-iters, instead", default=None, group=LR, metavar="SHARE"
     )
-    lr_warmup_init: float = flag("where the warm-up begins", default=0.0, group=_LR)
+    lr_warmup_init: float = flag("where the warm-up begins", default=0.0, group=LR)
     lr_wsd_decay_style: str = flag(
         f"of WSD's last part: one of {', '.join(WSD_DECAY_STYLES)}",
         default="exponential",
-        group=_LR,
+        group=LR,
         metavar="STYLE",
     )
     lr_wsd_decay_iters: int | None = flag(
-        "length of WSD's last part", default=None, group=_LR, metavar="N", parse=positive
+        "length of WSD's last part", default=None, group=LR, metavar="N", parse=positive
     )
     override_opt_param_scheduler: bool = flag(
-        "flags win over the checkpoint", default=False, group=_LR
+        "flags win over the checkpoint", default=False, group=LR
     )
     use_checkpoint_opt_param_scheduler: bool = flag(
-        "the checkpoint wins over the flags", default=False, group=_LR
+        "the checkpoint wins over the flags", default=False, group=LR
     )
 
     weight_decay: float = flag("of matrices", default=0.01, group=_OPTIMIZER)

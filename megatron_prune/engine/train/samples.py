@@ -51,6 +51,10 @@ class Samples(Protocol):
         """Measure, draw what follows from it, tell what is told of its own; the loss."""
         ...
 
+    def loss(self, model: LanguageModel) -> float:
+        """What `validate` returns, and nothing else of it."""
+        ...
+
     def tell(self, log: MetricsLog, consumed: int) -> None:
         """Say what a step has changed about the samples."""
         ...
@@ -75,13 +79,16 @@ class BlendedSamples:
     def is_due(self, iteration: int) -> bool:
         return False
 
-    @torch.no_grad()
     def validate(
         self, model: LanguageModel, log: MetricsLog, iteration: int, consumed: int
     ) -> float:
+        return self.loss(model)
+
+    @torch.no_grad()
+    def loss(self, model: LanguageModel) -> float:
         """Loss on the first ``--eval-iters`` batches of the validation part: always the same."""
         groups, share = self._groups, 0.0
-        step = step_of(self._options, groups, iteration, self._batch)
+        step = step_of(self._options, groups, 0, self._batch)
         model.eval()
         for index in range(self._options.eval_iters):
             data = microbatches(self._validation, index * self._batch, step, groups)

@@ -1,0 +1,236 @@
+"""What a run that learns masks is asked to do, and every check of it that needs no file."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from megatron_prune.errors import ConfigError, PlanError
+from megatron_prune.engine.train.options import BATCHES, LR, TrainOptions
+from megatron_prune.flags import Group, flag, flag_name, positive
+from megatron_prune.model.axes import count_parameters, layer_weights, outer_weights
+from megatron_prune.model.shape import ModelConfig, ModelShape
+from megatron_prune.planning.choose import Targets, check_targets
+from megatron_prune.planning.plan import PRUNE_TYPES
+from megatron_prune.shearing.constraint import Constraint, Size, Warmup
+from megatron_prune.shearing.masks import MaskRates
+from megatron_prune.shearing.method import MASK_METHODS, mask_method
+from megatron_prune.shearing.units import MASK_UNITS, gated_axes
+
+_TARGET = Group("the target")
+_MASKS = Group("masks")
+CLIPS = ("joint", "separate")
+
+
+def _remain(name: str) -> Any:
+    return flag(f"{name} to keep", default=None, metavar="N", group=_TARGET)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShearOptions(TrainOptions):
+    """One run of ``shear``: the target, how masks are learned, and all that ``train`` takes.
+
+    What a run needs is not required of a command that only writes what a run has left, so it is
+    looked for by `check_masks`.
+    """
+
+    train_iters: int = flag("steps of the whole run", default=0, group=BATCHES, metavar="N")
+    micro_batch_size: int = flag(
+        "sequences of one forward pass on one data-parallel rank",
+        default=0,
+        group=BATCHES,
+        metavar="N",
+    )
+    seq_length: int = flag("tokens of a sequence", default=0, group=BATCHES, metavar="N")
+    lr: float = flag("peak learning rate of the weights", default=1e-4, group=LR)
+    save_pruned: Path | None = flag(
+        "the pruned model, gates folded in, as a Hugging Face directory; alone with --save: of a "
+        "run that has ended or was stopped",
+        default=None,
+        metavar="DIR",
+        group=_TARGET,
+    )
+
+    hidden_size_remain: int | None = _remain("hidden_size")
+    ffn_hidden_size_remain: int | None = _remain("ffn_hidden_size")
+    num_attention_heads_remain: int | None = _remain("num_attention_heads")
+    num_query_groups_remain: int | None = _remain("num_query_groups")
+    num_layers_remain: int | None = _remain("num_layers")
+    target_params: int | None = flag(
+        "parameters to keep, embeddings too, instead of sizes: the shape is learned as well, and "
+        "rounded at the end",
+        default=None,
+        metavar="P",
+        group=_TARGET,
+        parse=positive,
+    )
+    prune_type: str = flag(
+        "balance: as many on each of --balance-for ranks",
+        default="balance",
+        choices=PRUNE_TYPES,
+        group=_TARGET,
+    )
+    balance_for: int | None = flag(
+        "TP size to balance for (default: the source's)",
+        default=None,
+        metavar="N",
+        group=_TARGET,
+        parse=positive,
+    )
+    mask_method: str = flag(
+        "how gates are learned", default="hard-concrete", choices=tuple(MASK_METHODS), group=_MASKS
+    )
+    mask_units: str | None = flag(
+        "gates of attention: heads within their groups, whole groups, or both (default: what the "
+        "target needs; groups with --target-params)",
+        default=None,
+        choices=MASK_UNITS,
+        group=_MASKS,
+    )
+    mask_init: Path | None = flag(
+        "scores to begin with: gates start in their order (default: all alike)",
+        default=None,
+        metavar="SCORES",
+        group=_MASKS,
+    )
+    mask_init_criterion: str | None = flag(
+        "which of those scores, as `plan --criterion`", default=None, metavar="NAME", group=_MASKS
+    )
+    mask_lr: float | None = flag(
+        "learning rate of the masks (default: by method)", default=None, group=_MASKS
+    )
+    lagrangian_lr: float | None = flag(
+        "of the multipliers, which rise (default: by method)", default=None, group=_MASKS
+    )
+    mask_warmup_iters: int = flag(
+        "steps until both rates are whole; they follow the schedule of --lr besides",
+        default=0,
+        metavar="N",
+        group=_MASKS,
+    )
+    sparsity_warmup_iters: int = flag(
+        "steps until the targets are whole", default=0, metavar="N", group=_MASKS
+    )
+    start_sparsity: float = flag("where the targets begin", default=0.0, metavar="S", group=_MASKS)
+    clip_masks: str = flag(
+        "--clip-grad: masks and multipliers together with the weights, or apart",
+        default="joint",
+        choices=CLIPS,
+        group=_MASKS,
+    )
+    freeze_weights: bool = flag(
+        "learn masks alone; the weights stay", default=False, group=_MASKS
+    )
+
+    @property
+    def targets(self) -> Targets:
+        return Targets(
+            hidden_size=self.hidden_size_remain,
+            ffn_hidden_size=self.ffn_hidden_size_remain,
+            num_attention_heads=self.num_attention_heads_remain,
+            num_query_groups=self.num_query_groups_remain,
+            num_layers=self.num_layers_remain,
+        )
+
+    @property
+    def writes_only(self) -> bool:
+        """Whether nothing is to be trained."""
+        return self.save_pruned is not None and not self.train_iters and self.load is None
+
+    @property
+    def rates(self) -> MaskRates:
+        """Learning rates; those that are not given are the method's."""
+        mask, multipliers, *_ = mask_method(self.mask_method).rates
+        return MaskRates(
+            mask=self.mask_lr or mask,
+            lagrangian=self.lagrangian_lr or multipliers,
+            warmup=self.mask_warmup_iters,
+        )
+
+    def check_masks(self) -> None:
+        """Refuse what cannot work, before any file is opened.
+
+        Raises:
+            ConfigError: with the flag, its value and what was wanted.
+        """
+        train_iters = self.train_iters
+        for name in ("train_iters", "micro_batch_size", "seq_length"):
+            if not getattr(self, name):
+                raise ConfigError(f"{flag_name(name)} is missing")
+        if self.transformer_impl == "transformer_engine":
+            raise ConfigError(
+                "--transformer-impl transformer_engine: it fuses norms with the linears behind "
+                "them, where gates have no place; use local, which auto takes here. Training the "
+                "pruned model can use it"
+            )
+        for name in ("mask_lr", "lagrangian_lr"):
+            value = getattr(self, name)
+            if value is not None and not (math.isfinite(value) and value > 0):
+                raise ConfigError(f"{flag_name(name)} is {value}; wanted more than 0")
+        for name in ("sparsity_warmup_iters", "mask_warmup_iters"):
+            value = getattr(self, name)
+            if not 0 <= value <= train_iters:
+                raise ConfigError(
+                    f"{flag_name(name)} is {value}; wanted 0 to --train-iters {train_iters}"
+                )
+        if not 0 <= self.start_sparsity < 1:
+            raise ConfigError(f"--start-sparsity is {self.start_sparsity}; wanted 0 to 1")
+        if self.target_params is not None and self.targets != Targets():
+            raise ConfigError("--target-params and --...-remain: give a size or a shape, not both")
+        if (self.mask_init is None) != (self.mask_init_criterion is None):
+            raise ConfigError(
+                "--mask-init and --mask-init-criterion: give both or none; the file's criteria are "
+                "what `plan --criterion` takes"
+            )
+
+    def target_shape(
+        self, shape: ModelShape, tensor_parallel: int, source_ranks: int
+    ) -> ModelShape | None:
+        """What the masks are to leave; None where only its size is known.
+
+        Args:
+            tensor_parallel: of the run; source_ranks: of the source, the default balance.
+
+        Raises:
+            PlanError, ShapeError: the model, the balance or the layout does not allow it.
+        """
+        shape.check_uniform("shear", "prune its source anew")
+        if self.target_params is not None:
+            return None
+        found = check_targets(shape, self.targets, self.ranks(source_ranks))
+        sizes = {name: getattr(found, name) for name in found.__dataclass_fields__}
+        sizes.pop("drop_layers")
+        target = replace(shape, **{name: size for name, size in sizes.items() if size is not None})
+        target.check_tensor_parallel(tensor_parallel)
+        return target
+
+    def ranks(self, source_ranks: int) -> int:
+        """How many ranks keep equally many; 1: none have to."""
+        if self.prune_type == "unbalance":
+            return 1
+        return self.balance_for or source_ranks
+
+    def constraint(self, config: ModelConfig, target: ModelShape | None) -> Constraint:
+        """What the masks are held to.
+
+        Raises:
+            ConfigError, PlanError: nothing to prune, units that do not lead there, a size that is
+                none of this model's.
+        """
+        shape = config.shape
+        axes = gated_axes(shape, target, self.mask_units)
+        warmup = Warmup(start=self.start_sparsity, steps=self.sparsity_warmup_iters)
+        if self.target_params is None:
+            return Constraint(axes=axes, warmup=warmup)
+        whole = count_parameters(config)
+        if self.target_params >= whole:
+            raise PlanError(f"--target-params {self.target_params}: the model has {whole:,}")
+        size = Size(
+            target=1 - self.target_params / whole,
+            shape=shape,
+            layer=tuple(weight.axes for weight in layer_weights(config)),
+            outer=tuple(weight.axes for weight in outer_weights(config)),
+        )
+        return Constraint(axes=axes, warmup=warmup, size=size)

@@ -1,0 +1,177 @@
+"""The masks of a run: parameters, multipliers, Adam of both, and nothing of the model.
+
+All ranks hold all of it, 16 bytes a gate, and step it alike: the gradients that are given to it are
+whole. A model of 32 layers, 32 heads and 11,008 FFN channels has 357 thousand gates, 6 MB.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_prune.model.lazy import Tensor, torch
+from megatron_prune.shearing.constraint import Constraint, Warmup, without_lowest
+from megatron_prune.shearing.hard_concrete import uniform
+from megatron_prune.shearing.method import mask_method
+from megatron_prune.shearing.units import Gated, blocks, count
+
+MASKS = "masks"  # our key in the training state of a checkpoint
+BETAS, EPSILON = (0.9, 0.95), 1e-8  # of LLM-Shearing's optimizer
+MULTIPLIERS = 2  # the linear and the quadratic one
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaskRates:
+    """Learning rates, of masks and of multipliers; ``warmup`` steps until they are whole."""
+
+    mask: float
+    lagrangian: float
+    warmup: int = 0
+
+    def share(self, step: int) -> float:
+        return min(1.0, (step + 1) / self.warmup) if self.warmup else 1.0
+
+
+def generator_of(seed: int, *what: object) -> torch.Generator:
+    """Random numbers that depend on nothing but their name."""
+    digest = hashlib.sha256(" ".join(map(str, (seed, "masks", *what))).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
+
+
+class Masks:
+    """Parameters [n] float32 of all gates, and multipliers [2, n'], on the CPU."""
+
+    def __init__(
+        self, method: str, constraint: Constraint, rates: MaskRates, seed: int, steps: int
+    ) -> None:
+        self.method, self.constraint, self.rates = mask_method(method), constraint, rates
+        self._seed, self._steps, self._size = seed, steps, count(constraint.axes)
+        self.parameters = self.method.start(self._size, generator_of(seed, "start"))
+        self.lambdas = torch.zeros(MULTIPLIERS, len(constraint.words))
+        self._begin()
+
+    def _begin(self) -> None:
+        self.method.bound(self.parameters)
+        self.parameters.requires_grad_(), self.lambdas.requires_grad_()
+        groups = [
+            {"params": [self.parameters], "lr": self.rates.mask},
+            {"params": [self.lambdas], "lr": self.rates.lagrangian, "maximize": True},
+        ]
+        self._adam = torch.optim.Adam(groups, betas=BETAS, eps=EPSILON, foreach=False)
+
+    @classmethod
+    def at_rest(cls, method: str, axes: Sequence[Gated], saved: Mapping[str, Any]) -> Masks:
+        """Masks that are judged only, by what `state` gave."""
+        constraint = Constraint(axes=tuple(axes), warmup=Warmup())
+        masks = cls(method, constraint, MaskRates(mask=1.0, lagrangian=1.0), seed=0, steps=0)
+        masks._take(masks.parameters, saved, "parameters")
+        return masks
+
+    def order_by(self, ranks: Mapping[str, Tensor]) -> None:
+        """Begin with parameters in the order of [rows, size] ranks, 0 to 1, by axis letter."""
+        flat = torch.cat([ranks[axis.letter].reshape(-1) for axis in self.constraint.axes])
+        self.parameters = self.method.ordered(flat.float())
+        self._begin()
+
+    # ---- gates -------------------------------------------------------------------------------
+
+    def _share(self, step: int) -> float:
+        return step / max(self._steps, 1)
+
+    def drawn(self, step: int, number: int) -> Tensor:
+        """[n] the gates that microbatch ``number`` of a step (from 0) is trained with.
+
+        They depend on seed, step and number alone; the gradient reaches the parameters.
+        """
+        u = None
+        if self.method.has_noise:
+            u = uniform(self._size, generator_of(self._seed, step, number))
+        return self.method.drawn(self.parameters, u, self._share(step))
+
+    def by_axis(self, flat: Tensor) -> dict[str, Tensor]:
+        return blocks(flat, self.constraint.axes)
+
+    @torch.no_grad()
+    def judged(self) -> dict[str, Tensor]:
+        """The gates by axis letter, [rows, size], none of them shut; they are the scores."""
+        return self.by_axis(self.method.judged(self.parameters.detach()))
+
+    @torch.no_grad()
+    def present(self, step: int) -> dict[str, Tensor]:
+        """By axis letter [rows, size]: how likely each unit is to stay, after so many steps."""
+        return self.by_axis(self.method.presence(self.parameters.detach(), self._share(step)))
+
+    @torch.no_grad()
+    def judged_as_expected(self, step: int) -> dict[str, Tensor]:
+        """`judged`, of which as many are shut in each row as are expected to be."""
+        present = self.present(step)
+        return {
+            letter: without_lowest(x, [round(float(n)) for n in (1 - present[letter]).sum(1)])
+            for letter, x in self.judged().items()
+        }
+
+    # ---- steps -------------------------------------------------------------------------------
+
+    def constrain(self, gradient: Tensor, step: int) -> float:
+        """Take the loss's gradient [n] and add the constraint's; the norm of all, multipliers too.
+
+        Called on every rank with the same gradient.
+        """
+        present = self.by_axis(self.method.presence(self.parameters, self._share(step)))
+        lagrangian = self.constraint.lagrangian(present, self.lambdas, step)
+        own, multipliers = torch.autograd.grad(lagrangian, [self.parameters, self.lambdas])
+        self.parameters.grad, self.lambdas.grad = own + gradient, multipliers
+        both = torch.cat([self.parameters.grad, multipliers.reshape(-1)])
+        return float(torch.linalg.vector_norm(both))
+
+    @torch.no_grad()
+    def step(self, step: int, share: float, scale: float) -> None:
+        """Move masks down and multipliers up.
+
+        Args:
+            share: of the learning rates, as the schedule has it.
+            scale: of the gradients, as clipping has it.
+        """
+        share *= self.rates.share(step)
+        for group, rate in zip(self._adam.param_groups, (self.rates.mask, self.rates.lagrangian)):
+            group["lr"] = rate * share
+        for one in (self.parameters, self.lambdas):
+            assert one.grad is not None, "`constrain` comes before"
+            one.grad.mul_(scale)
+        self._adam.step()
+        self.method.bound(self.parameters)
+
+    # ---- checkpoints -------------------------------------------------------------------------
+
+    def state(self) -> dict[str, Any]:
+        """All that a run continues with, copied."""
+        adam = {
+            name: {key: x.clone() for key, x in self._adam.state[one].items()}
+            for name, one in (("parameters", self.parameters), ("lambdas", self.lambdas))
+            if one in self._adam.state
+        }
+        return {
+            "parameters": self.parameters.detach().clone(),
+            "lambdas": self.lambdas.detach().clone(),
+            "adam": adam,
+        }
+
+    @torch.no_grad()
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Take up what `state` gave; raises RuntimeError for another number of gates."""
+        for name, one in (("parameters", self.parameters), ("lambdas", self.lambdas)):
+            self._take(one, state, name)
+            if name in state["adam"]:
+                self._adam.state[one] = {k: x.clone() for k, x in state["adam"][name].items()}
+
+    @torch.no_grad()
+    def _take(self, one: Tensor, saved: Mapping[str, Any], name: str) -> None:
+        found = saved[name]
+        if found.shape != one.shape or found.dtype != one.dtype or not bool(found.isfinite().all()):
+            raise ValueError(
+                f"{name} of masks are {tuple(found.shape)} {found.dtype}; wanted finite "
+                f"{tuple(one.shape)} {one.dtype}"
+            )
+        one.copy_(found)
