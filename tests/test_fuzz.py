@@ -13,7 +13,7 @@ import random
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +29,11 @@ from megatron_prune.planning.plan import load_plan
 from megatron_prune.report.inputs import read_inputs
 from megatron_prune.report.page import csv_bytes
 from megatron_prune.report.sections import report_sections
+from megatron_prune.sources.folding_record import Folding, load_folding
 from megatron_prune.sources.repair_record import Repair, Replaced, load_repair
 from megatron_prune.store import open_source
 from tests import pico
+from tests.gates import random_gates
 from tests.pico import TEXT, ok, run
 from tests.sparse import make_sparse
 
@@ -234,6 +236,19 @@ def repair(root: Path, folder: Path) -> Case:
     )
 
 
+def folding(root: Path, folder: Path) -> Case:
+    plan = load_plan(root / "plan.json")
+    record = Folding(
+        plan_digest=plan.digest, source_digest=plan.source_digest, settings={"iteration": 9},
+        gates=random_gates(plan.target),
+    )  # fmt: skip
+    (folder / "folding.json").write_text(record.to_json())
+    config = replace(open_source(root / "hf").config, shape=plan.target)
+    return Case(
+        folder / "folding.json", (lambda: load_folding(folder / "folding.json", plan, config),)
+    )
+
+
 def sparsity(root: Path, folder: Path) -> Case:
     make_sparse(root / "hf", folder / "m")
     (folder / "m/manifest.json").unlink()
@@ -314,6 +329,7 @@ MAKERS: dict[str, Callable[[Path, Path], Case]] = {
     "idx": corpus(".idx"),
     "sidecar": corpus(".json"),
     "repair.json": repair,
+    "folding.json": folding,
     "sparsity.json": sparsity,
     "tokenizer.model": sentencepiece,
     "tiktoken": tiktoken,

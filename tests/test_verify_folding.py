@@ -69,6 +69,18 @@ def test_a_folded_model_is_proved(
     assert "files as in the manifest" in out
 
 
+def test_heads_that_share_a_group_and_blocks_of_rows_are_proved(
+    models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("megatron_prune.verify._BLOCK_ROWS", 7)
+    plan = tmp_path / "plan.json"
+    ok("plan", "--load", models("gqa"), "--save", plan, "--hidden-size-remain", 36)
+    make_folded(models("gqa"), plan, tmp_path / "p")
+    assert load_plan(plan).target.heads_per_group == 2
+    against = ("--source", models("gqa"), "--plan", plan)
+    assert "with the recorded gates of" in ok("verify", "--load", tmp_path / "p", *against).out
+
+
 @pytest.mark.parametrize(
     "flags",
     [

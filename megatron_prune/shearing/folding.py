@@ -38,9 +38,9 @@ class Gates:
 
     Attributes:
         shape: of the pruned model.
-        by_axis: letter of an axis -> float32 gates of its units: [D] for the model, [L] one a
-            layer, [L, Q], [L, K] and [L, F] for each layer. Any of them; an axis without gates is
-            as if all of its gates were 1.
+        by_axis: letter of an axis -> float32 gates of its units, detached and in host memory: [D]
+            for the model, [L] one a layer, [L, Q], [L, K] and [L, F] for each layer. Any of them;
+            an axis without gates is as if all of its gates were 1.
 
     Raises:
         ShapeError: no gates at all, or of an axis that can have none; gates of another shape or
@@ -69,6 +69,7 @@ class Gates:
 
 
 def _check_sizes(axis: str, gates: Tensor, shape: ModelShape) -> None:
+    assert not gates.requires_grad and gates.device.type == "cpu", axis
     size = (shape.size(axis),)
     wanted = (shape.num_layers, *size) if AXES[axis].is_per_layer else size
     if tuple(gates.shape) != wanted or gates.dtype != torch.float32:

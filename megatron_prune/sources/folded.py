@@ -12,11 +12,12 @@ class FoldedSource(DerivedSource):
     """A pruned model whose weights are multiplied by its gates as they are read; see
     `shearing.folding`.
 
-    A read holds one slice more, in float32; of the dtype it rounds to `verify` wants that it is the
-    trained model's, so casting comes after folding: ``CastSource(FoldedSource(...))``.
+    A read holds the slice and a copy of it in float32. Products are rounded to the dtype of
+    ``source``, which has to be the trained model's for `verify` to make the same: a cast goes
+    around this source, not inside of it.
 
     Args:
-        source: the pruned model, in the dtype of the trained one.
+        source: the pruned model.
 
     Raises:
         ShapeError: the gates are of a model of another shape.
