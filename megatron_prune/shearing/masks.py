@@ -8,30 +8,16 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from megatron_prune.model.lazy import Tensor, torch
 from megatron_prune.shearing.constraint import Constraint, Warmup, without_lowest
 from megatron_prune.shearing.hard_concrete import uniform
-from megatron_prune.shearing.method import mask_method
+from megatron_prune.shearing.method import MaskRates, mask_method
 from megatron_prune.shearing.units import Gated, blocks, count
 
-MASKS = "masks"  # our key in the training state of a checkpoint
 BETAS, EPSILON = (0.9, 0.95), 1e-8  # of LLM-Shearing's optimizer
 MULTIPLIERS = 2  # the linear and the quadratic one
-
-
-@dataclass(frozen=True, kw_only=True)
-class MaskRates:
-    """Learning rates, of masks and of multipliers; ``warmup`` steps until they are whole."""
-
-    mask: float
-    lagrangian: float
-    warmup: int = 0
-
-    def share(self, step: int) -> float:
-        return min(1.0, (step + 1) / self.warmup) if self.warmup else 1.0
 
 
 def generator_of(seed: int, *what: object) -> torch.Generator:

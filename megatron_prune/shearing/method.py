@@ -1,15 +1,32 @@
-"""What a way of learning masks is, and the table of those there are."""
+"""What a way of learning masks is, and the table of those there are.
+
+Their names are wanted for ``--help``, so nothing of torch is used while this is imported.
+"""
 
 from __future__ import annotations
 
 import importlib
+from dataclasses import dataclass
 from typing import Protocol
 
 from megatron_prune.model.lazy import Tensor, torch
 
+MASKS = "masks"  # our key in the training state of a checkpoint
 MASK_METHODS = {
     "hard-concrete": "hard_concrete:HardConcrete",
 }
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaskRates:
+    """Learning rates, of masks and of multipliers; ``warmup`` steps until they are whole."""
+
+    mask: float
+    lagrangian: float
+    warmup: int = 0
+
+    def share(self, step: int) -> float:
+        return min(1.0, (step + 1) / self.warmup) if self.warmup else 1.0
 
 
 class MaskMethod(Protocol):

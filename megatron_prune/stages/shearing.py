@@ -30,7 +30,7 @@ from megatron_prune.planning.plan import PrunePlan
 from megatron_prune.planning.scores import scores_bytes
 from megatron_prune.ranks import Ranks, is_first_rank
 from megatron_prune.shearing.folding import Gates
-from megatron_prune.shearing.masks import MASKS, Masks
+from megatron_prune.shearing.method import MASKS
 from megatron_prune.sources.folded import FoldedSource
 from megatron_prune.sources.folding_record import Folding
 from megatron_prune.sources.pruned import PrunedSource
@@ -47,6 +47,7 @@ from megatron_prune.surgery import Target
 if TYPE_CHECKING:
     from megatron_prune.engine.objectives.shear_decision import Decision
     from megatron_prune.engine.shearing import Ended
+    from megatron_prune.shearing.masks import Masks
 
 MASK_SCORES = "mask_scores.safetensors"
 _NEAR = 0.01  # of the target; what is farther is told
@@ -140,6 +141,7 @@ def _finish(
         taking_up,
         training_state,
     )
+    from megatron_prune.shearing.masks import Masks
 
     newest = newest_checkpoint(options.save, mend=False)
     state = None if newest is None else training_state(newest)

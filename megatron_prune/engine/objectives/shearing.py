@@ -29,7 +29,8 @@ from megatron_prune.engine.groups import Groups
 from megatron_prune.engine.objectives.objective import Objective
 from megatron_prune.engine.objectives.shear_decision import Decision
 from megatron_prune.model.shape import AXES
-from megatron_prune.shearing.masks import MASKS, Masks
+from megatron_prune.shearing.masks import Masks
+from megatron_prune.shearing.method import MASKS
 
 
 @dataclass(frozen=True, kw_only=True)

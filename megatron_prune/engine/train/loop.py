@@ -50,7 +50,7 @@ from megatron_prune.engine.train.saving import Saver
 from megatron_prune.engine.train.signals import StopSignals
 from megatron_prune.engine.train.zeros import KeptZeros
 from megatron_prune.errors import ConfigError, DamagedError, Interrupted
-from megatron_prune.shearing.masks import MASKS
+from megatron_prune.shearing.method import MASKS
 from megatron_prune.sources.source import CastSource
 from megatron_prune.store.passenger import Passenger
 

@@ -15,8 +15,7 @@ from megatron_prune.model.shape import ModelConfig, ModelShape
 from megatron_prune.planning.choose import Targets, check_targets
 from megatron_prune.planning.plan import PRUNE_TYPES
 from megatron_prune.shearing.constraint import Constraint, Size, Warmup
-from megatron_prune.shearing.masks import MaskRates
-from megatron_prune.shearing.method import MASK_METHODS, mask_method
+from megatron_prune.shearing.method import MASK_METHODS, MaskRates, mask_method
 from megatron_prune.shearing.units import MASK_UNITS, gated_axes
 
 _TARGET = Group("the target")
