@@ -1,8 +1,8 @@
 """A shape that engines run, from sizes that masks have come to.
 
 With a target for the whole model alone the expected sizes are any numbers. Depth, hidden channels
-and heads are rounded to what the layout divides; FFN channels, the finest of all, then bring the
-model to its size from below.
+and heads are rounded; FFN channels, the finest of all, then bring the model to its size from below.
+The layout that trains the masks does not matter.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def legal_shape(
     Args:
         present: axis letter -> [rows, size] how likely each unit is to stay.
         most: parameters.
-        ranks: tensor-parallel size that heads, groups and FFN channels are to divide by.
+        ranks: tensor-parallel size to balance for, which groups and FFN channels are to divide by.
         parameters: of a model of a shape.
 
     Raises:

@@ -182,13 +182,11 @@ class ShearOptions(TrainOptions):
                 "what `plan --criterion` takes"
             )
 
-    def target_shape(
-        self, shape: ModelShape, tensor_parallel: int, source_ranks: int
-    ) -> ModelShape | None:
+    def target_shape(self, shape: ModelShape, source_ranks: int) -> ModelShape | None:
         """What the masks are to leave; None where only its size is known.
 
         Args:
-            tensor_parallel: of the run; source_ranks: of the source, the default balance.
+            source_ranks: tensor-parallel size of the source, the default balance.
 
         Raises:
             PlanError, ShapeError: the model, the balance or the layout does not allow it.
@@ -200,7 +198,7 @@ class ShearOptions(TrainOptions):
         sizes = {name: getattr(found, name) for name in found.__dataclass_fields__}
         sizes.pop("drop_layers")
         target = replace(shape, **{name: size for name, size in sizes.items() if size is not None})
-        target.check_tensor_parallel(tensor_parallel)
+        target.check_tensor_parallel(self.tensor_model_parallel_size)
         return target
 
     def ranks(self, source_ranks: int) -> int:
