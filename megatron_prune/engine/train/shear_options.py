@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from megatron_prune.engine.train.options import BATCHES, LR, TrainOptions
 from megatron_prune.errors import ConfigError, PlanError
@@ -35,6 +35,7 @@ class ShearOptions(TrainOptions):
     looked for by `check_masks`.
     """
 
+    learns_masks: ClassVar[bool] = True
     train_iters: int = flag("steps of the whole run", default=0, group=BATCHES, metavar="N")
     micro_batch_size: int = flag(
         "sequences of one forward pass on one data-parallel rank",
