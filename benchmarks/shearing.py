@@ -55,7 +55,8 @@ class Bench:
             kept = [row for number, row in enumerate(rows) if number % 10 != 9] or rows
             mixed += kept[:: max(1, len(kept) // 12)][:12]
             train, valid = self._corpus(name, kept), self._corpus(f"{name}-held", held)
-            recipe += [f"  - name: {name}", f"    prefixes: [{train}]", f"    validation: [{valid}]",
+            recipe += [f"  - name: {name}", f"    prefixes: [{train}]",
+                       f"    validation: [{valid}]",
                        f"    weight: {1 / len(self._args.texts):.6f}"]  # fmt: skip
             written = sum(len(json.loads(row)["text"].encode()) for row in held)
             tokens = json.loads(Path(f"{valid}.json").read_text())["tokens"]
