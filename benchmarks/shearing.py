@@ -70,7 +70,7 @@ class Bench:
                 "--train-iters", iters, "--micro-batch-size", args.batch_size,
                 "--global-batch-size", args.batch_size, "--seq-length", args.seq_length,
                 "--split", "95,5,0", "--eval-iters", 0, "--log-interval", 5, "--seed", args.seed,
-                "--keep-last", 1, *more]  # fmt: skip
+                "--keep-last", 1, *(["--bf16"] if args.bf16 else []), *more]  # fmt: skip
 
     def _calibration(self) -> list[object]:
         return ["--data", self._work / "calibration.jsonl", "--num-samples", 16,
@@ -183,6 +183,7 @@ def main() -> None:
         default=["0.5 --mask-lr 0.2 --lagrangian-lr 4"],
         help="arms of shear: share of the tokens, then flags; {work} is --work",
     )
+    parser.add_argument("--bf16", action="store_true", help="train in bfloat16")
     parser.add_argument("--cost", action="store_true", help="time steps instead")
     args = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -57,16 +57,15 @@ def decision_of(options: ShearOptions, source: Source, digest: str) -> Decision:
     Raises:
         PlanError, ShapeError, ConfigError: the model does not allow it.
     """
-    ranks = options.tensor_model_parallel_size
-    target = options.target_shape(source.config.shape, ranks, source.grid.tensor_parallel)
+    ranks = source.grid.tensor_parallel
+    target = options.target_shape(source.config.shape, ranks)
     options.constraint(source.config, target)
     return Decision(
         config=source.config,
         target=target,
         target_params=options.target_params,
         prune_type=options.prune_type,
-        ranks=options.ranks(source.grid.tensor_parallel),
-        tensor_parallel=ranks,
+        ranks=options.ranks(ranks),
         mask_units=options.mask_units,
         seed=options.seed,
         source_digest=digest,
@@ -118,7 +117,7 @@ def _continued(options: ShearOptions, state: Mapping[str, Any], source: Source) 
     balance = options.balance_for or saved.ranks
     asked = decision_of(replace(options, balance_for=balance), source, saved.source_digest)
     now, then = asked.facts(), saved.facts()
-    for name in then.keys() - {"tensor_parallel", "steps"}:  # these may change
+    for name in then.keys() - {"steps"}:  # a run may be made longer
         if now[name] != then[name]:
             raise ConfigError(
                 f"--save {options.save}: its masks are learned with {name} {then[name]}, the flags "

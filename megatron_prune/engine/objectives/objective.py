@@ -17,11 +17,13 @@ class Objective(Protocol):
     """A guest of the training loop; its methods are called on all ranks alike, but `loss`.
 
     Attributes:
+        learns: what it learns itself, as messages call it.
         names: of the values that are logged beside `LM_LOSS`; a step in which one of them is not a
             number is not taken.
     """
 
     names: tuple[str, ...]
+    learns: str
 
     def attach(self, model: LanguageModel) -> None:
         """Hang on the model what it takes, before its gradients get their buffers."""
@@ -73,6 +75,7 @@ class LanguageModelLoss:
     """The mean loss of the next token; nothing else, and nothing that is learned beside."""
 
     names: tuple[str, ...] = ()
+    learns = ""
 
     def attach(self, model: LanguageModel) -> None:
         pass
