@@ -137,7 +137,7 @@ def read_inputs(paths: Sequence[Path], names: Sequence[str | None] | None = None
 
     Raises:
         ConfigError: a file that is missing or of no known kind, or a second scores file.
-        PlanError: a plan that contradicts itself, or was made for another model, or a run's plan and
+        PlanError: a plan that contradicts itself, or was made for another model; a run's plan and
             gates that are about two.
         DamagedError: a scores file or a record of zeros that cannot be read.
     """
