@@ -202,7 +202,7 @@ def _read_all(path: Path, carried: Path | None) -> Iterator[tuple[Found, Path]]:
     if carried is None or is_run(path):
         one = _read(path)
         yield one, one.path if isinstance(one, Run) else path
-        for file in learned_files(one) if isinstance(one, Run) else ():
+        for file in learned_files(one) if isinstance(one, Run) and path.is_dir() else ():
             yield _read(file), file
 
 

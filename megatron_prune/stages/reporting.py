@@ -6,8 +6,8 @@
 
 Files are recognised by what they hold, in any order: at most one of scores, any number of plans,
 candidates, runs of train or shear (their directories), results of evaluate, and sparse models
-(their directories, or sparsity.json). NAME=PATH gives one another name. The page opens in any browser,
-light or dark, offline, and prints.
+(their directories, or sparsity.json). NAME=PATH gives one another name. The page opens in any
+browser, light or dark, offline, and prints.
 """
 
 from __future__ import annotations

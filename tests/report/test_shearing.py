@@ -169,6 +169,7 @@ def test_a_run_without_masks_shows_nothing_of_them(run: Path, tmp_path: Path) ->
     _, tables, pictures = shown(plain, run)
     assert {row[0] for row in tables["At the last logged iteration"]} == {"sheared"}
     assert "mask-layers-plain" not in pictures
+    assert not read_inputs([run / "metrics.jsonl"]).plans  # metrics alone are no directory
 
 
 @pytest.mark.parametrize(
