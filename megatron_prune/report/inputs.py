@@ -203,7 +203,7 @@ def _read_all(path: Path, carried: Path | None) -> Iterator[tuple[Found, Path]]:
         one = _read(path)
         yield one, one.path if isinstance(one, Run) else path
         for file in learned_files(one) if isinstance(one, Run) and path.is_dir() else ():
-            yield _read(file), file
+            yield load_plan(file) if file.name == PLAN else load_scores(file), file
 
 
 def _kind(found: Found) -> str:

@@ -223,6 +223,12 @@ def test_a_plan_and_gates_of_two_models_are_refused(run: Path) -> None:
         read_inputs([run])
 
 
+def test_a_plan_that_is_none_is_refused_by_its_name(run: Path) -> None:
+    (run / "plan.json").write_text('{"candidates": []}')
+    with pytest.raises(PlanError, match=re.escape(str(run / "plan.json"))):
+        read_inputs([run])
+
+
 def test_gates_have_the_name_that_shear_gives_them() -> None:
     assert MASK_SCORES == shearing.MASK_SCORES
 
