@@ -3,7 +3,8 @@
 A scores file (safetensors whose header says so), plans (JSON with ``kept``), what a budget search
 tried (JSON with a list ``candidates``), training runs (directories with ``metrics.jsonl``) and what
 ``evaluate`` made of models (JSON), and records of zeros (``sparsity.json``, or a model that carries
-one). A further kind is one more case in `_read`.
+one). A run of ``shear`` brings its plan and its gates with it. A further kind is one more case in
+`_read`.
 """
 
 from __future__ import annotations
@@ -22,11 +23,12 @@ from megatron_prune.model.shape import ModelShape
 from megatron_prune.planning.plan import PrunePlan, load_plan
 from megatron_prune.planning.scores import Scores, load_scores
 from megatron_prune.report.judged import is_judgement, is_task_results
+from megatron_prune.report.masks import MASK_SCORES, learned_files
 from megatron_prune.report.runs import METRICS, Run, is_run, read_run
 from megatron_prune.sources.source import SPARSITY
 from megatron_prune.sources.sparsity_record import Sparsity, load_sparsity
 from megatron_prune.store.open import iteration_directory
-from megatron_prune.store.passenger import COMPANIONS
+from megatron_prune.store.passenger import COMPANIONS, PLAN
 
 WANTED = (
     "wanted scores (safetensors), a plan (JSON), a budget search's candidates (JSON), a run (its "
@@ -84,7 +86,13 @@ class InputFile:
 
 @dataclass(frozen=True, kw_only=True)
 class Inputs:
-    """Everything a page shows. Plans and searches are under their labels, in the order given."""
+    """Everything a page shows. Plans and searches are under their labels, in the order given.
+
+    Attributes:
+        plans: those given, and those that the runs of ``shear`` came to, under the runs' labels,
+            where they are about the same model.
+        learned, gates: what the runs of ``shear`` brought with them, of whatever models.
+    """
 
     files: tuple[InputFile, ...]
     scores: Scores | None = None
@@ -94,6 +102,8 @@ class Inputs:
     judgements: Mapping[str, Judged] = field(default_factory=dict)
     results: Mapping[str, Judged] = field(default_factory=dict)
     sparse: Mapping[str, Sparsity] = field(default_factory=dict)
+    learned: Mapping[str, PrunePlan] = field(default_factory=dict)
+    gates: Mapping[str, Scores] = field(default_factory=dict)
 
     @property
     def source_digest(self) -> str | None:
@@ -127,16 +137,22 @@ def read_inputs(paths: Sequence[Path], names: Sequence[str | None] | None = None
 
     Raises:
         ConfigError: a file that is missing or of no known kind, or a second scores file.
-        PlanError: a plan that contradicts itself, or was made for another model.
+        PlanError: a plan that contradicts itself, or was made for another model; a run's plan and
+            gates that are about two.
         DamagedError: a scores file or a record of zeros that cannot be read.
     """
     found: dict[str, Found] = {}
     files, sparse = [], dict[str, Sparsity]()
+    learned, gates = dict[str, PrunePlan](), dict[str, Scores]()
     for path, label in zip(paths, _labels(paths, names or [None] * len(paths))):
         for one, file in _read_all(path, _record_in(path)):
             files.append(InputFile(label=label, kind=_kind(one), sha256=hash_file(file).sha256))
             if isinstance(one, Sparsity):
                 sparse[label] = one
+            elif isinstance(one, PrunePlan) and file != path:
+                learned[label] = one
+            elif isinstance(one, Scores) and file != path:
+                gates[label] = one
             else:
                 found[label] = one
     scores = {label: x for label, x in found.items() if isinstance(x, Scores)}
@@ -148,15 +164,20 @@ def read_inputs(paths: Sequence[Path], names: Sequence[str | None] | None = None
             f"{' and '.join(scores)}: {len(scores)} scores files; a page shows one, make one each"
         )
     _check_one_model(scores, plans, searches)
+    for label in gates.keys() & learned.keys():
+        pair = f"{label}: {MASK_SCORES}", f"{label}: {PLAN}"
+        _check_one_model({pair[0]: gates[label]}, {pair[1]: learned[label]}, {})
     return Inputs(
         files=tuple(files),
         scores=next(iter(scores.values()), None),
-        plans=plans,
+        plans=_joined(scores, plans, searches, learned),
         searches=searches,
         runs={label: x for label, x in found.items() if isinstance(x, Run)},
         judgements={label: x for label, x in judged.items() if x.kind == "text"},
         results={label: x for label, x in judged.items() if x.kind == "tasks"},
         sparse=sparse,
+        learned=learned,
+        gates=gates,
     )
 
 
@@ -174,12 +195,15 @@ def _record_in(path: Path) -> Path | None:
 
 
 def _read_all(path: Path, carried: Path | None) -> Iterator[tuple[Found, Path]]:
-    """What a path holds, and the file that it was read from: a run may carry a record too."""
+    """What a path holds, and the file that it was read from: a run may carry a record of zeros, a
+    plan and gates too."""
     if carried is not None:
         yield load_sparsity(carried), carried
     if carried is None or is_run(path):
         one = _read(path)
         yield one, one.path if isinstance(one, Run) else path
+        for file in learned_files(one) if isinstance(one, Run) and path.is_dir() else ():
+            yield load_plan(file) if file.name == PLAN else load_scores(file), file
 
 
 def _kind(found: Found) -> str:
@@ -265,6 +289,26 @@ def _number(where: str, row: Mapping[str, Any], name: str, *, whole: bool = Fals
         wanted = "a whole number" if whole else "a finite number"
         raise ConfigError(f"{where}: {name} is {value!r}; wanted {wanted}")
     return value
+
+
+def _joined(
+    scores: Mapping[str, Scores],
+    plans: Mapping[str, PrunePlan],
+    searches: Mapping[str, Search],
+    learned: Mapping[str, PrunePlan],
+) -> dict[str, PrunePlan]:
+    """The plans, and those that runs came to: not one that was given by itself as well, and none
+    of another model, so that runs of different models still stand on one page."""
+    joined = dict(plans)
+    given = {plan.digest for plan in plans.values()}
+    for label, plan in learned.items():
+        with_it = {**joined, label: plan}
+        try:
+            _check_one_model(scores, with_it, searches)
+        except PlanError:
+            continue
+        joined = joined if plan.digest in given else with_it
+    return joined
 
 
 def _check_one_model(

@@ -40,12 +40,12 @@ def loss_picture(
             many = len(points) > MANY
             axes.plot(x, y, **style, alpha=0.3, linewidth=0.8, rasterized=many)
             mean = smoothed(y, max(1, len(y) // _SMOOTHED_SHARE))
-            _plot(axes, list(zip(x, mean)), **style, linewidth=1.8, label=label)
+            plot_line(axes, list(zip(x, mean)), **style, linewidth=1.8, label=label)
         if dots:
             x, y = zip(*thinned(dots, MANY))
             label_dots = None if points else label
             axes.plot(x, y, "o", color=style["color"], markersize=5, label=label_dots)
-    _finish(axes, unit, "loss (nats per token); dots: validation", ink)
+    finish_axes(axes, unit, "loss (nats per token); dots: validation", ink)
     return figure
 
 
@@ -57,12 +57,12 @@ def smoothed(values: Sequence[float], window: int) -> list[float]:
     ]
 
 
-def _plot(axes: Any, points: Points, **style: Any) -> None:
+def plot_line(axes: Any, points: Points, **style: Any) -> None:
     x, y = zip(*thinned(points, MANY))
     axes.plot(x, y, **style, marker="o" if len(x) == 1 else None, markersize=4)
 
 
-def _finish(axes: Any, unit: str, label: str, ink: str, *, legend: bool = True) -> None:
+def finish_axes(axes: Any, unit: str, label: str, ink: str, *, legend: bool = True) -> None:
     axes.set_xlabel(unit, fontsize=9)
     axes.set_ylabel(plain(label), fontsize=9)
     axes.xaxis.get_major_locator().set_params(integer=True)
@@ -89,10 +89,10 @@ def panels_picture(
         for name, points in lines.items():
             if points:
                 style = line_style(names.index(name))
-                _plot(axes, points, **style, linewidth=1.4, label=plain(name))
+                plot_line(axes, points, **style, linewidth=1.4, label=plain(name))
         if label == DOMAINS["domain weight"]:
             axes.set_ylim(0, 1)
-        _finish(axes, unit, label, ink, legend=axes is grid[0] or len(lines) != len(names))
+        finish_axes(axes, unit, label, ink, legend=axes is grid[0] or len(lines) != len(names))
     for axes in grid[len(panels) :]:
         axes.remove()
     return figure

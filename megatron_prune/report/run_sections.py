@@ -154,8 +154,8 @@ def command_section(runs: Mapping[str, Run]) -> Section | None:
         for label, run in runs.items()
         for row in run.commands
     ]
-    facts = ("checkpoint", "writer", "parameters", "dtype", "plan_digest", "repair_digest")
-    names = [*facts, "manifest.json"]
+    facts = ("checkpoint", "writer", "parameters", "dtype")
+    names = [*facts, "plan_digest", "repair_digest", "folding_digest", "manifest.json"]
     rows = [
         (
             name.replace("_", " ") + (" SHA-256" if name == "manifest.json" else ""),

@@ -1,10 +1,10 @@
 """What a report shows, section by section: what came of it, then why, then how to make it again.
 
-The result and the losses come first, then the plan, the scores behind it and what a search tried,
-then the zeros of sparse models and the course of the runs; digests and commands are the end. Every
-section stands when one of the inputs has something for it: scores without a plan are maps with
-nothing outlined, a plan without scores is maps of what it keeps. Of several criteria the plan's own
-comes first and open, the others fold away.
+The result and the losses come first, then learned masks, the plan, the scores behind it and what a
+search tried, then the zeros of sparse models and the course of the runs; digests and commands are
+the end. Every section stands when one of the inputs has something for it: scores without a plan are
+maps with nothing outlined, a plan without scores is maps of what it keeps. Of several criteria the
+plan's own comes first and open, the others fold away.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from megatron_prune.report.decisions import (
     overlap_masks,
 )
 from megatron_prune.report.inputs import Inputs
+from megatron_prune.report.mask_sections import mask_section
 from megatron_prune.report.overview import files_section, plan_section
 from megatron_prune.report.page import Rows, Section, Sheet, slug
 from megatron_prune.report.pictures import Picture
@@ -87,6 +88,7 @@ def report_sections(inputs: Inputs, config: ModelConfig | None) -> list[Section]
     sections = [
         result_section(inputs, config),
         loss_section(runs),
+        mask_section(inputs),
         plan_section(inputs, config),
         *(_axis_section(inputs, axis) for axis in AXIS_NAMES),
         _overlap_section(inputs),
@@ -102,9 +104,11 @@ def report_sections(inputs: Inputs, config: ModelConfig | None) -> list[Section]
 
 def _views(inputs: Inputs, axis: str) -> list[_View]:
     """A view for each plan that changes something to be seen along the axis; one without a name
-    when none does."""
+    when none does. Without scores, what learned masks keep is seen among their gates."""
     views: list[_View] = []
     for label, plan in inputs.plans.items():
+        if label in inputs.gates and inputs.scores is None:
+            continue
         kept = kept_mask(plan, axis) if is_pruned(plan, axis) else None
         dropped = dropped_layers(plan) if axis in LAYER_AXES else ()
         if kept is not None or dropped:

@@ -58,14 +58,14 @@ def unit_map(
         mesh = axes.pcolormesh(share.numpy(), cmap=COLORS, vmin=low, vmax=1, rasterized=True)
         add_colorbar(figure, mesh, axes, "score / the layer's largest", ink)
     if kept is not None:
-        _outline(axes, kept, filled=scores is None)
+        outline_kept(axes, kept, filled=scores is None)
     for edge in range(per_group, units, per_group) if per_group > 1 else ():
         axes.axvline(edge, color=ink if scores is None else "#f0f0f0", linewidth=1.6)
     step = max(1, -(-units // 24))
     axes.set_xticks([n + 0.5 for n in range(0, units, step)], map(str, range(0, units, step)))
     axes.set_xlim(0, units)
     axes.set_xlabel(unit, fontsize=9)
-    _layer_ticks(axes, layers, dropped)
+    layer_ticks(axes, layers, dropped)
     use_ink(axes, ink)
     return figure
 
@@ -76,17 +76,19 @@ def wide_map(
     """Maps of a wide axis in bins: scores and share kept by index, share kept by rank.
 
     Scores are shown in decades above the layer's median (first and last percent clipped), or
-    divided by it where some are not positive. The last map has each layer's units sorted, best on
+    divided by it where some are not positive, or by the layer's largest where the median is 0 (of
+    gates, most of which are shut). The last map has each layer's units sorted, best on
     the left: a plan that follows these scores is a sharp edge there.
     """
     maps: list[tuple[Tensor, str, str, float, float]] = []
     if scores is not None:
         x = scores.double()
-        middle = x.abs().median(1, keepdim=True).values.clamp(min=1e-300)
-        decades = bool((x > 0).all())
+        middle, decades = x.abs().median(1, keepdim=True).values, bool((x > 0).all())
+        by = "median" if bool((middle > 0).all()) else "the layer's largest"
+        middle = middle if by == "median" else x.abs().amax(1, keepdim=True).clamp(min=1e-300)
         shown = binned((x / middle).log10() if decades else x / middle)
         low, high = torch.quantile(shown.flatten(), torch.tensor([0.01, 0.99]).double()).tolist()
-        label = "score, decades over median" if decades else "score / median"
+        label = "score, decades over median" if decades else f"score / {by}"
         maps.append((shown, f"{unit}, by index", label, low, max(high, low + 1e-9)))
     if kept is not None:
         maps.append((binned(kept), f"{unit}, by index", "share kept", 0, 1))
@@ -111,7 +113,7 @@ def wide_map(
         )
         add_colorbar(figure, mesh, axes, label, ink)
         axes.set_xlabel(xlabel, fontsize=9)
-        _layer_ticks(axes, layers, dropped, opaque=label == "share kept")
+        layer_ticks(axes, layers, dropped, opaque=label == "share kept")
         use_ink(axes, ink)
         if layers > 16:
             axes.tick_params(axis="y", labelsize=5.5)
@@ -148,7 +150,7 @@ def plan_map(ink: str, *, kept: Mapping[str, Tensor], dropped: Sequence[int]) ->
         if axis == "D":
             axes.set_yticks([])
         else:
-            _layer_ticks(axes, layers, dropped, opaque=True)
+            layer_ticks(axes, layers, dropped, opaque=True)
         use_ink(axes, ink)
         if layers > 16:
             axes.tick_params(axis="y", labelsize=5.5)
@@ -267,7 +269,7 @@ def _width(*of: Tensor | None) -> int:
     return next(x.shape[-1] for x in of if x is not None)
 
 
-def _outline(axes: Any, kept: Tensor, *, filled: bool) -> None:
+def outline_kept(axes: Any, kept: Tensor, *, filled: bool) -> None:
     """One inset rectangle a kept unit."""
     from matplotlib.collections import PolyCollection
 
@@ -287,13 +289,17 @@ def _outline(axes: Any, kept: Tensor, *, filled: bool) -> None:
     )
 
 
-def _layer_ticks(axes: Any, layers: int, dropped: Sequence[int], *, opaque: bool = False) -> None:
+def layer_ticks(
+    axes: Any, layers: int, dropped: Sequence[int], *, opaque: bool = False, greys: bool = True
+) -> None:
     """Layers downwards from 0; dropped ones are greyed out and crossed where they have a label."""
     shown = range(0, layers, max(1, -(-layers // 32)))
     axes.set_yticks([n + 0.5 for n in shown], [f"{n} ✕" if n in dropped else f"{n}" for n in shown])
     axes.set_ylim(layers, 0)
     axes.set_ylabel("layer", fontsize=9)
     alpha = 1 if opaque else 0.75
+    if not greys:
+        return
     for first in (n for n in dropped if n - 1 not in dropped):  # one span a run: no seams in it
         end = next(n for n in range(first, layers + 1) if n not in dropped)
         axes.axhspan(first, end, facecolor="#808080", alpha=alpha, linewidth=0)

@@ -5,9 +5,9 @@
       pruned.json plan.json --load llama --save report.html --png-dir figures --csv-dir numbers
 
 Files are recognised by what they hold, in any order: at most one of scores, any number of plans,
-candidates, runs of train (their directories), results of evaluate, and sparse models (their
-directories, or sparsity.json). NAME=PATH gives one another name. The page opens in any browser,
-light or dark, offline, and prints.
+candidates, runs of train or shear (their directories), results of evaluate, and sparse models
+(their directories, or sparsity.json). NAME=PATH gives one another name. The page opens in any
+browser, light or dark, offline, and prints.
 """
 
 from __future__ import annotations

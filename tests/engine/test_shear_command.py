@@ -18,6 +18,7 @@ from tests.engine.runs import words as train_words
 from tests.engine.shear_runs import GQA_CUT, masks, words
 from tests.launch import made_once
 from tests.pico import ok, run
+from tests.report.test_runs import read_csv
 
 TARGET = {
     "hidden_size": 36, "ffn_hidden_size": 72, "num_attention_heads": 3, "num_query_groups": 3,
@@ -199,3 +200,33 @@ def test_gates_that_are_no_numbers_end_the_run(
     )
     refused = run(*command, "--skip-nonfinite", 0, "--train-iters", 6)
     assert refused.code == 3 and "masks" in refused.err
+
+
+def test_the_report_shows_what_the_run_told(made: Path, tmp_path: Path) -> None:
+    ok("report", made / "run", "--save", tmp_path / "page.html", "--csv-dir", tmp_path / "csv")
+    names = ("masks", "mask-layers", "gates")
+    course, layers, gates = (read_csv(tmp_path / "csv" / f"{name}.csv") for name in names)
+    last = [row for row in rows(made / "run") if "lm loss" in row][-1]
+    told = {key for key in last if key.startswith(("expected", "target", "lambda"))}
+    axes = {row["axis"] for row in course}
+    kinds = ("expected sparsity", "target sparsity", "lambda 1", "lambda 2")
+    assert axes == {"hidden", "heads", "ffn", "layers"}
+    assert told == {f"{kind} {axis}" for kind in kinds for axis in axes}
+    for row in course[-1], course[0]:
+        wanted = next(x for x in rows(made / "run") if x["iteration"] == int(row["iteration"]))
+        assert all(float(row[kind]) == wanted[f"{kind} {row['axis']}"] for kind in kinds)
+    by_layer = last["share gone by layer"]
+    assert {row["axis"] for row in layers} == set(by_layer) and {x["axis"] for x in gates} == axes
+    assert float(layers[-1]["share gone by layer"]) == by_layer["layers"][-1]
+
+
+def test_tensorboard_has_targets_and_multipliers(made: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    board = EventAccumulator(str(made / "run/tensorboard"))
+    board.Reload()
+    found = [row for row in rows(made / "run") if "lm loss" in row]
+    for key in ("expected sparsity ffn", "target sparsity ffn", "lambda 1 ffn", "lambda 2 ffn"):
+        drawn = {event.step: event.value for event in board.Scalars(key)}
+        assert drawn == pytest.approx({row["iteration"]: row[key] for row in found})
+    assert {"iteration", "seconds"}.isdisjoint(board.Tags()["scalars"])

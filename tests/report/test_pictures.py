@@ -61,6 +61,9 @@ def test_wide_maps_take_scores_that_are_not_positive_and_plans_without_scores() 
     kept = scores > 0
     (share,) = meshes(wide_map(INK, scores=None, kept=kept, dropped=(), unit="channel"))
     assert share.mean() == pytest.approx(0.5)
+    shut = torch.where(torch.arange(400) < 150, torch.linspace(1, 0.1, 400), 0.0).repeat(2, 1)
+    figure = wide_map(INK, scores=shut * 5, kept=None, dropped=(), unit="channel")  # median 0
+    assert np.allclose(meshes(figure)[0], binned(shut).numpy())
 
 
 def test_a_plan_map_shows_each_axis_s_share() -> None:

@@ -24,6 +24,7 @@ from megatron_prune.files.parsing import parse_json
 from megatron_prune.sources.source import COMMANDS
 
 METRICS = "metrics.jsonl"
+_COUNTS = ("iteration", "consumed-samples", "consumed-tokens", "seconds", "skipped-iterations")
 
 
 def record_command(save: Path, argv: Sequence[str], *, iteration: int, processes: int) -> None:
@@ -86,17 +87,21 @@ class MetricsLog:
         self._file.flush()
 
     def training(self, row: dict[str, Any]) -> None:
-        """A logged iteration. Keys: iteration, lm loss, learning-rate, grad-norm, ..."""
+        """A logged iteration. Keys: iteration, lm loss, learning-rate, grad-norm, ...; numbers
+        stand on the board, what is made of several only in the row."""
         if not self.active:
             return
         self._write(row)
         iteration, samples = row["iteration"], row["consumed-samples"]
-        for name in (*self._losses, "learning-rate", "grad-norm", "batch-size", "loss-scale"):
+        named = (*self._losses, "learning-rate", "grad-norm", "batch-size", "loss-scale")
+        for name in named:
             if row.get(name) is not None:
                 self._board.add_scalar(name, row[name], iteration)
                 self._board.add_scalar(f"{name} vs samples", row[name], samples)
         self._board.add_scalar("iteration-time", row["seconds"], iteration)
-        self._board.add_scalar("tokens-per-second", row["tokens-per-second"], iteration)
+        for name, value in row.items():  # tokens-per-second, and what an objective tells
+            if name not in (*named, *_COUNTS) and isinstance(value, int | float):
+                self._board.add_scalar(name, value, iteration)
         self._tell(row)
 
     def validation(self, iteration: int, samples: int, loss: float) -> None:
