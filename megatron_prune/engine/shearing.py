@@ -8,8 +8,9 @@ from typing import Any
 
 from megatron_prune.engine.groups import Groups
 from megatron_prune.engine.objectives.objective import Objective
+from megatron_prune.engine.objectives.self_distillation import SelfDistillation
 from megatron_prune.engine.objectives.shear_decision import Decision
-from megatron_prune.engine.objectives.shearing import Shearing
+from megatron_prune.engine.objectives.shearing import FREEZES, Shearing
 from megatron_prune.engine.objectives.teachers import load_teacher
 from megatron_prune.engine.train.checkpoint import Start, find_start
 from megatron_prune.engine.train.inputs import RunInputs, model_options, open_model
@@ -59,13 +60,14 @@ def decision_of(options: ShearOptions, source: Source, digest: str) -> Decision:
     """
     ranks = options.tensor_model_parallel_size
     target = options.target_shape(source.config.shape, ranks, source.grid.tensor_parallel)
-    options.constraint(source.config, target)
+    balance = options.ranks(source.grid.tensor_parallel)
+    options.constraint(source.config, target, balance)
     return Decision(
         config=source.config,
         target=target,
         target_params=options.target_params,
         prune_type=options.prune_type,
-        ranks=options.ranks(source.grid.tensor_parallel),
+        ranks=balance,
         tensor_parallel=ranks,
         mask_units=options.mask_units,
         seed=options.seed,
@@ -115,6 +117,12 @@ def _continued(options: ShearOptions, state: Mapping[str, Any], source: Source) 
         ConfigError: the flags ask for another one.
     """
     saved = Decision.of_facts(state[MASKS], source.config)
+    if state[MASKS].get(FREEZES, False) != options.freeze_weights:
+        word = "without" if options.freeze_weights else "with"
+        raise ConfigError(
+            f"--save {options.save}: was trained {word} --freeze-weights; give the same flags, or "
+            "another --save"
+        )
     balance = options.balance_for or saved.ranks
     asked = decision_of(replace(options, balance_for=balance), source, saved.source_digest)
     now, then = asked.facts(), saved.facts()
@@ -142,7 +150,7 @@ def _ranks_of(options: ShearOptions, decision: Decision) -> dict[str, Tensor]:
         )
     criterion = scores.criterion(options.mask_init_criterion)
     found = {}
-    for axis in options.constraint(decision.config, decision.target).axes:
+    for axis in decision.axes:
         layers = range(axis.rows) if AXES[axis.letter].is_per_layer else (None,)
         rows = [criterion(axis.letter, axis.size, n, options.seed) for n in layers]
         places = torch.stack(rows).argsort(dim=1, stable=True).argsort(dim=1)
@@ -152,7 +160,7 @@ def _ranks_of(options: ShearOptions, decision: Decision) -> dict[str, Tensor]:
 
 def masks_of(options: ShearOptions, decision: Decision) -> Masks:
     """The masks that a run begins with."""
-    constraint = options.constraint(decision.config, decision.target)
+    constraint = options.constraint(decision.config, decision.target, decision.ranks)
     rates, steps = options.rates, options.train_iters
     masks = Masks(options.mask_method, constraint, rates, options.seed, steps)
     if options.mask_init is not None:
@@ -169,7 +177,9 @@ def _wrapped(
         decision = decision_of(options, source, source.digest)
     else:
         decision = _continued(options, state, source)
-    return Shearing(
+    if options.distill_self is not None:
+        inner = SelfDistillation(options.distill_self, model_options(options), groups)
+    gated = Shearing(
         inner,
         masks_of(options, decision),
         decision,
@@ -179,6 +189,9 @@ def _wrapped(
         freezes=options.freeze_weights,
         state=state,
     )
+    if isinstance(inner, SelfDistillation):
+        inner.without_gates = gated.without_gates
+    return gated
 
 
 def learn(options: ShearOptions, groups: Groups, command: Sequence[str]) -> Ended:

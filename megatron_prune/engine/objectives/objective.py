@@ -19,9 +19,11 @@ class Objective(Protocol):
     Attributes:
         names: of the values that are logged beside `LM_LOSS`; a step in which one of them is not a
             number is not taken.
+        freezes: whether the weights of the model stay as they are.
     """
 
     names: tuple[str, ...]
+    freezes: bool
 
     def attach(self, model: LanguageModel) -> None:
         """Hang on the model what it takes, before its gradients get their buffers."""
@@ -73,6 +75,7 @@ class LanguageModelLoss:
     """The mean loss of the next token; nothing else, and nothing that is learned beside."""
 
     names: tuple[str, ...] = ()
+    freezes = False
 
     def attach(self, model: LanguageModel) -> None:
         pass
