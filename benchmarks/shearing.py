@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import resource
 import subprocess
@@ -35,6 +36,7 @@ class Bench:
         self._args = args
         self._work = args.work.resolve()
         self._work.mkdir(parents=True, exist_ok=True)
+        self._tokens_per_byte: dict[str, float] = {}
         self._target = [
             word
             for name, size in zip(SIZES, SHAPES[args.shape])
@@ -44,25 +46,31 @@ class Bench:
     # ---- texts -------------------------------------------------------------------------------
 
     def prepare(self) -> None:
-        """Corpora of all texts, their held-out parts, the recipe of domains, calibration text."""
+        """Corpora of all texts and of their held-out parts, the recipe, calibration text."""
         recipe, mixed = ["domains:"], list[str]()
         for text in self._args.texts:
             name = text.name.split(".")[0]
             rows = text.read_text(encoding="utf-8").splitlines()
             held = [row for number, row in enumerate(rows) if number % 10 == 9] or rows[-1:]
             kept = [row for number, row in enumerate(rows) if number % 10 != 9] or rows
-            (self._work / f"{name}.held.jsonl").write_text("\n".join(held))
-            (self._work / f"{name}.train.jsonl").write_text("\n".join(kept))
             mixed += kept[:: max(1, len(kept) // 12)][:12]
-            prefix = self._work / name
-            if not prefix.with_name(f"{name}_text_document.idx").exists():
-                self._run("preprocess", "--input", self._work / f"{name}.train.jsonl",
-                          "--json-key", "text", "--tokenizer-model", self._args.model,
-                          "--output-prefix", prefix, "--append-eod", "--workers", 1)  # fmt: skip
-            recipe += [f"  - name: {name}", f"    prefixes: [{prefix}_text_document]",
+            train, valid = self._corpus(name, kept), self._corpus(f"{name}-held", held)
+            recipe += [f"  - name: {name}", f"    prefixes: [{train}]", f"    validation: [{valid}]",
                        f"    weight: {1 / len(self._args.texts):.6f}"]  # fmt: skip
+            written = sum(len(json.loads(row)["text"].encode()) for row in held)
+            tokens = json.loads(Path(f"{valid}.json").read_text())["tokens"]
+            self._tokens_per_byte[name] = tokens / written
         (self._work / "domains.yaml").write_text("\n".join(recipe) + "\n")
         (self._work / "calibration.jsonl").write_text("\n".join(mixed))
+
+    def _corpus(self, name: str, rows: list[str]) -> Path:
+        prefix, lines = self._work / f"{name}_text_document", self._work / f"{name}.jsonl"
+        if not prefix.with_suffix(".idx").exists():
+            lines.write_text("\n".join(rows))
+            self._run("preprocess", "--input", lines, "--json-key", "text", "--tokenizer-model",
+                      self._args.model, "--output-prefix", self._work / name, "--append-eod",
+                      "--workers", 1)  # fmt: skip
+        return prefix
 
     def _training(self, iters: int, *more: object) -> list[object]:
         args = self._args
@@ -70,7 +78,7 @@ class Bench:
                 "--train-iters", iters, "--micro-batch-size", args.batch_size,
                 "--global-batch-size", args.batch_size, "--seq-length", args.seq_length,
                 "--split", "95,5,0", "--eval-iters", 0, "--log-interval", 5, "--seed", args.seed,
-                "--keep-last", 1, *more]  # fmt: skip
+                "--keep-last", 1, *(["--bf16"] if args.bf16 else []), *more]  # fmt: skip
 
     def _calibration(self) -> list[object]:
         return ["--data", self._work / "calibration.jsonl", "--num-samples", 16,
@@ -117,16 +125,15 @@ class Bench:
 
     def judged(self, model: Path) -> dict[str, float]:
         """Bits per byte of the held-out part of every text."""
-        found = {}
-        for text in self._args.texts:
-            name = text.name.split(".")[0]
-            out = self._work / f"{model.name}.{name}.json"
-            if not out.exists():
-                self._run("evaluate", "--load", model, "--data", self._work / f"{name}.held.jsonl",
-                          "--seq-length", 512, "--max-windows", self._args.windows,
-                          "--json", out)  # fmt: skip
-            found[name] = json.loads(out.read_text())["bits_per_byte"]
-        return found
+        out = self._work / f"{model.name}.losses.json"
+        self._make(out, "evaluate", "--load", model, "--domains", self._work / "domains.yaml",
+                   "--per-domain", "--seq-length", 256, "--split", "95,5,0",
+                   "--max-windows", self._args.windows)  # fmt: skip
+        losses = json.loads(out.read_text())["domains"]
+        return {
+            name: found["loss"] / math.log(2) * self._tokens_per_byte[name]
+            for name, found in losses.items()
+        }
 
     # ---- running -----------------------------------------------------------------------------
 
@@ -173,7 +180,7 @@ def main() -> None:
     parser.add_argument("--train-iters", type=int, default=150, help="steps of every arm")
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--seq-length", type=int, default=256)
-    parser.add_argument("--windows", type=int, default=6, help="of each text, 512 tokens each")
+    parser.add_argument("--windows", type=int, default=8, help="of each text, 256 tokens each")
     parser.add_argument("--lr", type=float, default=5e-4, help="of recovery")
     parser.add_argument("--shear-lr", type=float, default=1e-4, help="of the weights in shear")
     parser.add_argument("--seed", type=int, default=1234)
@@ -183,6 +190,7 @@ def main() -> None:
         default=["0.5 --mask-lr 0.2 --lagrangian-lr 4"],
         help="arms of shear: share of the tokens, then flags; {work} is --work",
     )
+    parser.add_argument("--bf16", action="store_true", help="train in bfloat16")
     parser.add_argument("--cost", action="store_true", help="time steps instead")
     args = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -51,14 +51,14 @@ def against(models: Models, plans: Plans) -> Against:
 @pytest.mark.parametrize(
     ("kind", "axes", "says"),
     [
-        ("gqa", "DQKFL", "hidden and heads and query_groups and ffn and layers"),
-        ("tied", "DL", "hidden and layers"),
-        ("mha", "QF", "heads and ffn"),
+        ("gqa", "DQKFL", "hidden, heads, query_groups, ffn, layers"),
+        ("tied", "DL", "hidden, layers"),
+        ("mha", "QF", "heads, ffn"),
         ("four", "K", "query_groups"),
-        ("mqa", "DQKFL", "hidden and heads and query_groups and ffn and layers"),
-        ("all_bias", "DQKFL", "hidden and heads and query_groups and ffn and layers"),
-        ("qwen3_tied", "DF", "hidden and ffn"),
-        ("bf16", "DQKFL", "hidden and heads and query_groups and ffn and layers"),
+        ("mqa", "DQKFL", "hidden, heads, query_groups, ffn, layers"),
+        ("all_bias", "DQKFL", "hidden, heads, query_groups, ffn, layers"),
+        ("qwen3_tied", "DF", "hidden, ffn"),
+        ("bf16", "DQKFL", "hidden, heads, query_groups, ffn, layers"),
     ],
 )
 def test_a_folded_model_is_proved(
@@ -273,7 +273,7 @@ def test_inspect_and_the_card_say_so(
     for folder in (made("gqa"), tmp_path / "hf"):
         card = (folder / "README.md").read_text()
         assert "# A llama model, pruned, gates folded in\n" in card
-        assert "with soft gates on hidden and heads and query_groups and ffn and layers" in card
+        assert "with soft gates on hidden, heads, query_groups, ffn, layers" in card
         assert "`folding.json` has every gate." in card and digest in card
 
 

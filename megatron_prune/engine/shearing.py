@@ -58,9 +58,8 @@ def decision_of(options: ShearOptions, source: Source, digest: str) -> Decision:
     Raises:
         PlanError, ShapeError, ConfigError: the model does not allow it.
     """
-    ranks = options.tensor_model_parallel_size
-    target = options.target_shape(source.config.shape, ranks, source.grid.tensor_parallel)
-    balance = options.ranks(source.grid.tensor_parallel)
+    ranks = source.grid.tensor_parallel
+    target, balance = options.target_shape(source.config.shape, ranks), options.ranks(ranks)
     options.constraint(source.config, target, balance)
     return Decision(
         config=source.config,
@@ -68,7 +67,6 @@ def decision_of(options: ShearOptions, source: Source, digest: str) -> Decision:
         target_params=options.target_params,
         prune_type=options.prune_type,
         ranks=balance,
-        tensor_parallel=ranks,
         mask_units=options.mask_units,
         seed=options.seed,
         source_digest=digest,
@@ -126,7 +124,7 @@ def _continued(options: ShearOptions, state: Mapping[str, Any], source: Source) 
     balance = options.balance_for or saved.ranks
     asked = decision_of(replace(options, balance_for=balance), source, saved.source_digest)
     now, then = asked.facts(), saved.facts()
-    for name in then.keys() - {"tensor_parallel", "steps"}:  # these may change
+    for name in then.keys() - {"steps"}:  # a run may be made longer
         if now[name] != then[name]:
             raise ConfigError(
                 f"--save {options.save}: its masks are learned with {name} {then[name]}, the flags "

@@ -158,22 +158,32 @@ class Masks:
     # ---- checkpoints -------------------------------------------------------------------------
 
     def state(self) -> dict[str, Any]:
-        """All that a run continues with, copied."""
-        adam = {
-            name: {key: x.clone() for key, x in self._adam.state[one].items()}
-            for name, one in self._stepped().items()
-            if one in self._adam.state
-        }
-        values = {name: one.detach().clone() for name, one in self._stepped().items()}
+        """All that a run continues with, copied; of the multipliers [multipliers, n'] each."""
+        values = {"parameters": self.parameters.detach().clone(), "lambdas": self.lambdas}
+        adam = {}
+        if self.parameters in self._adam.state:
+            of = self._adam.state
+            adam["parameters"] = {key: x.clone() for key, x in of[self.parameters].items()}
+            rows = [of[one] for one in self._multipliers]
+            adam["lambdas"] = (
+                {key: torch.stack([row[key] for row in rows]) for key in rows[0]} if rows else {}
+            )
         return {**values, "adam": adam}
 
     @torch.no_grad()
     def load(self, state: Mapping[str, Any]) -> None:
-        """Take up what `state` gave; raises RuntimeError for another number of gates."""
-        for name, one in self._stepped().items():
-            self._take(one, state, name)
-            if name in state["adam"]:
-                self._adam.state[one] = {k: x.clone() for k, x in state["adam"][name].items()}
+        """Take up what `state` gave; raises ValueError for another number of gates."""
+        lambdas = self.lambdas
+        self._take(self.parameters, state, "parameters")
+        self._take(lambdas, state, "lambdas")
+        for one, row in zip(self._multipliers, lambdas):
+            one.copy_(row)
+        if not state["adam"]:
+            return
+        of = self._adam.state
+        of[self.parameters] = {k: x.clone() for k, x in state["adam"]["parameters"].items()}
+        for number, one in enumerate(self._multipliers):
+            of[one] = {k: x[number].clone() for k, x in state["adam"]["lambdas"].items()}
 
     @torch.no_grad()
     def _take(self, one: Tensor, saved: Mapping[str, Any], name: str) -> None:

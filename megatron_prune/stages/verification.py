@@ -43,7 +43,7 @@ class Verified:
     def __str__(self) -> str:
         found = self.verdict
         repaired = f" ({found.repaired} repaired as recorded)" if found.repaired else ""
-        gates = f" with the recorded gates of {' and '.join(found.folded)}" if found.folded else ""
+        gates = f" with the recorded gates of {', '.join(found.folded)}" if found.folded else ""
         return (
             f"{self.path}: {found.tensors} tensors{repaired}, {found.values:,} values as planned"
             f"{gates}; "

@@ -167,7 +167,7 @@ def _origin(facts: CardFacts, header: Mapping[str, Any], base: str | None) -> st
             "what it did to their errors."
         )
     if facts.folding is not None:
-        axes = " and ".join(facts.folding.gates.words)
+        axes = ", ".join(facts.folding.gates.words)
         lines.append(
             f"The source was trained with soft gates on {axes}; those of the units that stay were "
             f"folded into its weights. `{FOLDING}` has every gate."

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 import time
 import traceback
@@ -182,7 +183,14 @@ def poisoned(words: list[str], at: dict[str, str], rank: int = 0) -> int:
         return command(words)
 
 
+def copied(run: str, to: str) -> int:
+    """A run's directory, to go on with."""
+    shutil.copytree(run, to)
+    return 0
+
+
 CHECKS = {
+    "copied": copied,
     "divergence": divergence,
     "poisoned": poisoned,
     "logits": logits,

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_prune.model.grid import ParallelGrid
 from megatron_prune.store import open_source
 from tests.engine.lora_runs import optimizer_keys, stored
-from tests.engine.runs import batches, rows, told, weights
-from tests.engine.shear_runs import (
+from tests.engine.method_runs import (
     CUT,
     DETERMINISTIC,
     FROZEN,
@@ -23,6 +23,7 @@ from tests.engine.shear_runs import (
     state,
     words,
 )
+from tests.engine.runs import batches, rows, told, weights
 from tests.pico import ok, refused, tensors
 
 Shear = Callable[..., Path]
@@ -59,8 +60,9 @@ def test_steps_are_those_of_a_plain_torch_loop(shear: Shear, reference: Path, co
     masks = state(save)
     assert float((masks["parameters"] - loop.z.detach()).abs().max()) < 1e-3
     assert float((loop.z.detach() - state(still, 3)["parameters"]).abs().mean()) > 0.05
-    for number, wanted in enumerate(loop.lambdas, 1):
-        assert masks[f"lambda {number}"].tolist() == pytest.approx(wanted.tolist(), abs=1e-3)
+    assert len(masks["lambdas"]) == len(loop.lambdas)
+    for found_row, wanted in zip(masks["lambdas"].tolist(), loop.lambdas):
+        assert found_row == pytest.approx(wanted.tolist(), abs=1e-3)
 
 
 @pytest.mark.parametrize("method", [DETERMINISTIC, PROJECTED, ()], ids=["det", "proj", "noise"])
@@ -132,7 +134,8 @@ def test_resume_is_bitwise(shear: Shear, flags: tuple[object, ...]) -> None:
     assert told(again) == told(whole)
     ours, theirs = state(again), state(whole)
     assert ours.keys() == theirs.keys()
-    assert torch.equal(ours["parameters"], theirs["parameters"])
+    for which in ("parameters", "lambdas"):
+        assert torch.equal(ours[which], theirs[which])
     ours_w, theirs_w = stored(again, 6), stored(whole, 6)
     assert all(torch.equal(ours_w[key], theirs_w[key]) for key in theirs_w)
 
@@ -150,6 +153,17 @@ def test_a_shut_hidden_channel_that_is_kept_can_be_exported(
     found = [line.split(": ")[1] for line in done.out.splitlines() if "loss of" in line]
     assert len(found) == 3 and found[1] == found[2] != found[0]
     assert "wanted the same but for rounding" not in done.err
+
+
+def test_a_dry_run_counts_weights_alone(tmp_path: Path, reference: Path) -> None:
+    from megatron_prune.engine.train import dry_run
+    from megatron_prune.engine.train.shear_options import ShearOptions
+
+    config = open_source(reference / "gqa").config
+    options = ShearOptions(load=reference / "gqa", save=tmp_path, data_path=(), dtype="bf16")
+    found = [dry_run._trained(options, config, ParallelGrid(), 1, x)[1] for x in (False, True)]
+    count = dry_run.stage_parameters(config, ParallelGrid(), 0)
+    assert found == [18 * count, 2 * count]
 
 
 REFUSED = [

@@ -17,11 +17,13 @@ class Objective(Protocol):
     """A guest of the training loop; its methods are called on all ranks alike, but `loss`.
 
     Attributes:
+        learns: what it learns itself, as messages call it.
         names: of the values that are logged beside `LM_LOSS`; a step in which one of them is not a
             number is not taken.
         freezes: whether the weights of the model stay as they are.
     """
 
+    learns: str
     names: tuple[str, ...]
     freezes: bool
 
@@ -74,6 +76,7 @@ class Objective(Protocol):
 class LanguageModelLoss:
     """The mean loss of the next token; nothing else, and nothing that is learned beside."""
 
+    learns = ""
     names: tuple[str, ...] = ()
     freezes = False
 

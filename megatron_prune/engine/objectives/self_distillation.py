@@ -3,8 +3,8 @@
     loss = cross entropy + W x KL(without gates || with gates)
 
 Huang et al. 2026, arXiv:2603.08065, with W = 2. The teacher is the model itself, its weights
-frozen and its gates left out, so that it costs no memory but its logits (see `distillation`), and a
-third of a step's time.
+frozen and its gates left out, so that it costs no memory but its logits (see `distillation`), and
+one more forward pass where a step has a forward pass and a backward one without weights.
 """
 
 from __future__ import annotations

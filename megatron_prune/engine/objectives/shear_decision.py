@@ -44,7 +44,6 @@ class Decision:
     target_params: int | None
     prune_type: str
     ranks: int
-    tensor_parallel: int
     mask_units: str | None
     seed: int
     source_digest: str
@@ -58,7 +57,6 @@ class Decision:
             "target_params": self.target_params,
             "prune_type": self.prune_type,
             "ranks": self.ranks,
-            "tensor_parallel": self.tensor_parallel,
             "mask_units": self.mask_units,
             "seed": self.seed,
             "source_digest": self.source_digest,
@@ -87,7 +85,7 @@ class Decision:
             masks.present(self.steps),
             self.config.shape,
             self.target_params,
-            self.tensor_parallel,
+            self.ranks,
             lambda shape: count_parameters(replace(self.config, shape=shape)),
         )
 

@@ -56,6 +56,8 @@ class Shearing:
         state: its training state, where it continues.
     """
 
+    learns = "masks"
+
     def __init__(
         self,
         inner: Objective,

@@ -26,6 +26,7 @@ from megatron_prune.engine.train.zeros import check_zeros
 from megatron_prune.errors import ConfigError
 from megatron_prune.model.grid import ParallelGrid
 from megatron_prune.model.lora import Lora
+from megatron_prune.shearing.method import MASKS
 from megatron_prune.sources.source import Source
 from megatron_prune.store import open_source
 
@@ -65,6 +66,11 @@ def open_model(options: TrainOptions, start: Start, grid: ParallelGrid) -> Sourc
     check_model(source.config, model_options(options), grid.tensor_parallel)
     if start.state is not None:
         _check_same_lora(start.directory, source.lora, options.lora)
+        if MASKS in start.state and not options.learns_masks:
+            raise ConfigError(
+                f"{start.directory}: is of a run of `shear`, whose masks would be lost; continue "
+                "it with `shear`, or take its weights into a new run with --finetune"
+            )
         if start.state.get("keep_zeros") and not options.keep_zeros:
             raise ConfigError(
                 f"{start.directory}: was saved with --keep-zeros, which is missing; give it again, "

@@ -49,8 +49,7 @@ from megatron_prune.engine.train.samples import BlendedSamples, Samples, step_of
 from megatron_prune.engine.train.saving import Saver
 from megatron_prune.engine.train.signals import StopSignals
 from megatron_prune.engine.train.zeros import KeptZeros
-from megatron_prune.errors import ConfigError, DamagedError, Interrupted
-from megatron_prune.shearing.method import MASKS
+from megatron_prune.errors import DamagedError, Interrupted
 from megatron_prune.sources.source import CastSource
 from megatron_prune.store.passenger import Passenger
 
@@ -97,15 +96,11 @@ class Training:
         self.saver = Saver(options, groups, self.passenger, say=self._say)
         self._all_written = True
         self._skipped = 0  # in a row, by fp16's loss scale
+        self._beside = 0.0  # the norm of the objective's own gradients
         self._at = self._batch = 0  # of the step under way: its iteration and its samples
         with taking_up(start):
             chosen, self.samples = choose_guests(options, groups, inputs)
             self.objective = chosen if wrap is None else wrap(chosen, inputs, groups)
-            if MASKS in state and MASKS not in self.objective.state():
-                raise ConfigError(
-                    f"{start.directory}: is of a run of `shear`, whose masks would be lost; "
-                    "continue it with `shear`, or take its weights into a new run with --finetune"
-                )
             self.losses = StepLosses(self.objective.names, state)
             self.guard = StepGuard(options, state.get("guard"))
         self._build_model(inputs)
@@ -217,7 +212,7 @@ class Training:
             norm = step_optimizer(self.optimizer, lambda norm: over_ranks(norm)[0], self._ready)
             self._count_skipped(norm is not None)
             if norm is not None and not math.isfinite(norm):
-                wrong, norm = f"gradient norm is {norm}", None
+                wrong, norm = self._wrong_norm(norm), None
         if norm is not None:
             self.objective.step(rate / self.options.lr if self.options.lr else 1.0, norm)
         if self.guard.count(wrong, loss):
@@ -230,7 +225,13 @@ class Training:
         """The model's gradients are whole: what is done to them, and those of the objective."""
         if self._hold is not None:
             self._hold()
-        return self.objective.ready(float(self.optimizer.get_loss_scale()))
+        self._beside = self.objective.ready(float(self.optimizer.get_loss_scale()))
+        return self._beside
+
+    def _wrong_norm(self, norm: float) -> str:
+        if math.isfinite(self._beside):
+            return f"gradient norm is {norm}"
+        return f"gradient norm of the {self.objective.learns} is {self._beside}"
 
     def _say(self, text: str) -> None:
         if self.groups.ranks.is_first:

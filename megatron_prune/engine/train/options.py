@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import ClassVar
 
 from megatron_prune.engine.objectives.distill_options import DistillOptions
 from megatron_prune.engine.running import Engine
@@ -31,8 +32,10 @@ class TrainOptions(Engine, LoraOptions, DistillOptions):
 
     Attributes:
         command: what was typed, to be recorded; ranks may differ in it.
+        learns_masks: whether the run is one of ``shear``.
     """
 
+    learns_masks: ClassVar[bool] = False
     command: tuple[str, ...] = field(default=(), repr=False)
     load: Path | None = flag("where the weights come from", default=None, metavar="CKPT")
     save: Path = flag("checkpoints and metrics.jsonl", metavar="DIR")

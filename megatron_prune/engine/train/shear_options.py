@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from megatron_prune.engine.train.options import BATCHES, LR, TrainOptions
 from megatron_prune.errors import ConfigError, PlanError
@@ -35,6 +35,7 @@ class ShearOptions(TrainOptions):
     looked for by `check_masks`.
     """
 
+    learns_masks: ClassVar[bool] = True
     train_iters: int = flag("steps of the whole run", default=0, group=BATCHES, metavar="N")
     micro_batch_size: int = flag(
         "sequences of one forward pass on one data-parallel rank",
@@ -248,13 +249,11 @@ class ShearOptions(TrainOptions):
         if self.teacher:
             raise ConfigError("--distill-self and --teacher: give one of the two")
 
-    def target_shape(
-        self, shape: ModelShape, tensor_parallel: int, source_ranks: int
-    ) -> ModelShape | None:
+    def target_shape(self, shape: ModelShape, source_ranks: int) -> ModelShape | None:
         """What the masks are to leave; None where only its size is known.
 
         Args:
-            tensor_parallel: of the run; source_ranks: of the source, the default balance.
+            source_ranks: tensor-parallel size of the source, the default balance.
 
         Raises:
             PlanError, ShapeError: the model, the balance or the layout does not allow it.
@@ -266,7 +265,7 @@ class ShearOptions(TrainOptions):
         sizes = {name: getattr(found, name) for name in found.__dataclass_fields__}
         sizes.pop("drop_layers")
         target = replace(shape, **{name: size for name, size in sizes.items() if size is not None})
-        target.check_tensor_parallel(tensor_parallel)
+        target.check_tensor_parallel(self.tensor_model_parallel_size)
         return target
 
     def ranks(self, source_ranks: int) -> int:
