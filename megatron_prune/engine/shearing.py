@@ -8,8 +8,9 @@ from typing import Any
 
 from megatron_prune.engine.groups import Groups
 from megatron_prune.engine.objectives.objective import Objective
+from megatron_prune.engine.objectives.self_distillation import SelfDistillation
 from megatron_prune.engine.objectives.shear_decision import Decision
-from megatron_prune.engine.objectives.shearing import Shearing
+from megatron_prune.engine.objectives.shearing import FREEZES, Shearing
 from megatron_prune.engine.objectives.teachers import load_teacher
 from megatron_prune.engine.train.checkpoint import Start, find_start
 from megatron_prune.engine.train.inputs import RunInputs, model_options, open_model
@@ -58,14 +59,14 @@ def decision_of(options: ShearOptions, source: Source, digest: str) -> Decision:
         PlanError, ShapeError, ConfigError: the model does not allow it.
     """
     ranks = source.grid.tensor_parallel
-    target = options.target_shape(source.config.shape, ranks)
-    options.constraint(source.config, target)
+    target, balance = options.target_shape(source.config.shape, ranks), options.ranks(ranks)
+    options.constraint(source.config, target, balance)
     return Decision(
         config=source.config,
         target=target,
         target_params=options.target_params,
         prune_type=options.prune_type,
-        ranks=options.ranks(ranks),
+        ranks=balance,
         mask_units=options.mask_units,
         seed=options.seed,
         source_digest=digest,
@@ -114,6 +115,12 @@ def _continued(options: ShearOptions, state: Mapping[str, Any], source: Source) 
         ConfigError: the flags ask for another one.
     """
     saved = Decision.of_facts(state[MASKS], source.config)
+    if state[MASKS].get(FREEZES, False) != options.freeze_weights:
+        word = "without" if options.freeze_weights else "with"
+        raise ConfigError(
+            f"--save {options.save}: was trained {word} --freeze-weights; give the same flags, or "
+            "another --save"
+        )
     balance = options.balance_for or saved.ranks
     asked = decision_of(replace(options, balance_for=balance), source, saved.source_digest)
     now, then = asked.facts(), saved.facts()
@@ -141,7 +148,7 @@ def _ranks_of(options: ShearOptions, decision: Decision) -> dict[str, Tensor]:
         )
     criterion = scores.criterion(options.mask_init_criterion)
     found = {}
-    for axis in options.constraint(decision.config, decision.target).axes:
+    for axis in decision.axes:
         layers = range(axis.rows) if AXES[axis.letter].is_per_layer else (None,)
         rows = [criterion(axis.letter, axis.size, n, options.seed) for n in layers]
         places = torch.stack(rows).argsort(dim=1, stable=True).argsort(dim=1)
@@ -151,7 +158,7 @@ def _ranks_of(options: ShearOptions, decision: Decision) -> dict[str, Tensor]:
 
 def masks_of(options: ShearOptions, decision: Decision) -> Masks:
     """The masks that a run begins with."""
-    constraint = options.constraint(decision.config, decision.target)
+    constraint = options.constraint(decision.config, decision.target, decision.ranks)
     rates, steps = options.rates, options.train_iters
     masks = Masks(options.mask_method, constraint, rates, options.seed, steps)
     if options.mask_init is not None:
@@ -168,7 +175,9 @@ def _wrapped(
         decision = decision_of(options, source, source.digest)
     else:
         decision = _continued(options, state, source)
-    return Shearing(
+    if options.distill_self is not None:
+        inner = SelfDistillation(options.distill_self, model_options(options), groups)
+    gated = Shearing(
         inner,
         masks_of(options, decision),
         decision,
@@ -178,6 +187,9 @@ def _wrapped(
         freezes=options.freeze_weights,
         state=state,
     )
+    if isinstance(inner, SelfDistillation):
+        inner.without_gates = gated.without_gates
+    return gated
 
 
 def learn(options: ShearOptions, groups: Groups, command: Sequence[str]) -> Ended:

@@ -4,7 +4,8 @@ Of every axis with a target (Xia et al. 2023, arXiv:2310.06694, section 2.1): th
 of ``l1 (s - t) + l2 (s - t)^2``, where s is a row's expected sparsity and t its target, which rises
 in a line. So each layer has to meet the target, and all share one pair of multipliers. The
 multipliers begin at 0 and rise by the gradient. The paper states the target on counts; the official
-code, followed here, on shares.
+code, followed here, on shares. Methods without noise add ``l3 mean s (1 - s)``, which is 0 when all
+gates have decided (Huang et al. 2026, arXiv:2603.08065).
 
 Without a shape (CoFi: Xia et al. 2022, arXiv:2204.00408) there is one pair, and s is the share of
 the model's parameters that is expected to go.
@@ -92,27 +93,39 @@ class Constraint:
             return [self.size.sparsity(present)]
         return [1 - present[axis.letter].mean(1) for axis in self.axes]
 
-    def lagrangian(self, present: Mapping[str, Tensor], lambdas: Tensor, step: int) -> Tensor:
+    def undecided(self, present: Mapping[str, Tensor]) -> list[Tensor]:
+        """Of all that is held, []: the mean of s (1 - s) over its gates, over axes alike."""
+        means = [(present[axis.letter] * (1 - present[axis.letter])).mean() for axis in self.axes]
+        return means if self.size is None else [torch.stack(means).mean()]
+
+    def lagrangian(
+        self, present: Mapping[str, Tensor], lambdas: Tensor | Sequence[Tensor], step: int
+    ) -> Tensor:
         """[] what the gates lower and the multipliers raise.
 
         Args:
-            lambdas: [2, n], both multipliers of all that is held.
+            lambdas: two or three, each [n]: the linear, the quadratic one, and that of gates that
+                are undecided, of all that is held.
         """
+        linear, quadratic, *third = lambdas
         terms = [
             (l1 * (s - t) + l2 * (s - t).square()).mean()
-            for s, t, l1, l2 in zip(self.sparsities(present), self.targets(step), *lambdas)
+            for s, t, l1, l2 in zip(self.sparsities(present), self.targets(step), linear, quadratic)
         ]
+        for row in third:
+            terms += [l3 * u for l3, u in zip(row, self.undecided(present))]
         return torch.stack(terms).sum()
 
 
-def without_lowest(values: Tensor, gone: Sequence[int]) -> Tensor:
+def without_lowest(values: Tensor, gone: Sequence[int], scores: Tensor | None = None) -> Tensor:
     """Gates of which each row's lowest are shut.
 
     Args:
-        values: [rows, size]; of equal ones the later goes first.
+        values: [rows, size].
         gone: how many of each row.
+        scores: [rows, size] what is low (default: ``values``); of equal ones the later goes first.
     """
-    order = values.sort(dim=1, descending=True, stable=True).indices
+    order = (values if scores is None else scores).sort(dim=1, descending=True, stable=True).indices
     place = torch.arange(values.shape[1], device=values.device).expand_as(order)
     stays = place < (values.shape[1] - torch.tensor(gone, device=values.device))[:, None]
     kept = torch.zeros_like(stays).scatter_(1, order, stays)

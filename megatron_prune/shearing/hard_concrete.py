@@ -8,8 +8,10 @@ row the lowest are shut. The constants are those of princeton-nlp/LLM-Shearing's
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 from megatron_prune.model.lazy import Tensor, torch
+from megatron_prune.shearing.units import Gated
 
 TEMPERATURE, LOW, HIGH, EPSILON = 2 / 3, -0.1, 1.1, 1e-6
 BOUND = math.log(100)  # of ``a``; the official code clamps it before every use
@@ -51,7 +53,9 @@ class HardConcrete:
     """The method of a run's masks, see `method.MaskMethod`."""
 
     rates = (1.0, 1.0, 1.0)
+    betas = (0.9, 0.95)  # of LLM-Shearing's optimizer
     has_noise = True
+    is_exact = False
 
     def start(self, count: int, generator: torch.Generator) -> Tensor:
         return START + SPREAD * torch.randn(count, generator=generator)
@@ -60,12 +64,15 @@ class HardConcrete:
         """From the bound downwards by a criterion's rank: the lowest begin at half of it."""
         return BOUND * (0.5 + 0.5 * rank)
 
-    def drawn(self, a: Tensor, u: Tensor | None, share: float) -> Tensor:
+    def drawn(self, a: Tensor, u: Tensor | None, share: float, axes: Sequence[Gated]) -> Tensor:
         assert u is not None
         return sampled(a, u)
 
-    def presence(self, a: Tensor, share: float) -> Tensor:
+    def presence(self, a: Tensor, share: float, axes: Sequence[Gated]) -> Tensor:
         return presence(a)
+
+    def score(self, a: Tensor) -> Tensor:
+        return judged(a)
 
     def judged(self, a: Tensor) -> Tensor:
         return judged(a)

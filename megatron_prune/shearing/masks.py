@@ -16,8 +16,7 @@ from megatron_prune.shearing.hard_concrete import uniform
 from megatron_prune.shearing.method import MaskRates, mask_method
 from megatron_prune.shearing.units import Gated, blocks, count
 
-BETAS, EPSILON = (0.9, 0.95), 1e-8  # of LLM-Shearing's optimizer
-MULTIPLIERS = 2  # the linear and the quadratic one
+EPSILON = 1e-8  # of Adam
 
 
 def generator_of(seed: int, *what: object) -> torch.Generator:
@@ -27,7 +26,7 @@ def generator_of(seed: int, *what: object) -> torch.Generator:
 
 
 class Masks:
-    """Parameters [n] float32 of all gates, and multipliers [2, n'], on the CPU."""
+    """Parameters [n] float32 of all gates, and of each multiplier [n'], on the CPU."""
 
     def __init__(
         self, method: str, constraint: Constraint, rates: MaskRates, seed: int, steps: int
@@ -35,23 +34,37 @@ class Masks:
         self.method, self.constraint, self.rates = mask_method(method), constraint, rates
         self._seed, self._steps, self._size = seed, steps, count(constraint.axes)
         self.parameters = self.method.start(self._size, generator_of(seed, "start"))
-        self.lambdas = torch.zeros(MULTIPLIERS, len(constraint.words))
+        self._multipliers = [torch.zeros(len(constraint.words)) for _ in self.method.rates[1:]]
         self._begin()
 
     def _begin(self) -> None:
         self.method.bound(self.parameters)
-        self.parameters.requires_grad_(), self.lambdas.requires_grad_()
+        for one in self._stepped().values():
+            one.requires_grad_()
         groups = [
-            {"params": [self.parameters], "lr": self.rates.mask},
-            {"params": [self.lambdas], "lr": self.rates.lagrangian, "maximize": True},
+            {"params": [one], "maximize": name != "parameters"}  # multipliers rise
+            for name, one in self._stepped().items()
         ]
-        self._adam = torch.optim.Adam(groups, betas=BETAS, eps=EPSILON, foreach=False)
+        self._adam = torch.optim.Adam(groups, betas=self.method.betas, eps=EPSILON, foreach=False)
+
+    def _stepped(self) -> dict[str, Tensor]:
+        """All that is learned, by name, in the order of `MaskMethod.rates`."""
+        named = {f"lambda {number}": one for number, one in enumerate(self._multipliers, 1)}
+        return {"parameters": self.parameters, **named}
+
+    @property
+    def lambdas(self) -> Tensor:
+        """[multipliers, n'] as they are."""
+        rows = [one.detach() for one in self._multipliers]
+        return torch.stack(rows) if rows else torch.zeros(0, len(self.constraint.words))
 
     @classmethod
     def at_rest(cls, method: str, axes: Sequence[Gated], saved: Mapping[str, Any]) -> Masks:
         """Masks that are judged only, by what `state` gave."""
         constraint = Constraint(axes=tuple(axes), warmup=Warmup())
-        masks = cls(method, constraint, MaskRates(mask=1.0, lagrangian=1.0), seed=0, steps=0)
+        mask, *multipliers = mask_method(method).rates
+        rates = MaskRates(mask=mask, lagrangian=tuple(multipliers))
+        masks = cls(method, constraint, rates, seed=0, steps=0)
         masks._take(masks.parameters, saved, "parameters")
         return masks
 
@@ -64,7 +77,7 @@ class Masks:
     # ---- gates -------------------------------------------------------------------------------
 
     def _share(self, step: int) -> float:
-        return step / max(self._steps, 1)
+        return min(1.0, step / self._steps) if self._steps else 1.0
 
     def drawn(self, step: int, number: int) -> Tensor:
         """[n] the gates that microbatch ``number`` of a step (from 0) is trained with.
@@ -74,29 +87,37 @@ class Masks:
         u = None
         if self.method.has_noise:
             u = uniform(self._size, generator_of(self._seed, step, number))
-        return self.method.drawn(self.parameters, u, self._share(step))
+        return self.method.drawn(self.parameters, u, self._share(step), self.constraint.axes)
 
     def by_axis(self, flat: Tensor) -> dict[str, Tensor]:
         return blocks(flat, self.constraint.axes)
 
     @torch.no_grad()
     def judged(self) -> dict[str, Tensor]:
-        """The gates by axis letter, [rows, size], none of them shut; they are the scores."""
+        """The gates by axis letter, [rows, size], before any is shut."""
         return self.by_axis(self.method.judged(self.parameters.detach()))
+
+    @torch.no_grad()
+    def scores(self) -> dict[str, Tensor]:
+        """By axis letter [rows, size]: what decides who stays, 0 or more; higher means keep."""
+        return self.by_axis(self.method.score(self.parameters.detach()))
 
     @torch.no_grad()
     def present(self, step: int) -> dict[str, Tensor]:
         """By axis letter [rows, size]: how likely each unit is to stay, after so many steps."""
-        return self.by_axis(self.method.presence(self.parameters.detach(), self._share(step)))
+        return self.by_axis(self._presence(self.parameters.detach(), step))
+
+    def _presence(self, a: Tensor, step: int) -> Tensor:
+        return self.method.presence(a, self._share(step), self.constraint.axes)
 
     @torch.no_grad()
     def judged_as_expected(self, step: int) -> dict[str, Tensor]:
         """`judged`, of which as many are shut in each row as are expected to be."""
-        present = self.present(step)
-        return {
-            letter: without_lowest(x, [round(float(n)) for n in (1 - present[letter]).sum(1)])
-            for letter, x in self.judged().items()
-        }
+        present, scores, found = self.present(step), self.scores(), self.judged()
+        if self.method.is_exact:
+            return {letter: x * present[letter] for letter, x in found.items()}
+        gone = {n: [round(float(x)) for x in (1 - p).sum(1)] for n, p in present.items()}
+        return {n: without_lowest(x, gone[n], scores[n]) for n, x in found.items()}
 
     # ---- steps -------------------------------------------------------------------------------
 
@@ -105,12 +126,16 @@ class Masks:
 
         Called on every rank with the same gradient.
         """
-        present = self.by_axis(self.method.presence(self.parameters, self._share(step)))
-        lagrangian = self.constraint.lagrangian(present, self.lambdas, step)
-        own, multipliers = torch.autograd.grad(lagrangian, [self.parameters, self.lambdas])
-        self.parameters.grad, self.lambdas.grad = own + gradient, multipliers
-        both = torch.cat([self.parameters.grad, multipliers.reshape(-1)])
-        return float(torch.linalg.vector_norm(both))
+        gradients = [gradient]
+        if self._multipliers:
+            present = self.by_axis(self._presence(self.parameters, step))
+            lagrangian = self.constraint.lagrangian(present, self._multipliers, step)
+            of = [self.parameters, *self._multipliers]
+            own, *rising = torch.autograd.grad(lagrangian, of)
+            gradients = [own + gradient, *rising]
+        for one, its in zip(self._stepped().values(), gradients):
+            one.grad = its
+        return float(torch.linalg.vector_norm(torch.cat(gradients)))
 
     @torch.no_grad()
     def step(self, step: int, share: float, scale: float) -> None:
@@ -121,9 +146,10 @@ class Masks:
             scale: of the gradients, as clipping has it.
         """
         share *= self.rates.share(step)
-        for group, rate in zip(self._adam.param_groups, (self.rates.mask, self.rates.lagrangian)):
+        rates = self.rates.mask, *self.rates.lagrangian
+        for group, rate in zip(self._adam.param_groups, rates, strict=True):
             group["lr"] = rate * share
-        for one in (self.parameters, self.lambdas):
+        for one in self._stepped().values():
             assert one.grad is not None, "`constrain` comes before"
             one.grad.mul_(scale)
         self._adam.step()
@@ -132,25 +158,32 @@ class Masks:
     # ---- checkpoints -------------------------------------------------------------------------
 
     def state(self) -> dict[str, Any]:
-        """All that a run continues with, copied."""
-        adam = {
-            name: {key: x.clone() for key, x in self._adam.state[one].items()}
-            for name, one in (("parameters", self.parameters), ("lambdas", self.lambdas))
-            if one in self._adam.state
-        }
-        return {
-            "parameters": self.parameters.detach().clone(),
-            "lambdas": self.lambdas.detach().clone(),
-            "adam": adam,
-        }
+        """All that a run continues with, copied; of the multipliers [multipliers, n'] each."""
+        values = {"parameters": self.parameters.detach().clone(), "lambdas": self.lambdas}
+        adam = {}
+        if self.parameters in self._adam.state:
+            of = self._adam.state
+            adam["parameters"] = {key: x.clone() for key, x in of[self.parameters].items()}
+            rows = [of[one] for one in self._multipliers]
+            adam["lambdas"] = (
+                {key: torch.stack([row[key] for row in rows]) for key in rows[0]} if rows else {}
+            )
+        return {**values, "adam": adam}
 
     @torch.no_grad()
     def load(self, state: Mapping[str, Any]) -> None:
-        """Take up what `state` gave; raises RuntimeError for another number of gates."""
-        for name, one in (("parameters", self.parameters), ("lambdas", self.lambdas)):
-            self._take(one, state, name)
-            if name in state["adam"]:
-                self._adam.state[one] = {k: x.clone() for k, x in state["adam"][name].items()}
+        """Take up what `state` gave; raises ValueError for another number of gates."""
+        lambdas = self.lambdas
+        self._take(self.parameters, state, "parameters")
+        self._take(lambdas, state, "lambdas")
+        for one, row in zip(self._multipliers, lambdas):
+            one.copy_(row)
+        if not state["adam"]:
+            return
+        of = self._adam.state
+        of[self.parameters] = {k: x.clone() for k, x in state["adam"]["parameters"].items()}
+        for number, one in enumerate(self._multipliers):
+            of[one] = {k: x[number].clone() for k, x in state["adam"]["lambdas"].items()}
 
     @torch.no_grad()
     def _take(self, one: Tensor, saved: Mapping[str, Any], name: str) -> None:

@@ -28,12 +28,14 @@ class Gated:
         rows, size: the gates are [rows, size].
         keep: units of a row that are to stay; None where only the size of the whole model is given.
             Of heads it counts those of query groups that go, too: a group's gate is its own.
+        parts: equal parts of a row in each of which a plan keeps equally many.
     """
 
     letter: str
     rows: int
     size: int
     keep: int | None
+    parts: int = 1
 
     @property
     def word(self) -> str:
@@ -47,7 +49,7 @@ class Gated:
 
 
 def gated_axes(
-    shape: ModelShape, target: ModelShape | None, units: str | None = None
+    shape: ModelShape, target: ModelShape | None, units: str | None = None, ranks: int = 1
 ) -> tuple[Gated, ...]:
     """The axes with gates on the way from one shape to another.
 
@@ -55,6 +57,7 @@ def gated_axes(
         target: None where the shape is free: all axes have gates then.
         units: one of `MASK_UNITS`, what attention is gated by; None: what the target needs, and
             whole groups where it is free.
+        ranks: on each of which the plan keeps equally many.
 
     Raises:
         ConfigError: the target cannot be reached with these units, or nothing is to go.
@@ -80,12 +83,14 @@ def gated_axes(
             "--ffn-hidden-size-remain, --num-attention-heads-remain, --num-query-groups-remain and "
             "--num-layers-remain below the model's, or --target-params"
         )
+    parts = {"Q": shape.num_query_groups, "K": ranks, "F": ranks}
     return tuple(
         Gated(
             letter=letter,
             rows=shape.num_layers if AXES[letter].is_per_layer else 1,
             size=shape.size(letter),
             keep=keep[letter],
+            parts=parts.get(letter, 1),
         )
         for letter in less
     )

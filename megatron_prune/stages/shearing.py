@@ -100,7 +100,8 @@ def shear(options: ShearOptions, console: Console = SILENT) -> Sheared | str | N
     if options.dry_run:
         from megatron_prune.engine.train.dry_run import describe
 
-        return f"{describe(options, grid, processes)}\n{told}"
+        plan = describe(options, grid, processes, freezes=options.freeze_weights)
+        return f"{plan}\n{told}"
     with model_parallel(
         grid,
         context_parallel=contexts,

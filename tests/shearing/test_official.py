@@ -190,7 +190,9 @@ def test_fifty_steps_of_the_optimizer(case: str) -> None:
     facts: dict[str, Any] = FACTS[case]
     names, held = modules("targeted"), constraint("targeted")
     held = Constraint(axes=held.axes, warmup=Warmup(steps=facts["warmup_steps"]))
-    masks = _Fixed("hard-concrete", held, MaskRates(mask=1.0, lagrangian=1.0), 0, facts["steps"])
+    masks = _Fixed(
+        "hard-concrete", held, MaskRates(mask=1.0, lagrangian=(1.0, 1.0)), 0, facts["steps"]
+    )
     weight = _importance(held.axes, names)
     rates = FOUND[f"{case}.lr_factor"]
     compared = 0

@@ -10,6 +10,7 @@ random number depends on there being a teacher. Validation is the student's alon
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -55,7 +56,7 @@ class Distillation(LanguageModelLoss):
         seed: int,
     ) -> None:
         self.options, self._run, self._groups, self._seed = options, run, groups, seed
-        self._sources = sources
+        self._sources, self._how = sources, options.softening
         self.names = ("kl loss", "hidden loss") if options.hidden_layers else ("kl loss",)
         self._hidden: HiddenLoss | None = None
         self._captured: list[Tensor] = []
@@ -74,6 +75,10 @@ class Distillation(LanguageModelLoss):
 
     # ---- the teachers ------------------------------------------------------------------------
 
+    def _taught_by(self) -> AbstractContextManager[None]:
+        """What the teachers' forward passes happen in."""
+        return nullcontext()
+
     def _capture(self, logits_sbV: Tensor, labels_sb: Tensor) -> Tensor:
         self._captured.append(logits_sbV)
         return torch.zeros(labels_sb.shape, device=logits_sbV.device)
@@ -88,7 +93,7 @@ class Distillation(LanguageModelLoss):
 
     def _one_by_one(self, batches: Iterator[Microbatch]) -> Iterator[Microbatch]:
         for batch in batches:
-            with torch.no_grad():
+            with torch.no_grad(), self._taught_by():
                 for teacher in self.teachers:
                     teacher(batch.tokens, None, None, labels=batch.labels)
             self._taught, self._captured = self._captured, []
@@ -108,7 +113,8 @@ class Distillation(LanguageModelLoss):
     ) -> list[Tensor]:
         """The last stage's logits of every microbatch, in order; nothing on other stages."""
         groups = self._groups
-        forward_backward(teacher, iter(batches), step, groups, _nothing, forward_only=True)
+        with self._taught_by():
+            forward_backward(teacher, iter(batches), step, groups, _nothing, forward_only=True)
         found, self._captured = self._captured, []
         return found
 
@@ -119,9 +125,8 @@ class Distillation(LanguageModelLoss):
         taught, self._taught = self._taught, []
         if not taught:
             return token_losses(logits_sbV, labels_sb, vocab_size=vocabulary, group=group)
-        how = self.options.softening
         loss, lm, kl = distillation_losses(
-            logits_sbV, taught, labels_sb, vocab_size=vocabulary, how=how, group=group
+            logits_sbV, taught, labels_sb, vocab_size=vocabulary, how=self._how, group=group
         )
         self._parts = lm, kl
         return loss

@@ -20,10 +20,12 @@ class Objective(Protocol):
         learns: what it learns itself, as messages call it.
         names: of the values that are logged beside `LM_LOSS`; a step in which one of them is not a
             number is not taken.
+        freezes: whether the weights of the model stay as they are.
     """
 
-    names: tuple[str, ...]
     learns: str
+    names: tuple[str, ...]
+    freezes: bool
 
     def attach(self, model: LanguageModel) -> None:
         """Hang on the model what it takes, before its gradients get their buffers."""
@@ -74,8 +76,9 @@ class Objective(Protocol):
 class LanguageModelLoss:
     """The mean loss of the next token; nothing else, and nothing that is learned beside."""
 
-    names: tuple[str, ...] = ()
     learns = ""
+    names: tuple[str, ...] = ()
+    freezes = False
 
     def attach(self, model: LanguageModel) -> None:
         pass

@@ -22,6 +22,9 @@ from megatron_prune.shearing.rounding import legal_shape
 from megatron_prune.shearing.units import Gated, gated_axes
 
 CRITERION = "gates"
+OPEN = 1e-6
+"""Of a hidden channel that is kept, at least: what its gate is when it is shut but the shape has
+room for it. Of a gate of 0 the gated norm would not count the channel, and the pruned one would."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +74,7 @@ class Decision:
     @property
     def axes(self) -> tuple[Gated, ...]:
         """The axes with gates."""
-        return gated_axes(self.config.shape, self.target, self.mask_units)
+        return gated_axes(self.config.shape, self.target, self.mask_units, self.ranks)
 
     def shape(self, masks: Masks) -> ModelShape:
         """The shape that is kept."""
@@ -92,12 +95,12 @@ class Decision:
         Args:
             source_digest: of the model that is to be cut (default: the one the run began with).
         """
-        gates, shape, kept = masks.judged(), self.config.shape, self.shape(masks)
+        scores, shape, kept = masks.scores(), self.config.shape, self.shape(masks)
 
         def criterion(axis: str, size: int, layer: int | None, seed: int) -> Tensor:
-            if axis not in gates:  # heads without gates, all of which stay in their groups
+            if axis not in scores:  # heads without gates, all of which stay in their groups
                 return torch.ones(size)
-            return gates[axis][0 if layer is None else layer]
+            return scores[axis][0 if layer is None else layer]
 
         targets = Targets(
             hidden_size=kept.hidden_size,
@@ -117,11 +120,16 @@ class Decision:
             source_digest=source_digest or self.source_digest,
         )
 
+    def _open(self, masks: Masks) -> dict[str, Tensor]:
+        """The gates that units have if they are kept, by axis letter."""
+        found = masks.judged()
+        return {letter: x.clamp(min=OPEN) if letter == "D" else x for letter, x in found.items()}
+
     def kept(self, masks: Masks) -> dict[str, Tensor]:
         """The gates of the final shape by axis letter, [rows, size] of the whole model, those of
         all that goes shut; in layers that go they are no matter."""
         plan, found = self.plan(masks), {}
-        for letter, values in masks.judged().items():
+        for letter, values in self._open(masks).items():
             stays = torch.zeros_like(values, dtype=torch.bool)
             if not AXES[letter].is_per_layer:
                 stays[0, list(plan.layers if letter == "L" else plan.indices(letter))] = True
@@ -135,7 +143,7 @@ class Decision:
         """The gates of what a plan keeps, in the pruned model's numbers: hidden [D], layers [L],
         all others [L, n]."""
         found = {}
-        for letter, values in masks.judged().items():
+        for letter, values in self._open(masks).items():
             if letter == "L":
                 found[letter] = values[0, list(plan.layers)]
             elif not AXES[letter].is_per_layer:
@@ -146,14 +154,14 @@ class Decision:
         return found
 
     def scores(self, masks: Masks, provenance: Mapping[str, Any]) -> Scores:
-        """The gates as scores, so that `plan --scores` makes other shapes of them."""
-        gates = {n: x if AXES[n].is_per_layer else x[0] for n, x in masks.judged().items()}
-        if "K" in gates:  # a head is worth what it and its group are
-            of_group = gates["K"].repeat_interleave(self.config.shape.heads_per_group, 1)
-            gates["Q"] = gates["Q"] * of_group if "Q" in gates else of_group
+        """What decides, as scores, so that `plan --scores` makes other shapes of them."""
+        found = {n: x if AXES[n].is_per_layer else x[0] for n, x in masks.scores().items()}
+        if "K" in found:  # a head is worth what it and its group are
+            of_group = found["K"].repeat_interleave(self.config.shape.heads_per_group, 1)
+            found["Q"] = found["Q"] * of_group if "Q" in found else of_group
         return Scores(
             shape=self.config.shape,
             source_digest=self.source_digest,
-            criteria={CRITERION: gates},
+            criteria={CRITERION: found},
             provenance=provenance,
         )

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -31,6 +32,8 @@ from megatron_prune.engine.objectives.shear_decision import Decision
 from megatron_prune.model.shape import AXES
 from megatron_prune.shearing.masks import Masks
 from megatron_prune.shearing.method import MASKS
+
+FREEZES = "freezes"  # in a checkpoint: whether the weights were frozen
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +72,7 @@ class Shearing:
     ) -> None:
         self.inner, self.masks, self.names = inner, masks, inner.names
         self.decision, self._groups = decision, groups
-        self._clip, self._is_joint, self._freezes = clip, is_joint, freezes
+        self._clip, self._is_joint, self.freezes = clip, is_joint, freezes
         self._at = 0  # steps that are done, or the number of the one under way
         self._drawn: list[Drawn] = []
         self._now: OpenGates | None = None
@@ -82,13 +85,17 @@ class Shearing:
             masks.load(state[MASKS])
 
     def state(self) -> dict[str, Any]:
-        mine = {**self.masks.state(), **self.decision.facts()}
+        mine = {**self.masks.state(), **self.decision.facts(), FREEZES: self.freezes}
         return {**self.inner.state(), MASKS: mine}
 
     def attach(self, model: LanguageModel) -> None:
+        self._model = model
         self.inner.attach(model)
-        if self._freezes:
+        if self.freezes:
             model.requires_grad_(False)
+            if model.pre_process and model.config.recompute_granularity == "full":
+                # a recomputed layer passes gradients on only if its input wants one
+                model.embedding.register_forward_hook(lambda _, __, hidden: hidden.requires_grad_())
         self._splits_tokens = bool(model.config.sequence_parallel)
         GatedModel(model, self.decision.config, self._groups, lambda: self._now)
         model.register_forward_pre_hook(self._before_forward)
@@ -117,6 +124,18 @@ class Shearing:
 
     def _back_to(self, gates: OpenGates, _: Tensor) -> None:
         self._now = gates
+
+    @contextmanager
+    def without_gates(self) -> Iterator[None]:
+        """Between a step's forward passes: the model as it was, in evaluation mode."""
+        kept = self._kind, self._judged
+        self.judge("none")
+        self._model.eval()
+        try:
+            yield
+        finally:
+            self._model.train()
+            self._kind, self._judged = kept
 
     def judge(self, kind: str) -> None:
         """Choose the gates that the model has in evaluation, until the next step.

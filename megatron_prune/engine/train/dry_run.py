@@ -49,11 +49,12 @@ def bytes_per_parameter(dtype: str, distributed_copies: int = 1) -> float:
 
 
 def _trained(
-    options: TrainOptions, config: ModelConfig, grid: ParallelGrid, copies: int
+    options: TrainOptions, config: ModelConfig, grid: ParallelGrid, copies: int, freezes: bool
 ) -> tuple[dict[str, str], float]:
     """A row on the factors of a LoRA run, and the bytes of the fullest rank of any run."""
+    fixed = torch_dtype(options.dtype).itemsize
     share = copies * options.context_parallel_size if options.use_distributed_optimizer else 1
-    each = bytes_per_parameter(options.dtype, share)
+    each = fixed if freezes else bytes_per_parameter(options.dtype, share)
     stages = range(grid.pipeline_parallel)
     if options.lora is None:
         return {}, max(stage_parameters(config, grid, p) for p in stages) * each
@@ -61,7 +62,6 @@ def _trained(
     factors = [factor_parameters(lora, shape, grid, p) for p in stages]
     whole = factor_parameters(lora, shape, ParallelGrid(), 0)
     told = f"{lora.flags}: trains {whole:,} parameters, on the fullest rank {max(factors):,}"
-    fixed = torch_dtype(options.dtype).itemsize
     return {"lora": told}, max(
         stage_parameters(config, grid, p) * fixed + factors[p] * each for p in stages
     )
@@ -89,8 +89,13 @@ def _teachers(
     return rows
 
 
-def describe(options: TrainOptions, grid: ParallelGrid, processes: int) -> str:
+def describe(
+    options: TrainOptions, grid: ParallelGrid, processes: int, *, freezes: bool = False
+) -> str:
     """Check everything that `train` checks before it builds the model, and tell the plan.
+
+    Args:
+        freezes: the weights have neither gradients nor optimizer.
 
     Raises:
         PruneError: whatever cannot be used.
@@ -103,7 +108,7 @@ def describe(options: TrainOptions, grid: ParallelGrid, processes: int) -> str:
     contexts = options.context_parallel_size
     config, copies = source.config, data_parallel_size(grid, processes, contexts)
     largest = max(stage_parameters(config, grid, p) for p in range(grid.pipeline_parallel))
-    lora, memory = _trained(options, config, grid, copies)
+    lora, memory = _trained(options, config, grid, copies, freezes)
     batch, steps = options.batch_size(copies), options.train_iters - start.iteration
     begins = "random weights" if options.init_random else str(start.directory)
     if start.state is not None:

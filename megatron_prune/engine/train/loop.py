@@ -124,13 +124,14 @@ class Training:
             start_factors(self.model, self.config, groups, options.seed)
         self.objective.attach(self.model)
         self.ddp = wrap_model(self.model, options)
-        self.optimizer = build_optimizer(self.ddp, options)
+        freezes = self.objective.freezes
+        self.optimizer = build_optimizer(self.ddp, options, freezes=freezes)
         self.scheduler = build_scheduler(self.optimizer, options, groups.data_parallel)
         if start.state is not None:
             with taking_up(start):
                 self._continue(start)
         self._hold: Callable[[], None] | None = None
-        if options.keep_zeros:
+        if options.keep_zeros and not freezes:
             kept = KeptZeros(self.model, self.optimizer)
             self._say(kept.told(groups, is_split=options.use_distributed_optimizer))
             self._hold = kept.hold

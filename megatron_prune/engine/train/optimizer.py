@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from megatron_prune.engine.forward.model import LanguageModel
+from megatron_prune.engine.train.frozen import NoOptimizer
 from megatron_prune.engine.train.options import TrainOptions, warmup_iters
 from megatron_prune.errors import ConfigError
 from megatron_prune.model.tensors import torch_dtype
@@ -40,8 +41,23 @@ def wrap_model(model: LanguageModel, options: TrainOptions) -> DistributedDataPa
     return DistributedDataParallel(model.config, ddp_config, model)
 
 
-def build_optimizer(ddp: DistributedDataParallel, options: TrainOptions) -> Any:
-    """AdamW on the wrapped model: fp32, mixed precision, or distributed over its copies."""
+def build_optimizer(
+    ddp: DistributedDataParallel, options: TrainOptions, *, freezes: bool = False
+) -> Any:
+    """AdamW on the wrapped model: fp32, mixed precision, or distributed over its copies.
+
+    Args:
+        freezes: no weight is learned, on any rank.
+    """
+    optimizer = NoOptimizer(options) if freezes else _adamw(ddp, options)
+    config_of_model = ddp.config
+    config_of_model.grad_scale_func = optimizer.scale_loss
+    config_of_model.finalize_model_grads_func = finalize_model_grads
+    config_of_model.no_sync_func = ddp.no_sync
+    return optimizer
+
+
+def _adamw(ddp: DistributedDataParallel, options: TrainOptions) -> Any:
     config = OptimizerConfig(
         optimizer="adam",
         lr=options.lr,
@@ -65,10 +81,6 @@ def build_optimizer(ddp: DistributedDataParallel, options: TrainOptions) -> Any:
     for inner in _torch_optimizers(optimizer):
         for group in inner.param_groups:
             group["fused"], group["foreach"] = True, False
-    config_of_model = ddp.config
-    config_of_model.grad_scale_func = optimizer.scale_loss
-    config_of_model.finalize_model_grads_func = finalize_model_grads
-    config_of_model.no_sync_func = ddp.no_sync
     return optimizer
 
 

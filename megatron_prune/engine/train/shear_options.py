@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 from megatron_prune.engine.train.options import BATCHES, LR, TrainOptions
 from megatron_prune.errors import ConfigError, PlanError
-from megatron_prune.flags import Group, flag, flag_name, positive
+from megatron_prune.flags import Group, flag, flag_name, given, positive
 from megatron_prune.model.axes import count_parameters, layer_weights, outer_weights
 from megatron_prune.model.shape import ModelConfig, ModelShape
 from megatron_prune.planning.choose import Targets, check_targets
@@ -80,7 +80,10 @@ class ShearOptions(TrainOptions):
         parse=positive,
     )
     mask_method: str = flag(
-        "how gates are learned", default="hard-concrete", choices=tuple(MASK_METHODS), group=_MASKS
+        "how gates are learned: with noise, without, or as masks of exactly the target",
+        default="hard-concrete",
+        choices=tuple(MASK_METHODS),
+        group=_MASKS,
     )
     mask_units: str | None = flag(
         "gates of attention: heads within their groups, whole groups, or both (default: what the "
@@ -102,7 +105,10 @@ class ShearOptions(TrainOptions):
         "learning rate of the masks (default: by method)", default=None, group=_MASKS
     )
     lagrangian_lr: float | None = flag(
-        "of the multipliers, which rise (default: by method)", default=None, group=_MASKS
+        "of the linear multiplier, which rises; those of the others keep the method's ratio to it "
+        "(default: by method)",
+        default=None,
+        group=_MASKS,
     )
     mask_warmup_iters: int = flag(
         "steps until both rates are whole; they follow the schedule of --lr besides",
@@ -120,7 +126,18 @@ class ShearOptions(TrainOptions):
         choices=CLIPS,
         group=_MASKS,
     )
-    freeze_weights: bool = flag("learn masks alone; the weights stay", default=False, group=_MASKS)
+    freeze_weights: bool = flag(
+        "learn masks alone: the weights stay, without gradients or optimizer state",
+        default=False,
+        group=_MASKS,
+    )
+    distill_self: float | None = flag(
+        "with --freeze-weights: add W x KL(the model without gates || with gates); 2 goes with "
+        "--mask-method deterministic",
+        default=None,
+        metavar="W",
+        group=_MASKS,
+    )
 
     @property
     def targets(self) -> Targets:
@@ -140,10 +157,12 @@ class ShearOptions(TrainOptions):
     @property
     def rates(self) -> MaskRates:
         """Learning rates; those that are not given are the method's."""
-        mask, multipliers, *_ = mask_method(self.mask_method).rates
+        mask, *multipliers = mask_method(self.mask_method).rates
+        if self.lagrangian_lr is not None:
+            multipliers = [self.lagrangian_lr * (rate / multipliers[0]) for rate in multipliers]
         return MaskRates(
             mask=self.mask_lr or mask,
-            lagrangian=self.lagrangian_lr or multipliers,
+            lagrangian=tuple(multipliers),
             warmup=self.mask_warmup_iters,
         )
 
@@ -182,6 +201,53 @@ class ShearOptions(TrainOptions):
                 "--mask-init and --mask-init-criterion: give both or none; the file's criteria are "
                 "what `plan --criterion` takes"
             )
+        self._check_method()
+        self._check_frozen()
+
+    def _check_method(self) -> None:
+        """What a method has no place for: one whose masks are exact has nothing that rises."""
+        if not mask_method(self.mask_method).is_exact:
+            return
+        why = {
+            "target_params": "its masks are of one size in all layers, which a budget does not "
+            "give; give a shape",
+            "lagrangian_lr": "it has no multipliers; leave it out",
+            "sparsity_warmup_iters": "its masks have the target's size from the first step on; "
+            "leave it out",
+            "start_sparsity": "its masks have the target's size from the first step on; leave it "
+            "out",
+        }
+        for name in given(self):
+            if name in why:
+                raise ConfigError(
+                    f"{flag_name(name)} {getattr(self, name)} with --mask-method "
+                    f"{self.mask_method}: {why[name]}"
+                )
+
+    def _check_frozen(self) -> None:
+        """What frozen weights exclude, and what needs them."""
+        if self.freeze_weights:
+            for flags, wrong, why in (
+                ("--fp16", self.dtype == "fp16", "the loss scale follows the gradients of weights, "
+                 "and there are none; use --bf16"),
+                ("--lora-rank", self.lora is not None, "factors are learned; give one of the two"),
+                ("--distill-hidden-layers", bool(self.hidden_layers), "it may learn projections; "
+                 "learn from logits"),
+            ):  # fmt: skip
+                if wrong:
+                    raise ConfigError(f"--freeze-weights and {flags}: {why}")
+        if self.distill_self is None:
+            return
+        if not (math.isfinite(self.distill_self) and self.distill_self > 0):
+            raise ConfigError(f"--distill-self is {self.distill_self}; wanted more than 0")
+        if not self.freeze_weights:
+            raise ConfigError(
+                f"--distill-self {self.distill_self:g}: the teacher is the model without its "
+                "gates, which has to stay what it is; give --freeze-weights too, or the model as "
+                "--teacher"
+            )
+        if self.teacher:
+            raise ConfigError("--distill-self and --teacher: give one of the two")
 
     def target_shape(self, shape: ModelShape, source_ranks: int) -> ModelShape | None:
         """What the masks are to leave; None where only its size is known.
@@ -208,15 +274,18 @@ class ShearOptions(TrainOptions):
             return 1
         return self.balance_for or source_ranks
 
-    def constraint(self, config: ModelConfig, target: ModelShape | None) -> Constraint:
+    def constraint(self, config: ModelConfig, target: ModelShape | None, ranks: int) -> Constraint:
         """What the masks are held to.
+
+        Args:
+            ranks: to balance for, see `ranks`.
 
         Raises:
             ConfigError, PlanError: nothing to prune, units that do not lead there, a size that is
                 none of this model's.
         """
         shape = config.shape
-        axes = gated_axes(shape, target, self.mask_units)
+        axes = gated_axes(shape, target, self.mask_units, ranks)
         warmup = Warmup(start=self.start_sparsity, steps=self.sparsity_warmup_iters)
         if self.target_params is None:
             return Constraint(axes=axes, warmup=warmup)
