@@ -209,8 +209,9 @@ def main() -> None:
     tokens = args.train_iters * args.batch_size * args.seq_length
     print(f"{args.shape}, {tokens:,} tokens in every arm; bits per byte, held-out text\n")
     rows = {"source": bench.judged(args.model)}
-    for name, criterion in (("scored + repair", CRITERION), ("random", "random")):
-        rows[name] = bench.judged(bench.recovered(bench.scored(criterion), 1))
+    for name in args.plans:
+        criterion = CRITERION if name == "scored" else name
+        rows[f"plan, {name}"] = bench.judged(bench.recovered(bench.scored(criterion), 1))
     for number, arm in enumerate(args.shear):
         share, *flags = arm.split()
         model = bench.sheared(f"shear{number}", float(share), flags)
