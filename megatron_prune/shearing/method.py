@@ -13,7 +13,6 @@ from typing import Protocol
 from megatron_prune.model.lazy import Tensor, torch
 from megatron_prune.shearing.units import Gated
 
-MASKS = "masks"  # our key in the training state of a checkpoint
 MASK_METHODS = {
     "hard-concrete": "hard_concrete:HardConcrete",
     "deterministic": "deterministic:Deterministic",
