@@ -185,10 +185,11 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=5e-4, help="of recovery")
     parser.add_argument("--shear-lr", type=float, default=1e-4, help="of the weights in shear")
     parser.add_argument("--seed", type=int, default=1234)
+    parser.add_argument("--plans", nargs="*", default=["scored", "random"], help="arms with a plan")
     parser.add_argument(
         "--shear",
-        nargs="+",
-        default=["0.5 --mask-lr 0.2 --lagrangian-lr 4"],
+        nargs="*",
+        default=["0.5 --mask-lr 0.2 --lagrangian-lr 4 --lagrangian-cap 2"],
         help="arms of shear: share of the tokens, then flags; {work} is --work",
     )
     parser.add_argument("--bf16", action="store_true", help="train in bfloat16")
