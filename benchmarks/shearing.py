@@ -18,6 +18,7 @@ import argparse
 import json
 import math
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -213,9 +214,10 @@ def main() -> None:
     for name in args.plans:
         criterion = CRITERION if name == "scored" else name
         rows[f"plan, {name}"] = bench.judged(bench.recovered(bench.scored(criterion), 1))
-    for number, arm in enumerate(args.shear):
+    for arm in args.shear:
         share, *flags = arm.split()
-        model = bench.sheared(f"shear{number}", float(share), flags)
+        name = f"shear-{re.sub(r'[^a-z0-9.]+', '-', arm)[:80]}"
+        model = bench.sheared(name, float(share), flags)
         rows[f"shear {arm}"] = bench.judged(bench.recovered(model, 1 - float(share)))
     names = list(rows["source"])
     print(f"| arm | {' | '.join(names)} | mean |\n|---|{'---|' * (len(names) + 1)}")
