@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import gc
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from megatron_prune.engine.groups import Groups
@@ -23,6 +25,7 @@ from megatron_prune.planning.scores import load_scores
 from megatron_prune.shearing.masks import Masks
 from megatron_prune.shearing.words import MASKS
 from megatron_prune.sources.source import Source
+from megatron_prune.store import open_source
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,13 +46,13 @@ class Ended:
 
     Attributes:
         distances: what is held to a target -> expected sparsity, target.
-        measure: loss of a pruned model on the run's validation samples; None without any.
+        measure: loss of a model in a directory on the run's validation samples; None without any.
     """
 
     is_done: bool
     losses: Losses
     distances: Mapping[str, tuple[float, float]]
-    measure: Any
+    measure: Callable[[Path], float] | None
 
 
 def decision_of(options: ShearOptions, source: Source, digest: str) -> Decision:
@@ -209,8 +212,9 @@ def learn(options: ShearOptions, groups: Groups, command: Sequence[str]) -> Ende
             found[kind] = samples.loss(model)
         losses = Losses(**found)
 
-    def measure(source: Source) -> float:
-        """Takes the memory of the pruned model; that of the run is free by now."""
+    def measure(directory: Path) -> float:
+        gc.collect()  # the model of the run, which its hooks hold
+        source = open_source(directory)
         return samples.loss(load_teacher(source, groups, model_options(options)))
 
     return Ended(

@@ -172,10 +172,10 @@ def _finish(
         written = None
         if options.save_pruned is not None:
             pruned, cut, record = _pruned(decision, masks, source, iteration)
-            if ended is not None and ended.measure is not None:
-                losses["the pruned model"] = ended.measure(pruned)
-                _compare(losses, console)
             written = _write(options, pruned, cut, record, ranks, console)
+            if ended is not None and ended.measure is not None:
+                losses["the pruned model"] = ended.measure(options.save_pruned)
+                _compare(losses, console)
         return Sheared(plan=plan, source=source.config, losses=losses, written=written)
     finally:
         source.close()

@@ -65,9 +65,13 @@ class OpenGates:
     open_hidden: int
 
     @classmethod
-    def of(cls, values: Mapping[str, Tensor]) -> OpenGates:
-        hidden = values.get("D")
-        return cls(values=values, open_hidden=0 if hidden is None else int(hidden.count_nonzero()))
+    def of(
+        cls, values: Mapping[str, Tensor], like: Mapping[str, Tensor] | None = None
+    ) -> OpenGates:
+        """``like``: the same gates on the host, where counting waits for nothing."""
+        hidden = (values if like is None else like).get("D")
+        count = 0 if hidden is None else int(hidden.count_nonzero())
+        return cls(values=values, open_hidden=count)
 
 
 class GatedModel:

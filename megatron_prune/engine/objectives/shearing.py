@@ -112,7 +112,7 @@ class Shearing:
         number = len(self._drawn) * self._groups.data_parallel + self._groups.dp_rank
         flat = self.masks.drawn(self._at - 1, number)
         leaf = flat.detach().to(self._groups.device).requires_grad_()
-        gates = OpenGates.of(self.masks.by_axis(leaf))
+        gates = OpenGates.of(self.masks.by_axis(leaf), like=self.masks.by_axis(flat))
         self._drawn.append(Drawn(flat=flat, leaf=leaf, gates=gates))
         self._now = gates
 
@@ -154,7 +154,8 @@ class Shearing:
         device, self._kind = self._groups.device, kind
         self._judged = None
         if values is not None:
-            self._judged = OpenGates.of({letter: x.to(device) for letter, x in values.items()})
+            moved = {letter: x.to(device) for letter, x in values.items()}
+            self._judged = OpenGates.of(moved, like=values)
 
     # ---- a step ------------------------------------------------------------------------------
 
