@@ -185,10 +185,11 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=5e-4, help="of recovery")
     parser.add_argument("--shear-lr", type=float, default=1e-4, help="of the weights in shear")
     parser.add_argument("--seed", type=int, default=1234)
+    parser.add_argument("--plans", nargs="*", default=["scored", "random"], help="arms with a plan")
     parser.add_argument(
         "--shear",
-        nargs="+",
-        default=["0.5 --mask-lr 0.2 --lagrangian-lr 4"],
+        nargs="*",
+        default=["0.5 --mask-lr 0.2 --lagrangian-lr 4 --lagrangian-cap 2"],
         help="arms of shear: share of the tokens, then flags; {work} is --work",
     )
     parser.add_argument("--bf16", action="store_true", help="train in bfloat16")
@@ -209,8 +210,9 @@ def main() -> None:
     tokens = args.train_iters * args.batch_size * args.seq_length
     print(f"{args.shape}, {tokens:,} tokens in every arm; bits per byte, held-out text\n")
     rows = {"source": bench.judged(args.model)}
-    for name, criterion in (("scored + repair", CRITERION), ("random", "random")):
-        rows[name] = bench.judged(bench.recovered(bench.scored(criterion), 1))
+    for name in args.plans:
+        criterion = CRITERION if name == "scored" else name
+        rows[f"plan, {name}"] = bench.judged(bench.recovered(bench.scored(criterion), 1))
     for number, arm in enumerate(args.shear):
         share, *flags = arm.split()
         model = bench.sheared(f"shear{number}", float(share), flags)

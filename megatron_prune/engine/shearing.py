@@ -21,7 +21,7 @@ from megatron_prune.model.lazy import Tensor, torch
 from megatron_prune.model.shape import AXES
 from megatron_prune.planning.scores import load_scores
 from megatron_prune.shearing.masks import Masks
-from megatron_prune.shearing.method import MASKS
+from megatron_prune.shearing.words import MASKS
 from megatron_prune.sources.source import Source
 
 

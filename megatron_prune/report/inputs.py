@@ -23,8 +23,9 @@ from megatron_prune.model.shape import ModelShape
 from megatron_prune.planning.plan import PrunePlan, load_plan
 from megatron_prune.planning.scores import Scores, load_scores
 from megatron_prune.report.judged import is_judgement, is_task_results
-from megatron_prune.report.masks import MASK_SCORES, learned_files
+from megatron_prune.report.masks import learned_files
 from megatron_prune.report.runs import METRICS, Run, is_run, read_run
+from megatron_prune.shearing.words import MASK_SCORES
 from megatron_prune.sources.source import SPARSITY
 from megatron_prune.sources.sparsity_record import Sparsity, load_sparsity
 from megatron_prune.store.open import iteration_directory

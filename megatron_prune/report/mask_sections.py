@@ -17,24 +17,15 @@ from megatron_prune.planning.scores import Scores
 from megatron_prune.report.decisions import dropped_layers, kept_mask
 from megatron_prune.report.inputs import Inputs
 from megatron_prune.report.mask_pictures import gate_maps, share_maps, target_picture
-from megatron_prune.report.masks import (
-    BY_LAYER,
-    EXPECTED,
-    GATES,
-    HELD,
-    MULTIPLIERS,
-    TARGET,
-    UNITS,
-    held_words,
-    points_of,
-    shares_gone,
-)
+from megatron_prune.report.masks import HELD, UNITS, held_words, points_of, shares_gone
 from megatron_prune.report.page import Rows, Section, Sheet, Table, slug
 from megatron_prune.report.pictures import Picture
 from megatron_prune.report.run_pictures import panels_picture
 from megatron_prune.report.runs import Run
+from megatron_prune.shearing.words import BY_LAYER, EXPECTED, GATES, MULTIPLIERS, TARGET
 
 _NOTHING = "-"
+_OF = ("of the distance", "of its square", "of what is undecided")  # the multipliers
 _LAYERS = AXES["L"].word
 _WHEN = (
     "What an iteration says of masks is said of those that it began with. A layer has died at the "
@@ -94,8 +85,18 @@ def _targets(runs: Mapping[str, Run]) -> Picture:
     )
 
 
+def _told_multipliers(runs: Mapping[str, Run]) -> list[str]:
+    """Those that any of the runs has; none, where masks are of the target's size all the time."""
+    held = [(run, word) for run in runs.values() for word in held_words(run)]
+    return [
+        kind
+        for kind in MULTIPLIERS
+        if any(run.last(f"{kind} {word}") is not None for run, word in held)
+    ]
+
+
 def _last_table(runs: Mapping[str, Run]) -> Table:
-    rows = []
+    rows, multipliers = [], _told_multipliers(runs)
     for label, run in runs.items():
         for word in held_words(run):
             iteration, expected = points_of(run, EXPECTED, word)[-1]
@@ -109,11 +110,11 @@ def _last_table(runs: Mapping[str, Run]) -> Table:
                     _said(expected, ".4f"),
                     _said(target, ".4f"),
                     _said(off, "+.4f"),
-                    *(_said(run.last(f"{kind} {word}"), ".4g") for kind in MULTIPLIERS),
+                    *(_said(run.last(f"{kind} {word}"), ".4g") for kind in multipliers),
                 )
             )
     header = (
-        "run", "of", "iteration", "expected to go", "target", "distance", *MULTIPLIERS,
+        "run", "of", "iteration", "expected to go", "target", "distance", *multipliers,
     )  # fmt: skip
     return Table(header=header, rows=rows, caption="At the last logged iteration")
 
@@ -125,7 +126,7 @@ def _said(value: float | None, form: str) -> str:
 def _multipliers(label: str, run: Run) -> Iterator[Picture]:
     panels = {
         f"{kind}, {of}": {HELD[word]: points_of(run, kind, word) for word in held_words(run)}
-        for kind, of in zip(MULTIPLIERS, ("of the distance", "of its square"))
+        for kind, of in zip(MULTIPLIERS, _OF)
     }
     panels = {text: lines for text, lines in panels.items() if any(lines.values())}
     if panels:
@@ -205,7 +206,7 @@ def _gates(label: str, scores: Scores, plan: PrunePlan | None) -> Iterator[Pictu
 
 
 def _course_sheet(runs: Mapping[str, Run]) -> Sheet:
-    kinds = (EXPECTED, TARGET, *MULTIPLIERS)
+    kinds = (EXPECTED, TARGET, *_told_multipliers(runs))
 
     def rows() -> Rows:
         for label, run in runs.items():

@@ -16,13 +16,9 @@ from typing import Any
 from megatron_prune.model.shape import AXES
 from megatron_prune.report.runs import Points, Run
 from megatron_prune.shearing.constraint import PARAMETERS
+from megatron_prune.shearing.words import BY_LAYER, EXPECTED, MASK_SCORES
 from megatron_prune.store.passenger import PLAN
 
-MASK_SCORES = "mask_scores.safetensors"  # as `shear` calls them; it writes PLAN beside them
-GATES = "gates"  # the criterion
-EXPECTED, TARGET = "expected sparsity", "target sparsity"
-MULTIPLIERS = ("lambda 1", "lambda 2")
-BY_LAYER = "share gone by layer"
 HALF = 0.5  # a layer that is expected to be gone for more than this is dead
 
 # what metrics call it -> what the page does; the last where only the size of the model is held

@@ -154,6 +154,8 @@ class Masks:
             one.grad.mul_(scale)
         self._adam.step()
         self.method.bound(self.parameters)
+        if self._multipliers and self.rates.cap is not None:
+            self._multipliers[0].clamp_(-self.rates.cap, self.rates.cap)
 
     # ---- checkpoints -------------------------------------------------------------------------
 

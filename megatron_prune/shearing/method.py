@@ -13,7 +13,6 @@ from typing import Protocol
 from megatron_prune.model.lazy import Tensor, torch
 from megatron_prune.shearing.units import Gated
 
-MASKS = "masks"  # our key in the training state of a checkpoint
 MASK_METHODS = {
     "hard-concrete": "hard_concrete:HardConcrete",
     "deterministic": "deterministic:Deterministic",
@@ -23,11 +22,18 @@ MASK_METHODS = {
 
 @dataclass(frozen=True, kw_only=True)
 class MaskRates:
-    """Learning rates, of masks and of each multiplier; ``warmup`` steps until they are whole."""
+    """Learning rates, of masks and of each multiplier.
+
+    Attributes:
+        warmup: steps until they are whole.
+        cap: how large the linear multiplier may become, either way; None: without end. While gates
+            at the bound hardly answer to it, it grows, and then shuts too much before it is back.
+    """
 
     mask: float
     lagrangian: tuple[float, ...]
     warmup: int = 0
+    cap: float | None = None
 
     def share(self, step: int) -> float:
         return min(1.0, (step + 1) / self.warmup) if self.warmup else 1.0

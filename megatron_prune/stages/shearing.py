@@ -30,7 +30,7 @@ from megatron_prune.planning.plan import PrunePlan
 from megatron_prune.planning.scores import scores_bytes
 from megatron_prune.ranks import Ranks, is_first_rank
 from megatron_prune.shearing.folding import Gates
-from megatron_prune.shearing.method import MASKS
+from megatron_prune.shearing.words import MASK_SCORES, MASKS
 from megatron_prune.sources.folded import FoldedSource
 from megatron_prune.sources.folding_record import Folding
 from megatron_prune.sources.pruned import PrunedSource
@@ -49,7 +49,6 @@ if TYPE_CHECKING:
     from megatron_prune.engine.shearing import Ended
     from megatron_prune.shearing.masks import Masks
 
-MASK_SCORES = "mask_scores.safetensors"
 _NEAR = 0.01  # of the target; what is farther is told
 _SAME = 1e-3  # relative, of the loss of the gated and of the pruned model
 

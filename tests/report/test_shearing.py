@@ -21,12 +21,12 @@ from megatron_prune.planning.scores import Scores, score_shape
 from megatron_prune.report.inputs import read_inputs
 from megatron_prune.report.mask_pictures import gate_maps, share_maps, target_picture
 from megatron_prune.report.mask_sections import mask_section
-from megatron_prune.report.masks import MASK_SCORES, Shares, held_words, shares_gone
+from megatron_prune.report.masks import Shares, held_words, shares_gone
 from megatron_prune.report.page import Section, Table
 from megatron_prune.report.pictures import Picture
 from megatron_prune.report.run_sections import command_section
 from megatron_prune.report.runs import Run, read_run
-from megatron_prune.stages import shearing
+from megatron_prune.shearing.words import MASK_SCORES
 from tests.pico import ok
 from tests.report.inputs import SHAPE, make_scores, plan_of, write_plan, write_scores
 from tests.report.test_page import Reader
@@ -227,10 +227,6 @@ def test_a_plan_that_is_none_is_refused_by_its_name(run: Path) -> None:
     (run / "plan.json").write_text('{"candidates": []}')
     with pytest.raises(PlanError, match=re.escape(str(run / "plan.json"))):
         read_inputs([run])
-
-
-def test_gates_have_the_name_that_shear_gives_them() -> None:
-    assert MASK_SCORES == shearing.MASK_SCORES
 
 
 def test_targets_are_dotted_beside_what_is_expected(run: Path) -> None:

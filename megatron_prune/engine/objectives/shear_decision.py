@@ -20,8 +20,8 @@ from megatron_prune.planning.scores import Scores
 from megatron_prune.shearing.masks import Masks
 from megatron_prune.shearing.rounding import legal_shape
 from megatron_prune.shearing.units import Gated, gated_axes
+from megatron_prune.shearing.words import GATES
 
-CRITERION = "gates"
 OPEN = 1e-6
 """Of a hidden channel that is kept, at least: what its gate is when it is shut but the shape has
 room for it. Of a gate of 0 the gated norm would not count the channel, and the pruned one would."""
@@ -113,7 +113,7 @@ class Decision:
             shape,
             targets,
             criterion,
-            criterion_name=CRITERION,
+            criterion_name=GATES,
             seed=self.seed,
             prune_type=self.prune_type,
             balance_for=self.ranks,
@@ -162,6 +162,6 @@ class Decision:
         return Scores(
             shape=self.config.shape,
             source_digest=self.source_digest,
-            criteria={CRITERION: found},
+            criteria={GATES: found},
             provenance=provenance,
         )

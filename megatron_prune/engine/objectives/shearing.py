@@ -31,7 +31,7 @@ from megatron_prune.engine.objectives.objective import Objective
 from megatron_prune.engine.objectives.shear_decision import Decision
 from megatron_prune.model.shape import AXES
 from megatron_prune.shearing.masks import Masks
-from megatron_prune.shearing.method import MASKS
+from megatron_prune.shearing.words import BY_LAYER, EXPECTED, MASKS, MULTIPLIERS, TARGET
 
 FREEZES = "freezes"  # in a checkpoint: whether the weights were frozen
 
@@ -209,11 +209,11 @@ class Shearing:
         rows = zip(held.words, sparsities, held.targets(step), *masks.lambdas.tolist())
         self._told = {}
         for word, sparsity, target, *lambdas in rows:
-            self._told[f"expected sparsity {word}"] = sparsity
-            self._told[f"target sparsity {word}"] = target
-            for number, value in enumerate(lambdas, 1):
-                self._told[f"lambda {number} {word}"] = value
-        self._told["share gone by layer"] = {
+            self._told[f"{EXPECTED} {word}"] = sparsity
+            self._told[f"{TARGET} {word}"] = target
+            for name, value in zip(MULTIPLIERS, lambdas):
+                self._told[f"{name} {word}"] = value
+        self._told[BY_LAYER] = {
             AXES[letter].word: (1 - (x[0] if letter == "L" else x.mean(1))).tolist()
             for letter, x in present.items()
             if letter != "D"

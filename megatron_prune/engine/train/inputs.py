@@ -26,7 +26,7 @@ from megatron_prune.engine.train.zeros import check_zeros
 from megatron_prune.errors import ConfigError
 from megatron_prune.model.grid import ParallelGrid
 from megatron_prune.model.lora import Lora
-from megatron_prune.shearing.method import MASKS
+from megatron_prune.shearing.words import MASKS
 from megatron_prune.sources.source import Source
 from megatron_prune.store import open_source
 

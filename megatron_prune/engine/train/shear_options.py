@@ -110,6 +110,13 @@ class ShearOptions(TrainOptions):
         default=None,
         group=_MASKS,
     )
+    lagrangian_cap: float | None = flag(
+        "how large the linear multiplier may become; 2 keeps hard-concrete from shutting too much "
+        "on the way (default: no end, the official form)",
+        default=None,
+        metavar="X",
+        group=_MASKS,
+    )
     mask_warmup_iters: int = flag(
         "steps until both rates are whole; they follow the schedule of --lr besides",
         default=0,
@@ -164,6 +171,7 @@ class ShearOptions(TrainOptions):
             mask=self.mask_lr or mask,
             lagrangian=tuple(multipliers),
             warmup=self.mask_warmup_iters,
+            cap=self.lagrangian_cap,
         )
 
     def check_masks(self) -> None:
@@ -182,7 +190,7 @@ class ShearOptions(TrainOptions):
                 "them, where gates have no place; use local, which auto takes here. Training the "
                 "pruned model can use it"
             )
-        for name in ("mask_lr", "lagrangian_lr"):
+        for name in ("mask_lr", "lagrangian_lr", "lagrangian_cap"):
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value > 0):
                 raise ConfigError(f"{flag_name(name)} is {value}; wanted more than 0")
@@ -212,6 +220,7 @@ class ShearOptions(TrainOptions):
             "target_params": "its masks are of one size in all layers, which a budget does not "
             "give; give a shape",
             "lagrangian_lr": "it has no multipliers; leave it out",
+            "lagrangian_cap": "it has no multipliers; leave it out",
             "sparsity_warmup_iters": "its masks have the target's size from the first step on; "
             "leave it out",
             "start_sparsity": "its masks have the target's size from the first step on; leave it "
