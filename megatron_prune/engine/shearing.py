@@ -64,7 +64,7 @@ def decision_of(options: ShearOptions, source: Source, digest: str) -> Decision:
     ranks = source.grid.tensor_parallel
     target, balance = options.target_shape(source.config.shape, ranks), options.ranks(ranks)
     options.constraint(source.config, target, balance)
-    return Decision(
+    decision = Decision(
         config=source.config,
         target=target,
         target_params=options.target_params,
@@ -76,6 +76,8 @@ def decision_of(options: ShearOptions, source: Source, digest: str) -> Decision:
         method=options.mask_method,
         steps=options.train_iters,
     )
+    decision.check_size()
+    return decision
 
 
 def check_run(options: ShearOptions) -> str:

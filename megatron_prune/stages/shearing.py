@@ -24,7 +24,7 @@ from megatron_prune.engine.train.checks import check_options
 from megatron_prune.engine.train.shear_options import ShearOptions
 from megatron_prune.errors import CheckpointError, ConfigError
 from megatron_prune.files import replace_file
-from megatron_prune.flags import flag_name, given
+from megatron_prune.flags import given_flags
 from megatron_prune.model.shape import ModelConfig
 from megatron_prune.planning.plan import PrunePlan
 from megatron_prune.planning.scores import scores_bytes
@@ -119,12 +119,11 @@ def _check_pruned(options: ShearOptions) -> None:
     check_target(options.save_pruned, overwrite=False, flag="--save-pruned")
     if not options.writes_only:
         return
-    for name in given(options):
-        if name not in ("save", "save_pruned"):
-            raise ConfigError(
-                f"{flag_name(name)} without --load and --train-iters: nothing is trained, and "
-                "--save-pruned takes all else from the run in --save"
-            )
+    if more := sorted({*given_flags(options)} - {"--save", "--save-pruned"}):
+        raise ConfigError(
+            f"{more[0]} without --load and --train-iters: nothing is trained, and --save-pruned "
+            "takes all else from the run in --save"
+        )
 
 
 def _finish(

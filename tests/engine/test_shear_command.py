@@ -179,9 +179,18 @@ def test_what_cannot_work_is_refused(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(("most", "says"), [(10, "no shape"), (10**9, "the model has")])
+def test_a_size_that_no_shape_has_is_refused(
+    most: int, says: str, tmp_path: Path, corpus: Path, reference: Path
+) -> None:
+    refused = run(*words(reference / "gqa", tmp_path / "run", corpus, "--target-params", most))
+    assert refused.code == 2 and f"--target-params {most}: {says}" in refused.err
+    assert not (tmp_path / "run").exists()
+
+
 def test_pruned_alone_takes_no_flags_of_training(made: Path, tmp_path: Path) -> None:
-    refused = run("shear", "--save", made / "run", "--save-pruned", tmp_path / "x", "--lr", "1e-3")
-    assert refused.code == 2 and "--lr without --load and --train-iters" in refused.err
+    refused = run("shear", "--save", made / "run", "--save-pruned", tmp_path / "x", "--bf16")
+    assert refused.code == 2 and "--bf16 without --load and --train-iters" in refused.err
     refused = run("shear", "--save", tmp_path / "none", "--save-pruned", tmp_path / "x")
     assert refused.code == 2 and "has no checkpoint of a run of `shear`" in refused.err
 

@@ -78,11 +78,23 @@ class Decision:
 
     def shape(self, masks: Masks) -> ModelShape:
         """The shape that is kept."""
-        if self.target is not None:
-            return self.target
+        return self.target or self._legal(masks.present(self.steps))
+
+    def check_size(self) -> None:
+        """Refuse a size below that of every shape.
+
+        Raises:
+            PlanError: it is.
+        """
+        if self.target is None:
+            self._legal(
+                {axis.letter: torch.full((axis.rows, axis.size), 1e-6) for axis in self.axes}
+            )
+
+    def _legal(self, present: Mapping[str, Tensor]) -> ModelShape:
         assert self.target_params is not None
         return legal_shape(
-            masks.present(self.steps),
+            present,
             self.config.shape,
             self.target_params,
             self.ranks,
