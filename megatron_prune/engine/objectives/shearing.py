@@ -31,8 +31,16 @@ from megatron_prune.engine.objectives.objective import Objective
 from megatron_prune.engine.objectives.shear_decision import Decision
 from megatron_prune.model.shape import AXES
 from megatron_prune.shearing.masks import Masks
-from megatron_prune.shearing.words import BY_LAYER, EXPECTED, MASKS, MULTIPLIERS, TARGET
+from megatron_prune.shearing.words import (
+    BY_LAYER,
+    EXPECTED,
+    MASKS,
+    MULTIPLIERS,
+    TARGET,
+    UNDECIDED,
+)
 
+_SHUT = 0.05  # a unit less likely to stay, or to go, has decided
 FREEZES = "freezes"  # in a checkpoint: whether the weights were frozen
 
 
@@ -214,6 +222,9 @@ class Shearing:
             self._told[f"{TARGET} {word}"] = target
             for name, value in zip(MULTIPLIERS, lambdas):
                 self._told[f"{name} {word}"] = value
+        for letter, x in present.items():
+            open_or_shut = (x < _SHUT) | (x > 1 - _SHUT)
+            self._told[f"{UNDECIDED} {AXES[letter].word}"] = 1 - float(open_or_shut.float().mean())
         self._told[BY_LAYER] = {
             AXES[letter].word: (1 - (x[0] if letter == "L" else x.mean(1))).tolist()
             for letter, x in present.items()
