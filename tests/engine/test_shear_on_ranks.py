@@ -48,8 +48,8 @@ RUNS: dict[str, tuple[str, int, tuple[object, ...], str]] = {
     "tp3-sp": ("gqa", 3, (*GQA_CUT, *TP3, *SP), "alone-33"),
     "groups": ("gqa", 1, GROUPS, "groups"),
     "groups-pp2": ("gqa", 2, (*GROUPS, *PP2), "groups"),
-    "mha": ("mha", 1, ("--num-attention-heads-remain", 4), "mha"),
-    "mha-tp2": ("mha", 2, ("--num-attention-heads-remain", 4, *TP2), "mha"),
+    "mha": ("of-mha", 1, ("--num-attention-heads-remain", 4), "mha"),
+    "mha-tp2": ("of-mha", 2, ("--num-attention-heads-remain", 4, *TP2), "mha"),
     "size": ("qwen_tied", 1, SIZE, "size"),
     "size-tp2-pp2": ("qwen_tied", 4, (*SIZE, *TP2, *PP2), "size"),
     "half": ("gqa", 1, (*GQA_CUT, *HALF), "alone"),
@@ -83,9 +83,7 @@ def _jobs(folder: Path, reference: Path, corpus: Path) -> list[tuple[str, Job]]:
     def job(name: str, save: str, *more: object) -> tuple[str, Job]:
         load, ranks, flags, _ = RUNS[name]
         tokenizer = ("--tokenizer-model", reference / "gqa")  # the corpus is of this one
-        start = (
-            folder / "of-mha" if load == "mha" else reference / ("gqa" if load in RUNS else load)
-        )
+        start = folder / load if load == "of-mha" else reference / ("gqa" if load in RUNS else load)
         every = (*QUICK, *tokenizer, *flags, *more)
         given: dict[str, Any] = {"words": words(start, folder / save, corpus, *every)}
         return save, Job(check="command", world=ranks, given=given)
