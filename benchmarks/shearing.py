@@ -52,8 +52,9 @@ class Bench:
         for text in self._args.texts:
             name = text.name.split(".")[0]
             rows = text.read_text(encoding="utf-8").splitlines()
-            held = [row for number, row in enumerate(rows) if number % 10 == 9] or rows[-1:]
-            kept = [row for number, row in enumerate(rows) if number % 10 != 9] or rows
+            held, kept = rows[9::10], [row for n, row in enumerate(rows) if n % 10 != 9]
+            if not held:
+                raise SystemExit(f"{text}: {len(rows)} documents; wanted 10 or more")
             mixed += kept[:: max(1, len(kept) // 12)][:12]
             train, valid = self._corpus(name, kept), self._corpus(f"{name}-held", held)
             recipe += [f"  - name: {name}", f"    prefixes: [{train}]",
