@@ -43,7 +43,6 @@ RUNS: dict[str, tuple[str, int, tuple[object, ...], str]] = {
     "pp2-dp2-split": ("gqa", 4, (*GQA_CUT, *PP2, *SPLIT), "alone"),
     "one": ("gqa", 1, (*GQA_CUT, *ONE), "one"),
     "one-pp2-full": ("gqa", 2, (*GQA_CUT, *ONE, *PP2, *FULL), "one"),
-    "one-dp4": ("gqa", 4, (*GQA_CUT, *ONE), "one"),
     "alone-33": ("gqa", 1, (*GQA_CUT, "--seq-length", 33), "alone-33"),
     "tp3-sp": ("gqa", 3, (*GQA_CUT, *TP3, *SP), "alone-33"),
     "groups": ("gqa", 1, GROUPS, "groups"),
@@ -52,9 +51,7 @@ RUNS: dict[str, tuple[str, int, tuple[object, ...], str]] = {
     "mha-tp2": ("of-mha", 2, ("--num-attention-heads-remain", 4, *TP2), "mha"),
     "size": ("qwen_tied", 1, SIZE, "size"),
     "size-tp2-pp2": ("qwen_tied", 4, (*SIZE, *TP2, *PP2), "size"),
-    "half": ("gqa", 1, (*GQA_CUT, *HALF), "alone"),
     "half-tp3": ("gqa", 3, (*GQA_CUT, *TP3, *HALF), "alone"),
-    "tp3-from-alone": ("half", 3, (*GQA_CUT, *TP3), "alone"),
     "pp2-from-tp3": ("half-tp3", 2, (*GQA_CUT, *PP2), "alone"),
     "fp16": ("gqa", 1, (*GQA_CUT, "--fp16", "--initial-loss-scale", 1024), "alone"),
     "bf16-tp3-sp": ("gqa", 3, (*GQA_CUT, *TP3, *SP, "--bf16"), "alone-33"),
@@ -64,7 +61,7 @@ WHOLE = [
     name for name, run in RUNS.items()
     if run[3] != name and HALF[0] not in run[2] and "16" not in name
 ]  # fmt: skip
-AGAIN = ("tp3-sp", "pp2-dp2-split")
+AGAIN = ("pp2-dp2-split",)
 
 
 @pytest.fixture(scope="module")
