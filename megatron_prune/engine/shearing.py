@@ -161,12 +161,12 @@ def _ranks_of(options: ShearOptions, decision: Decision) -> dict[str, Tensor]:
     return found
 
 
-def masks_of(options: ShearOptions, decision: Decision) -> Masks:
-    """The masks that a run begins with."""
+def masks_of(options: ShearOptions, decision: Decision, *, begins: bool) -> Masks:
+    """The masks of a run; ordered by scores where it ``begins``, else its state is loaded later."""
     constraint = options.constraint(decision.config, decision.target, decision.ranks)
     rates, steps = options.rates, options.train_iters
     masks = Masks(options.mask_method, constraint, rates, options.seed, steps)
-    if options.mask_init is not None:
+    if begins and options.mask_init is not None:
         masks.order_by(_ranks_of(options, decision))
     return masks
 
@@ -184,7 +184,7 @@ def _wrapped(
         inner = SelfDistillation(options.distill_self, model_options(options), groups)
     gated = Shearing(
         inner,
-        masks_of(options, decision),
+        masks_of(options, decision, begins=state is None),
         decision,
         groups,
         clip=options.clip_grad,

@@ -1,7 +1,8 @@
-"""Names of dtypes, and the only slicing code: `take` along named axes."""
+"""Names of dtypes, named random numbers, and the only slicing code: `take` along named axes."""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 
 from megatron_prune.model.lazy import Tensor, torch
@@ -19,6 +20,12 @@ def torch_dtype(word: str) -> torch.dtype:
 def dtype_word(dtype: torch.dtype) -> str:
     """Our word for a dtype; torch's own for one that is not among ``DTYPES``."""
     return DTYPE_WORDS.get(str(dtype).removeprefix("torch."), str(dtype))
+
+
+def generator_of(seed: int, name: str) -> torch.Generator:
+    """Random numbers that depend on seed and name alone, whatever rank asks for them."""
+    digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
 
 
 def expand_rows(index: Tensor, rows: int) -> Tensor:

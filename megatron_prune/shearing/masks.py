@@ -6,23 +6,17 @@ whole. A model of 32 layers, 32 heads and 11,008 FFN channels has 357 thousand g
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from megatron_prune.model.lazy import Tensor, torch
+from megatron_prune.model.tensors import generator_of
 from megatron_prune.shearing.constraint import Constraint, Warmup, without_lowest
 from megatron_prune.shearing.hard_concrete import uniform
 from megatron_prune.shearing.method import MaskRates, mask_method
 from megatron_prune.shearing.units import Gated, blocks, count
 
 EPSILON = 1e-8  # of Adam
-
-
-def generator_of(seed: int, *what: object) -> torch.Generator:
-    """Random numbers that depend on nothing but their name."""
-    digest = hashlib.sha256(" ".join(map(str, (seed, "masks", *what))).encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
 
 
 class Masks:
@@ -33,7 +27,7 @@ class Masks:
     ) -> None:
         self.method, self.constraint, self.rates = mask_method(method), constraint, rates
         self._seed, self._steps, self._size = seed, steps, count(constraint.axes)
-        self.parameters = self.method.start(self._size, generator_of(seed, "start"))
+        self.parameters = self.method.start(self._size, generator_of(seed, "masks start"))
         self._multipliers = [torch.zeros(len(constraint.words)) for _ in self.method.rates[1:]]
         self._begin()
 
@@ -86,7 +80,7 @@ class Masks:
         """
         u = None
         if self.method.has_noise:
-            u = uniform(self._size, generator_of(self._seed, step, number))
+            u = uniform(self._size, generator_of(self._seed, f"masks {step} {number}"))
         return self.method.drawn(self.parameters, u, self._share(step), self.constraint.axes)
 
     def by_axis(self, flat: Tensor) -> dict[str, Tensor]:

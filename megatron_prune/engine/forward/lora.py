@@ -35,7 +35,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import Parameter
 
-from megatron_prune.engine.forward.weights import canonical_name, generator_of
+from megatron_prune.engine.forward.weights import canonical_name
 from megatron_prune.engine.groups import Groups
 from megatron_prune.model.fusion import fused_of
 from megatron_prune.model.grid import ParallelGrid
@@ -50,6 +50,7 @@ from megatron_prune.model.lora import (
     merged,
 )
 from megatron_prune.model.shape import ModelConfig, ModelShape
+from megatron_prune.model.tensors import generator_of
 
 
 class _WithFactors(torch.autograd.Function):

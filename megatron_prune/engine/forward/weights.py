@@ -7,7 +7,6 @@ source was sharded for does not matter.
 
 from __future__ import annotations
 
-import hashlib
 import math
 
 import torch
@@ -22,6 +21,7 @@ from megatron_prune.model.fusion import TE_NORMS, join, parts_of
 from megatron_prune.model.grid import part_range
 from megatron_prune.model.lora import is_factor
 from megatron_prune.model.shape import ModelConfig
+from megatron_prune.model.tensors import generator_of
 from megatron_prune.sources.source import Source
 from megatron_prune.store.megatron import Read, padded_rows
 
@@ -106,12 +106,6 @@ def load_layer(module: Module, source: Source, layer: int, groups: Groups) -> No
                 parameter.copy_(value)
 
     together(groups.ranks, fill)
-
-
-def generator_of(seed: int, name: str) -> torch.Generator:
-    """Random numbers of one whole tensor, whatever rank asks for them."""
-    digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
 
 
 def draw_weights(model: Module, config: ModelConfig, groups: Groups, seed: int) -> None:
